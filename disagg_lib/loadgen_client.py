@@ -1,0 +1,1106 @@
+"""Measuring client: MLPerf LoadGen on one side, a streaming OpenAI-compatible endpoint on the other.
+
+Copied into the run folder and started on a compute node, once per test mode (LoadGen reads its built-in
+configuration only once in a process). Python 3.8+, standard library, numpy, mlperf_loadgen; uvloop where present.
+
+    python3 loadgen_client.py --run-dir RUN --test-mode performance|accuracy|test06 --url http://HOST:PORT
+
+Reads RUN/job/settings.json (its "client" mapping) and RUN/user.conf. Writes
+    RUN/mlperf/<mode>/               LoadGen's own files
+    RUN/job/progress.jsonl           one line a second: issued, done, failed, outstanding, tokens, total
+    RUN/job/client_<mode>.json       what happened, counts by kind, and how late the client itself was
+    RUN/job/queries_<mode>.csv       one row a query, in the order in which they ended
+
+Three rules keep the client out of what it measures. While an answer streams, a read is only kept; it is looked
+into until the first content is found, and once more when the answer is over. Requests are bytes before the clock
+runs. Nothing else runs in this process: files are written by a thread that sleeps.
+
+A failed request is completed towards LoadGen with 0 tokens, because the test would never end otherwise. LoadGen
+logs an error for each of them, which a submission checker refuses; our own result says INVALID and why.
+
+Exit status: 0 every request was answered; 1 the run ended and is invalid; 2 refused to start; 128 + signal.
+"""
+
+import argparse
+import array
+import asyncio
+import collections
+import csv
+import gc
+import hashlib
+import json
+import os
+import platform
+import queue
+import random
+import resource
+import signal
+import ssl
+import sys
+import threading
+import time
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+
+# (TTFT, TPOT) limits in ms that LoadGen 5.1 builds in for each model key, scenario Server.
+LIMITS_MS = {"llama3_1-405b-interactive": (4500, 80), "llama3_1-405b": (6000, 175)}
+MODES = ("performance", "accuracy", "test06")
+KINDS = (
+    "refused",  # no connection could be made
+    "cut",  # the answer ended without [DONE], or the connection closed before its end
+    "http_429",
+    "http_4xx",
+    "http_5xx",
+    "server_error",  # an error event inside a stream that began with 200
+    "timeout",  # not over after request_timeout_s
+    "stalled",  # began, then silent for stall_timeout_s
+    "empty",  # [DONE], but no content
+    "short",  # 1 token: LoadGen cannot compute TPOT and counts it as 0 tokens
+    "no_count",  # neither usage nor token ids: the length of the answer is unknown
+    "count_mismatch",  # usage and token ids disagree
+    "no_ids",  # ids are needed (accuracy), the server sends text, and there is no tokenizer
+    "protocol",  # not HTTP/1.1 with server-sent events
+)
+FIRST_ID, END_ID = 10000, 99999  # synthetic prompts: all ids have five digits, inside Llama 3's 128256
+LAG_PERIOD_S = 0.02
+
+
+class ClientError(Exception):
+    """The run cannot start; the message says where, what was found, and what to do."""
+
+
+class AnswerError(Exception):
+    """One request failed: kind (of KINDS), detail."""
+
+    def __init__(self, kind, detail=""):
+        super().__init__(kind, detail)
+        self.kind, self.detail = kind, detail
+
+
+# ---- answers: HTTP/1.1 and server-sent events, as bytes -------------------------------------------------
+
+
+def dechunk(raw, out):
+    """Append the payload of every whole chunk of raw to out; return (bytes used, whether the body ended)."""
+    pos = 0
+    while True:
+        eol = raw.find(b"\r\n", pos)
+        if eol < 0:
+            return pos, False
+        size = int(raw[pos:eol].split(b";", 1)[0], 16)
+        if size == 0:  # the last chunk: trailers, if any, then an empty line
+            end = raw.find(b"\r\n\r\n", eol)
+            return (pos, False) if end < 0 else (end + 4, True)
+        start, pos_next = eol + 2, eol + 4 + size
+        if pos_next > len(raw):
+            return pos, False
+        out.append(raw[start : start + size])
+        pos = pos_next
+
+
+def unify_lines(text):
+    """Return text with the three line ends of server-sent events made one."""
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
+
+
+def event_data(event):
+    """Return the data of one event (its lines, unified), b"" for comments and other fields."""
+    if event.startswith(b"data:") and b"\n" not in event:
+        return event[5:].strip()
+    lines = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
+    return b"\n".join(lines)
+
+
+def content(message):
+    """Return (text, token ids or None) of one parsed completion or chat chunk."""
+    choices = message.get("choices")
+    if not choices:
+        return "", None
+    choice = choices[0]
+    text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+    return text, choice.get("token_ids")
+
+
+def parse_message(data):
+    """Return one event's JSON object; an error object or anything else raises AnswerError."""
+    try:
+        message = json.loads(data)
+    except ValueError:
+        raise AnswerError("protocol", "event is not JSON: %r" % data[:200]) from None
+    if not isinstance(message, dict):
+        raise AnswerError("protocol", "event is not a JSON object: %r" % data[:200])
+    if message.get("error"):
+        raise AnswerError("server_error", str(message["error"])[:200])
+    return message
+
+
+def usage_at_end(text):
+    """Return completion_tokens if the last events hold usage and [DONE], else None (then read everything)."""
+    tail = text[-2048:]
+    cut = tail.find(b"\n\n")
+    events = [data for data in map(event_data, tail[cut + 2 :].split(b"\n\n")) if data]
+    if cut < 0 or not events or events[-1] != b"[DONE]":
+        return None
+    for data in reversed(events[:-1]):
+        usage = parse_message(data).get("usage")
+        if usage:
+            return usage.get("completion_tokens")
+    return None
+
+
+def read_answer(payload, want_ids):
+    """Read a whole answer.
+
+    Returns
+    -------
+    (number of tokens, list of ids or None, text or None). Ids and text are left out where usage tells the
+    number and ids are not wanted. The number comes from usage or from ids, never from counting chunks.
+    """
+    text = unify_lines(payload)
+    if not want_ids:
+        count = usage_at_end(text)
+        if count and count > 1:
+            return count, None, None
+    ids, pieces, count, done, only_text = [], [], None, False, False
+    for data in map(event_data, text.split(b"\n\n")):
+        if data == b"[DONE]":
+            done = True
+        elif data:
+            message = parse_message(data)
+            piece, piece_ids = content(message)
+            pieces.append(piece)
+            ids.extend(piece_ids or ())
+            only_text = only_text or bool(piece and piece_ids is None)
+            count = (message.get("usage") or {}).get("completion_tokens", count)
+    if not done:
+        if pieces or not payload.strip():
+            raise AnswerError("cut", "%d content events, no [DONE]" % len(pieces))
+        raise AnswerError("protocol", "no server-sent events: %r" % payload[:200])
+    if not ids and not any(pieces):
+        raise AnswerError("empty", "no content before [DONE]")
+    if only_text:
+        ids = None
+    elif count is not None and count != len(ids):
+        raise AnswerError("count_mismatch", "usage says %d tokens, %d ids came" % (count, len(ids)))
+    count = len(ids) if count is None and ids is not None else count
+    if count is None:
+        raise AnswerError("no_count", "the answer has neither usage nor token ids")
+    if count < 2:
+        raise AnswerError("short", "%d token" % count)
+    return count, ids, "".join(pieces)
+
+
+class Answer:
+    """One HTTP answer while it arrives.
+
+    `feed` takes bytes cut anywhere. `first` becomes the ids of the first content (empty if the server sends
+    text only) with the read that completes its event. From then on, if the body is chunked, `settled` is true:
+    the caller may append to `reads` without `feed`, unless the read could hold the end of the body.
+    """
+
+    __slots__ = (
+        "close",
+        "ended",
+        "first",
+        "framing",
+        "left",
+        "payload",
+        "reads",
+        "scanned",
+        "settled",
+        "status",
+    )
+
+    def __init__(self):
+        self.reads, self.payload = [], []  # not yet decoded, decoded
+        self.status = self.left = self.scanned = 0
+        self.framing = self.first = None
+        self.close = self.settled = self.ended = False
+
+    def feed(self, data):
+        """Take the next bytes; ValueError or IndexError if they are not HTTP/1.1."""
+        self.reads.append(data)
+        raw = b"".join(self.reads)
+        while not self.framing:
+            head, found, raw = raw.partition(b"\r\n\r\n")
+            if not found:
+                self.reads = [head]
+                return
+            self._read_head(head)
+        rest = raw
+        if self.framing == "chunked":
+            used, self.ended = dechunk(raw, self.payload)
+            rest = raw[used:]
+            self.reads = [rest] if rest else []
+        else:
+            self.payload.append(raw)
+            self.reads = []
+            if self.framing == "length":
+                self.left -= len(raw)
+                self.ended = self.left <= 0
+        if self.first is None and self.status == 200:
+            self._look_for_first(rest if self.framing == "chunked" else b"")
+
+    def _read_head(self, head):
+        """Read a status line and headers; an interim answer (100 Continue) is skipped."""
+        lines = head.split(b"\r\n")
+        version, status = lines[0].split(None, 2)[:2]
+        if not version.startswith(b"HTTP/1."):
+            raise ValueError("not HTTP/1.x: %r" % lines[0][:80])
+        if 100 <= int(status) < 200:
+            return
+        headers = {}
+        for line in lines[1:]:
+            name, _, value = line.partition(b":")
+            headers[name.strip().lower()] = value.strip().lower()
+        self.status = int(status)
+        self.close = headers.get(b"connection") == b"close" or version == b"HTTP/1.0"
+        if b"chunked" in headers.get(b"transfer-encoding", b""):
+            self.framing = "chunked"
+        elif b"content-length" in headers:
+            self.framing, self.left = "length", int(headers[b"content-length"])
+        else:
+            self.framing, self.close = "eof", True
+
+    def _look_for_first(self, rest):
+        """Look for content in the events that have ended; rest is the beginning of a chunk still arriving."""
+        eol = rest.find(b"\r\n")
+        part = rest[eol + 2 :][: int(rest[:eol].split(b";", 1)[0], 16)] if eol > 0 else b""
+        text = unify_lines(b"".join(self.payload) + part)
+        while True:
+            end = text.find(b"\n\n", self.scanned)
+            if end < 0:
+                return
+            data = event_data(text[self.scanned : end])
+            self.scanned = end + 2
+            if data and data != b"[DONE]":
+                piece, ids = content(parse_message(data))
+                if piece or ids:
+                    self.first = ids or []
+                    self.settled = self.framing == "chunked"
+                    return
+
+    def result(self, want_ids):
+        """Return read_answer's triple for the bytes that came; AnswerError if the request failed."""
+        payload = b"".join(self.payload)
+        if self.status != 200:
+            kind = "http_429" if self.status == 429 else "http_5xx" if self.status >= 500 else "http_4xx"
+            raise AnswerError(kind, "HTTP %d %s" % (self.status, payload[:200].decode("utf-8", "replace")))
+        return read_answer(payload, want_ids)
+
+
+# ---- the streaming path -------------------------------------------------------------------------------
+
+
+class Request:
+    """One LoadGen sample on its way. Times are time.perf_counter() in s."""
+
+    __slots__ = (
+        "connection",
+        "first_s",
+        "index",
+        "issue_s",
+        "late_check",
+        "query_id",
+        "seen",
+        "seen_s",
+        "sent_s",
+    )
+
+    def __init__(self, query_id, index, issue_s):
+        self.query_id, self.index, self.issue_s = query_id, index, issue_s
+        self.sent_s = self.first_s = self.seen_s = 0.0
+        self.seen = 0
+        self.connection = None
+
+
+class Connection(asyncio.Protocol):
+    """One keep-alive connection; it carries one request at a time."""
+
+    def __init__(self, client):
+        self.client, self.transport, self.request, self.answer = client, None, None, None
+        self.idle_since_s = time.perf_counter()
+        self.used = False
+
+    def connection_made(self, transport):
+        self.transport = transport
+
+    def send(self, request, parts):
+        """Write a prepared request."""
+        self.request, self.answer, self.used = request, Answer(), True
+        request.connection = self
+        self.transport.writelines(parts)
+        request.sent_s = time.perf_counter()
+
+    def data_received(self, data):
+        answer = self.answer
+        if answer is not None and answer.settled and len(data) > 3 and not data.endswith(b"\r\n\r\n"):
+            answer.reads.append(data)
+        elif answer is not None:
+            self._feed(answer, data)
+
+    def _feed(self, answer, data):
+        waiting = answer.first is None
+        try:
+            answer.feed(data)
+        except AnswerError as error:
+            self._end(error)
+            return
+        except (ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
+            self._end(AnswerError("protocol", "%s: %s" % (type(error).__name__, error)))
+            return
+        if waiting and answer.first is not None:
+            self.client.first_content(self.request, answer.first)
+        if answer.ended:
+            self._end(None)
+
+    def _end(self, error):
+        """The answer is over: hand it on; keep the connection only after a whole answer."""
+        request, answer = self.request, self.answer
+        self.request = self.answer = None
+        reusable = error is None and answer.ended and not answer.close
+        self.client.ended(request, answer, error)
+        if reusable:
+            self.client.put_idle(self)
+        else:
+            self.transport.abort()
+        self.client.start_queued()
+
+    def connection_lost(self, exc):
+        self.client.forget(self)
+        if self.request is None:
+            return
+        whole = exc is None and self.answer.framing == "eof"
+        self._end(None if whole else AnswerError("cut", "connection closed: %s" % (exc or "end of stream")))
+
+
+class Client:
+    """Requests between LoadGen and the endpoint; everything here runs in the event loop's thread."""
+
+    def __init__(self, loop, loadgen, target, settings, samples, mode, log):
+        self.loop, self.loadgen, self.target, self.samples, self.log = loop, loadgen, target, samples, log
+        self.mode, self.settings = mode, settings
+        self.want_ids = mode != "performance"
+        self.token_latencies = settings["scenario"] == "Server"
+        self.connections, self.idle = set(), collections.deque()
+        self.waiting, self.queued = collections.deque(), collections.deque()
+        self.active, self.held, self.rows, self.lags = {}, [], [], array.array("f")
+        self.kinds = collections.Counter()
+        self.issued = self.done = self.tokens = self.opening = self.reported_tokens = 0
+        self.flushed = False
+        self.total, self.tasks = None, set()
+
+    # -- connections
+
+    async def open_connections(self, count):
+        """Open count idle connections before the run; ClientError if the endpoint refuses."""
+        for _ in range(count):
+            try:
+                self.put_idle(await self._connect())
+            except OSError as error:
+                where = "%s:%d" % (self.target.host, self.target.port)
+                raise ClientError(
+                    "%s does not accept connections: %s. Is the server up?" % (where, error)
+                ) from None
+
+    async def _connect(self):
+        target = self.target
+        _, connection = await self.loop.create_connection(
+            lambda: Connection(self), target.host, target.port, ssl=target.ssl
+        )
+        self.connections.add(connection)
+        return connection
+
+    def _open_one_more(self):
+        self.opening += 1
+        task = self.loop.create_task(self._open())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _open(self):
+        try:
+            connection = await self._connect()
+        except OSError as error:
+            self.opening -= 1
+            if len(self.waiting) > self.opening:
+                self.ended(self.waiting.popleft(), None, AnswerError("refused", str(error)))
+                self.start_queued()
+            return
+        self.opening -= 1
+        self.put_idle(connection)
+
+    def put_idle(self, connection):
+        """A connection is free: the oldest request that waits for one takes it."""
+        if self.waiting:
+            request = self.waiting.popleft()
+            connection.send(request, self.samples.parts[request.index])
+        else:
+            connection.idle_since_s = time.perf_counter()
+            self.idle.append(connection)
+
+    def forget(self, connection):
+        """A connection is closed."""
+        self.connections.discard(connection)
+        if connection in self.idle:
+            self.idle.remove(connection)
+
+    def _take_idle(self, now_s):
+        """Return a free connection or None. One that idled long may be closing at the server's side right now."""
+        while self.idle:
+            connection = self.idle.pop()
+            fresh = not connection.used or now_s - connection.idle_since_s < self.settings["keep_alive_s"]
+            if fresh and not connection.transport.is_closing():
+                return connection
+            connection.transport.abort()
+        return None
+
+    # -- LoadGen's side
+
+    def issue(self, samples):
+        """LoadGen's callback, in its thread: must return at once and must not raise."""
+        now_s = time.perf_counter()
+        self.loop.call_soon_threadsafe(self.begin, [(sample.id, sample.index) for sample in samples], now_s)
+
+    def flush(self):
+        """LoadGen's callback, in its thread: all queries have been issued."""
+        self.loop.call_soon_threadsafe(self.set_flushed)
+
+    def set_flushed(self):
+        self.flushed, self.total = True, self.issued
+        self._release_held()
+
+    def begin(self, samples, issue_s):
+        """Start requests, or queue them while max_in_flight are open (Offline)."""
+        self.issued += len(samples)
+        for query_id, index in samples:
+            self.queued.append(Request(query_id, index, issue_s))
+        self.start_queued()
+
+    def start_queued(self):
+        """Send what may be sent now."""
+        limit = self.settings["max_in_flight"]
+        while self.queued and (not limit or len(self.active) < limit):
+            request = self.queued.popleft()
+            self.active[request.query_id] = request
+            connection = self._take_idle(time.perf_counter())
+            if connection is not None:
+                connection.send(request, self.samples.parts[request.index])
+            else:
+                self.waiting.append(request)
+                self._open_one_more()
+        # Keep spare connections open ahead of need, so that a request seldom pays for its handshake.
+        if len(self.idle) + self.opening < self.settings["connections"] // 4 and not self.flushed:
+            self._open_one_more()
+
+    def first_content(self, request, ids):
+        """The first content came: LoadGen takes its TTFT here."""
+        request.first_s = time.perf_counter()
+        if self.token_latencies:
+            self._first_token(request, ids[:1])
+
+    def _first_token(self, request, ids):
+        buffer = array.array("i", ids)
+        address, _ = buffer.buffer_info()
+        response = self.loadgen.QuerySampleResponse(request.query_id, address, 4 * len(buffer))
+        self.loadgen.FirstTokenComplete([response])
+
+    def _complete(self, request, ids, count):
+        buffer = array.array("i", ids or ())
+        address, _ = buffer.buffer_info()
+        response = self.loadgen.QuerySampleResponse(request.query_id, address, 4 * len(buffer), count)
+        self.loadgen.QuerySamplesComplete([response])
+
+    def ended(self, request, answer, error):
+        """A request is over, well or not."""
+        self.active.pop(request.query_id, None)
+        request.connection = None
+        if error is None:
+            try:
+                count, ids, text = answer.result(self.want_ids)
+            except AnswerError as failure:
+                error = failure
+        if error is not None:
+            self._fail(request, error)
+        elif self.want_ids and ids is None:
+            self.held.append((request, text))  # ids through the tokenizer, after the run
+        else:
+            self._serve(request, ids, count)
+        self._release_held()
+
+    def _serve(self, request, ids, count):
+        self._complete(request, ids, count)
+        self.done += 1
+        self.tokens += count
+        self._record(request, count, "ok")
+
+    def _fail(self, request, error):
+        # Without FirstTokenComplete LoadGen's TTFT and TPOT of the whole run would be garbage, so it gets one;
+        # the 0 tokens then leave exactly one error in LoadGen's log for each failed request.
+        if self.token_latencies and not request.first_s:
+            self._first_token(request, ())
+        self._complete(request, (), 1 if error.kind == "short" else 0)
+        self.kinds[error.kind] += 1
+        if self.kinds[error.kind] <= 10:
+            self.log("request failed: sample %d: %s: %s" % (request.index, error.kind, error.detail))
+        self._record(request, 0, error.kind)
+
+    def _record(self, request, count, status):
+        self.rows.append(
+            (
+                request.index,
+                request.issue_s,
+                request.sent_s,
+                request.first_s,
+                time.perf_counter(),
+                count,
+                status,
+            )
+        )
+
+    def _release_held(self):
+        """After the last answer: ids of text-only answers through the tokenizer, then complete them."""
+        if not (self.held and self.flushed and not self.active and not self.queued):
+            return
+        held, self.held = self.held, []
+        encode = load_tokenizer(self.settings.get("tokenizer"), self.log)
+        for request, text in held:
+            if encode is None:
+                self._fail(request, AnswerError("no_ids", "the server sends text; set client.tokenizer"))
+            else:
+                ids = encode(text)
+                if len(ids) < 2:
+                    self._fail(request, AnswerError("short", "%d token after the tokenizer" % len(ids)))
+                else:
+                    self._serve(request, ids, len(ids))
+
+    # -- once a second
+
+    def sweep(self):
+        """End requests that took too long; return the counts for progress.jsonl."""
+        now_s = time.perf_counter()
+        streamed = 0
+        for request in list(self.active.values()):
+            connection = request.connection
+            seen = len(connection.answer.payload) + len(connection.answer.reads) if connection else 0
+            streamed += seen
+            if seen != request.seen:
+                request.seen, request.seen_s = seen, now_s
+            if now_s - request.issue_s > self.settings["request_timeout_s"]:
+                self._give_up(request, "timeout", now_s - request.issue_s)
+            elif (
+                request.first_s
+                and now_s - max(request.seen_s, request.first_s) > self.settings["stall_timeout_s"]
+            ):
+                self._give_up(request, "stalled", now_s - request.seen_s)
+        # Reads stand for tokens until an answer is over; the sum must not fall when the true count replaces them.
+        self.reported_tokens = max(self.reported_tokens, self.tokens + streamed)
+        failed = sum(self.kinds.values())
+        return {
+            "time_s": round(time.time(), 3),
+            "mode": self.mode,
+            "issued": self.issued,
+            "done": self.done,
+            "failed": failed,
+            "outstanding": self.issued - self.done - failed,
+            "tokens": self.reported_tokens,
+            "total": self.total,
+        }
+
+    def _give_up(self, request, kind, seconds):
+        error = AnswerError(kind, "after %.1f s" % seconds)
+        if request.connection is not None:
+            request.connection._end(error)
+        else:
+            self.waiting.remove(request)
+            self.ended(request, None, error)
+            self.start_queued()
+
+    def measure_lag(self, due_s):
+        """Record how late the event loop runs a timer."""
+        now_s = time.perf_counter()
+        self.lags.append(now_s - due_s)
+        self.loop.call_later(LAG_PERIOD_S, self.measure_lag, now_s + LAG_PERIOD_S)
+
+
+def load_tokenizer(path, log):
+    """Return a function text -> ids (without special tokens), or None with a word in the log."""
+    if not path:
+        return None
+    try:
+        from tokenizers import Tokenizer  # in TensorRT-LLM's container; only text-only servers need it
+    except ImportError:
+        log("client.tokenizer is set but the package tokenizers is not installed here")
+        return None
+    tokenizer = Tokenizer.from_file(str(path))
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
+# ---- requests, prepared before the clock runs ----------------------------------------------------------
+
+
+class Target:
+    """Where requests go: host, port, path, ssl context or None, from http(s)://HOST:PORT[/PREFIX]."""
+
+    def __init__(self, url, endpoint):
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ClientError("--url %s: needed is http://HOST:PORT" % url)
+        self.ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self.host, self.port = parts.hostname, parts.port or (443 if self.ssl else 80)
+        prefix = parts.path.rstrip("/")
+        if prefix.endswith("/v1") and endpoint.startswith("/v1/"):
+            prefix = prefix[:-3]  # base URLs are given with and without it
+        self.path = prefix + endpoint
+        self.netloc = parts.netloc.rpartition("@")[2]
+
+
+class Samples:
+    """Prepared requests: parts[index] are the pieces to write, input_tokens[index] the prompt's length."""
+
+    def __init__(self, target, settings):
+        self.target, self.settings = target, settings
+        self.parts, self.input_tokens = {}, {}
+        self.is_chat = settings["endpoint"].endswith("/chat/completions")
+        keys = ("model", "temperature", "top_p", "top_k")
+        self.constants = {key: settings[key] for key in keys if settings.get(key) is not None}
+        self.constants.update(stream=True, stream_options={"include_usage": True})
+        if self.is_chat:
+            self.constants["messages"] = []
+
+    def add(self, index, ids_text, input_tokens, min_tokens, max_tokens):
+        """Prepare sample index; ids_text is the prompt's ids, separated by commas, as bytes or memoryview."""
+        before = b'{"prompt_token_ids":[' if self.is_chat else b'{"prompt":['
+        limits = {"min_tokens": min_tokens, "max_tokens": max_tokens}
+        after = ("]," + json.dumps(dict(self.constants, **limits))[1:]).encode()
+        head = (
+            "POST %s HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nAccept: text/event-stream\r\n"
+            "Content-Length: %d\r\n\r\n"
+            % (self.target.path, self.target.netloc, len(before) + len(ids_text) + len(after))
+        ).encode()
+        self.parts[index] = (head + before, ids_text, after)
+        self.input_tokens[index] = input_tokens
+
+
+def read_lengths(path):
+    """Return [(input_tokens, output_tokens)] of lengths.csv."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return [(int(row["input_tokens"]), int(row["output_tokens"])) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ClientError(
+            "%s: needed are columns input_tokens,output_tokens of integers: %r" % (path, error)
+        ) from None
+
+
+def add_synthetic(samples, lengths, count):
+    """Prepare count samples with made-up ids: slices of one text, so that 8313 long prompts take no memory."""
+    width = len(b"%d," % FIRST_ID)
+    longest = max(pair[0] for pair in lengths[:count])
+    draw = random.Random(405).random
+    span = END_ID - FIRST_ID + 1
+    text = b"".join(b"%d," % (FIRST_ID + int(draw() * span)) for _ in range(longest + count))
+    view = memoryview(text)
+    for index, (input_tokens, output_tokens) in enumerate(lengths[:count]):
+        ids_text = view[index * width : (index + input_tokens) * width - 1]
+        samples.add(index, ids_text, input_tokens, output_tokens, output_tokens)
+
+
+def read_pickle_ids(data_set):
+    """Return the column tok_input of MLPerf's pickle, after its checksum was verified or trust was declared."""
+    path, wanted = Path(data_set["path"]), data_set.get("sha256")
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        for block in iter(lambda: file.read(1 << 22), b""):
+            digest.update(block)
+        found = digest.hexdigest()
+        if wanted and found != wanted.lower():
+            raise ClientError(
+                "%s: sha256 is %s, needed is %s: another or a damaged file" % (path, found, wanted)
+            )
+        if not wanted and data_set.get("trust") is not True:
+            raise ClientError(
+                "%s: not opened, because a pickle runs code when it is read. Its sha256 is %s: give it as the "
+                "data set's sha256 if you know this file, or declare trust_dataset: true" % (path, found)
+            )
+        file.seek(0)
+        import pandas  # only this data set needs it
+
+        frame = pandas.read_pickle(file, compression=None)
+    if "tok_input" not in frame:
+        raise ClientError("%s: no column tok_input; found %s" % (path, ", ".join(map(str, frame.columns))))
+    return frame["tok_input"]
+
+
+def add_pickle(samples, settings, count):
+    """Prepare count samples of the MLPerf data set."""
+    prompts = read_pickle_ids(settings["data_set"])
+    if len(prompts) < count:
+        raise ClientError(
+            "%s: %d samples, needed are %d" % (settings["data_set"]["path"], len(prompts), count)
+        )
+    for index, prompt in enumerate(prompts):
+        if index == count:
+            break
+        ids = np.asarray(prompt, dtype=np.int64).ravel().tolist()
+        limits = settings["min_output_tokens"], settings["max_output_tokens"]
+        samples.add(index, ",".join(map(str, ids)).encode(), len(ids), *limits)
+
+
+def prepare_samples(run_dir, settings, target, count):
+    """Return the Samples of a run that uses the first count samples of its data set."""
+    samples, data_set = Samples(target, settings), settings["data_set"]
+    if data_set["kind"] == "synthetic":
+        path = run_dir / data_set["lengths"]
+        lengths = read_lengths(path)
+        if len(lengths) < count:
+            raise ClientError("%s: %d rows, needed are %d" % (path, len(lengths), count))
+        add_synthetic(samples, lengths, count)
+    elif data_set["kind"] == "pickle":
+        add_pickle(samples, settings, count)
+    else:
+        raise ClientError(
+            "settings.json: data_set.kind is %r; known are synthetic, pickle" % data_set["kind"]
+        )
+    return samples
+
+
+# ---- LoadGen -------------------------------------------------------------------------------------------
+
+
+def configure(loadgen, run_dir, settings, mode):
+    """Return LoadGen's TestSettings for this run; ClientError unless limits and token latencies are really set.
+
+    A wrong model key or scenario makes FromConfig answer 0 and fall back to other limits without a word.
+    """
+    scenario, key = settings["scenario"], settings["model_key"]
+    user_conf = run_dir / settings["user_conf"]
+    test = loadgen.TestSettings()
+    if scenario not in ("Server", "Offline"):
+        raise ClientError("settings.json: client.scenario is %r; known are Server, Offline" % scenario)
+    test.scenario = getattr(loadgen.TestScenario, scenario)
+    test.mode = loadgen.TestMode.AccuracyOnly if mode == "accuracy" else loadgen.TestMode.PerformanceOnly
+    code = test.FromConfig(str(user_conf), key, scenario)
+    if code != 0:
+        raise ClientError("%s: LoadGen could not read it (FromConfig returned %d)" % (user_conf, code))
+    if key not in LIMITS_MS:
+        raise ClientError("settings.json: client.model_key is %r; known are %s" % (key, ", ".join(LIMITS_MS)))
+    limits_ms = test.ttft_latency / 1e6, test.tpot_latency / 1e6
+    if not test.use_token_latencies or (scenario == "Server" and limits_ms != LIMITS_MS[key]):
+        raise ClientError(
+            "LoadGen took model key %r, scenario %s: token latencies %s, limits %g / %g ms; needed are on, %g / %g ms. "
+            "Is this mlcommons-loadgen 5.1.2?"
+            % ((key, scenario, "on" if test.use_token_latencies else "off") + limits_ms + LIMITS_MS[key])
+        )
+    return test
+
+
+def scheduled_s(test, count):
+    """Return LoadGen's arrival times, s after the first: it draws them from mt19937 and its schedule seed.
+
+    Source: mlcommons/inference loadgen (std::mt19937, std::exponential_distribution); seen equal to what 5.1.2 issues.
+    """
+    draws = np.random.RandomState(test.schedule_rng_seed & 0xFFFFFFFF)
+    words = draws.randint(0, 2**32, size=2 * count, dtype=np.uint64).astype(np.float64)
+    uniform = (words[0::2] + words[1::2] * 2.0**32) / 2.0**64
+    gaps = -np.log(1.0 - uniform) / test.server_target_qps
+    return np.concatenate([[0.0], np.cumsum(gaps)[:-1]])
+
+
+def log_values(path, *keys):
+    """Return {key: value} of LoadGen's detail log as far as it is written, and the number of error lines."""
+    found, errors = {}, 0
+    if not path.exists():
+        return found, errors
+    with open(path, errors="replace") as file:
+        for line in file:
+            errors += '"is_error": true' in line
+            if any('"key": "%s"' % key in line for key in keys):
+                try:
+                    entry = json.loads(line[line.index("{") :])
+                except ValueError:
+                    continue  # the last line may still be in the making
+                found[entry["key"]] = entry["value"]
+    return found, errors
+
+
+class Recorder(threading.Thread):
+    """Writes messages and progress; a shared file system may take its time without holding up the event loop."""
+
+    def __init__(self, run_dir, mode, detail_log):
+        super().__init__(daemon=True)
+        self.lines, self.total, self.detail_log = queue.Queue(), None, detail_log
+        self.progress = run_dir / "job" / "progress.jsonl"
+        self.prefix = "loadgen_client %s: " % mode
+
+    def log(self, text):
+        self.lines.put(text)
+
+    def run(self):
+        for line in iter(self.lines.get, None):
+            if isinstance(line, str):
+                print(self.prefix + line, flush=True)
+                continue
+            if line["total"] is None and self.total is None:
+                self.total = log_values(self.detail_log, "generated_query_count")[0].get(
+                    "generated_query_count"
+                )
+            with open(self.progress, "a") as file:
+                file.write(json.dumps(dict(line, total=line["total"] or self.total)) + "\n")
+
+    def stop(self):
+        self.lines.put(None)
+        self.join(10)
+
+
+def percentile_ms(values_s, percent):
+    """Return a percentile of seconds in ms, None of nothing."""
+    return round(float(np.percentile(values_s, percent)) * 1e3, 4) if len(values_s) else None
+
+
+def write_queries(path, rows, first_issue_s, late_s, input_tokens):
+    """Write one row a query. ttft_ms and latency_ms count from the issue; LoadGen's add the schedule's lateness."""
+    with open(path, "w", newline="") as file:
+        out = csv.writer(file)
+        names = "sample_index issue_s late_ms ttft_ms latency_ms input_tokens output_tokens status"
+        out.writerow(names.split())
+        for row, late in zip(rows, late_s):
+            index, issue_s, _, first_s, end_s, count, status = row
+            ttft_ms = "%.4f" % (1e3 * (first_s - issue_s)) if first_s else ""
+            late_ms = "" if late is None else "%.4f" % (1e3 * late)
+            times = ["%.6f" % (issue_s - first_issue_s), late_ms, ttft_ms, "%.4f" % (1e3 * (end_s - issue_s))]
+            out.writerow([index] + times + [input_tokens[index], count, status])
+
+
+class Run:
+    """One test mode from start to result."""
+
+    def __init__(self, run_dir, mode, url, settings):
+        import mlperf_loadgen
+
+        self.run_dir, self.mode, self.url, self.settings = run_dir, mode, url, settings
+        self.loadgen = mlperf_loadgen
+        self.out_dir = run_dir / "mlperf" / mode
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        old = sorted(path.name for path in self.out_dir.glob("mlperf_log_*"))
+        if old:
+            raise ClientError(
+                "%s already holds %s: a run never overwrites another" % (self.out_dir, ", ".join(old))
+            )
+        self.test = configure(mlperf_loadgen, run_dir, settings, mode)
+        # LoadGen would otherwise take an audit.config that happens to lie in the working directory.
+        self.audit = run_dir / "job" / ("audit.config" if mode == "test06" else "no_audit.config")
+        total, few = settings["total_sample_count"], settings["accuracy_sample_count"]
+        self.count = min(few, total) if mode == "accuracy" else total
+        self.target = Target(url, settings["endpoint"])
+        self.samples = prepare_samples(run_dir, settings, self.target, self.count)
+        self.recorder = Recorder(run_dir, mode, self.out_dir / "mlperf_log_detail.txt")
+        self.started_s = self.started_cpu_s = 0.0
+        self.error = None
+
+    async def main(self):
+        """Run LoadGen to its end; return the exit status."""
+        loop = asyncio.get_running_loop()
+        client = Client(
+            loop, self.loadgen, self.target, self.settings, self.samples, self.mode, self.recorder.log
+        )
+        await client.open_connections(self.settings["connections"])
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopped, client, number)
+        self.recorder.start()
+        finished = asyncio.Event()
+        self.started_s, self.started_cpu_s = time.perf_counter(), time.process_time()
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # no cycles are made while requests run; a collection would stop the loop for milliseconds
+        sys.setswitchinterval(1e-4)  # LoadGen's thread waits at most this long for the interpreter
+        client.measure_lag(self.started_s)
+        threading.Thread(
+            target=self._run_loadgen,
+            args=(client, lambda: loop.call_soon_threadsafe(finished.set)),
+            daemon=True,
+        ).start()
+        while not finished.is_set():
+            try:
+                await asyncio.wait_for(finished.wait(), 1.0)
+            except asyncio.TimeoutError:
+                self.recorder.lines.put(client.sweep())
+        self.recorder.lines.put(client.sweep())
+        for connection in list(client.connections):
+            connection.transport.abort()
+        return self._finish(client, "error" if self.error else "finished")
+
+    def _run_loadgen(self, client, report):
+        """Run the test in its own thread; LoadGen returns when every query is completed."""
+        lg = self.loadgen
+        try:
+            qsl = lg.ConstructQSL(self.count, self.count, lambda _: None, lambda _: None)
+            sut = lg.ConstructSUT(client.issue, client.flush)
+            log = lg.LogSettings()
+            log.enable_trace = False
+            log.log_output.outdir = str(self.out_dir)
+            lg.StartTestWithLogSettings(sut, qsl, self.test, log, str(self.audit))
+            lg.DestroySUT(sut)
+            lg.DestroyQSL(qsl)
+        except Exception as error:  # reported below: this thread has nobody to raise to
+            self.error = "LoadGen: %s: %s" % (type(error).__name__, error)
+        report()
+
+    def _stopped(self, client, number):
+        """SIGTERM or SIGINT: LoadGen cannot be interrupted, so write what is known and leave."""
+        name = signal.Signals(number).name
+        self.recorder.log("%s: stopping with %d requests open" % (name, len(client.active)))
+        self._finish(client, "stopped by %s" % name)
+        sys.stdout.flush()
+        os._exit(128 + number)
+
+    def _finish(self, client, status):
+        """Write client_<mode>.json and queries_<mode>.csv; return the exit status."""
+        result = self.result(client, status)
+        path = self.run_dir / "job" / ("client_%s.json" % self.mode)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        verdict = "answered" if result["valid_client"] else "INVALID: " + "; ".join(result["reasons"])
+        words = (
+            "%d of %d requests served, %d output tokens, %.1f s, client CPU %.1f s, loop lag p99 %s ms: %s"
+        )
+        self.recorder.log(
+            words
+            % (
+                result["done"],
+                result["issued"],
+                result["output_tokens"],
+                result["wall_s"],
+                result["client_cpu_s"],
+                result["loop_lag_p99_ms"],
+                verdict,
+            )
+        )
+        self.recorder.stop()
+        return 0 if result["valid_client"] else 1
+
+    def result(self, client, status):
+        """Return the result of the run; also writes the rows of the queries."""
+        rows = client.rows
+        issues = np.array(sorted(row[1] for row in rows))
+        late_s = [None] * len(rows)
+        if len(rows) and self.settings["scenario"] == "Server":
+            # Sorted issue times meet the schedule one to one; the test began when the promptest query was issued.
+            order = np.argsort([row[1] for row in rows], kind="stable")
+            behind = issues - scheduled_s(self.test, len(rows)) if status == "finished" else issues * np.nan
+            sent = np.array([row[2] or row[1] for row in rows])[order]
+            late = behind - behind.min() + (sent - issues)
+            if status == "finished":
+                for place, value in zip(order.tolist(), late.tolist()):
+                    late_s[place] = value
+        first_s = float(issues[0]) if len(issues) else 0.0
+        path = self.run_dir / "job" / ("queries_%s.csv" % self.mode)
+        write_queries(path, rows, first_s, late_s, self.samples.input_tokens)
+        known = [value for value in late_s if value is not None]
+        limit_ms = self.test.ttft_latency / 1e6 * 0.01
+        values, errors = log_values(
+            self.out_dir / "mlperf_log_detail.txt",
+            "loadgen_version",
+            "generated_query_count",
+            "result_validity",
+        )
+        failed = sum(client.kinds.values())
+        reasons = ["%d requests failed: %s" % (count, kind) for kind, count in sorted(client.kinds.items())]
+        if status != "finished":
+            reasons.append(self.error or status)
+        if errors > failed:
+            reasons.append("LoadGen's log holds %d errors, %d requests failed" % (errors, failed))
+        late_count = sum(1e3 * value > limit_ms for value in known)
+        return {
+            "mode": self.mode,
+            "scenario": self.settings["scenario"],
+            "model_key": self.settings["model_key"],
+            "url": self.url,
+            "endpoint": self.settings["endpoint"],
+            "status": status,
+            "valid_client": not reasons,
+            "reasons": reasons,
+            "issued": client.issued,
+            "done": client.done,
+            "failed": failed,
+            "outstanding": client.issued - client.done - failed,
+            "kinds": {kind: client.kinds[kind] for kind in KINDS},
+            "output_tokens": client.tokens,
+            "wall_s": round(time.perf_counter() - self.started_s, 3),
+            "client_cpu_s": round(time.process_time() - self.started_cpu_s, 3),
+            "max_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0, 1),
+            "loop_lag_p50_ms": percentile_ms(client.lags, 50),
+            "loop_lag_p99_ms": percentile_ms(client.lags, 99),
+            "loop_lag_max_ms": percentile_ms(client.lags, 100),
+            "late_p99_ms": percentile_ms(known, 99),
+            "late_max_ms": percentile_ms(known, 100),
+            "late_limit_ms": limit_ms,
+            "late_issues": late_count,
+            "client_was_late": late_count > 0,
+            "loadgen_errors": errors,
+            "loadgen_validity": values.get("result_validity"),
+            "loadgen_version": values.get("loadgen_version"),
+            "generated_query_count": values.get("generated_query_count"),
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "uvloop": getattr(sys.modules.get("uvloop"), "__version__", None),
+        }
+
+
+DEFAULTS = {
+    "max_in_flight": None,  # Offline: None means all at once
+    "stall_timeout_s": 60.0,
+    "keep_alive_s": 3.0,  # below the 5 s after which uvicorn (TensorRT-LLM's server) closes an idle connection
+    "scenario": "Server",
+    "accuracy_sample_count": 8313,
+    "connections": 8,
+    "request_timeout_s": 600.0,
+}
+REQUIRED = ("endpoint", "model", "model_key", "user_conf", "total_sample_count", "data_set")
+
+
+def read_settings(run_dir):
+    """Return the "client" mapping of RUN/job/settings.json with defaults filled in."""
+    path = run_dir / "job" / "settings.json"
+    try:
+        given = json.loads(path.read_text())["client"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ClientError("%s: cannot read the mapping 'client': %r" % (path, error)) from None
+    missing = [key for key in REQUIRED if key not in given]
+    if missing:
+        raise ClientError("%s: client lacks %s" % (path, ", ".join(missing)))
+    return dict(DEFAULTS, **given)
+
+
+def new_event_loop():
+    """Return uvloop's event loop where installed, asyncio's otherwise."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+def main(arguments=None):
+    """Run one test mode; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--test-mode", choices=MODES, required=True)
+    parser.add_argument("--url", required=True, help="http://HOST:PORT of the server")
+    options = parser.parse_args(arguments)
+    run_dir = options.run_dir.resolve()
+    loop = new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        run = Run(run_dir, options.test_mode, options.url, read_settings(run_dir))
+        return loop.run_until_complete(run.main())
+    except (ClientError, OSError) as error:
+        print("loadgen_client: refused to start: %s" % error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # LoadGen's and the recorder's threads have nothing left to say

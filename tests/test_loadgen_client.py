@@ -1,0 +1,482 @@
+"""The measuring client against a real server on loopback, under real LoadGen.
+
+LoadGen reads its built-in configuration once in a process, so every run is a process of its own.
+"""
+
+import asyncio
+import csv
+import hashlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+CLIENT = Path(__file__).parents[1] / "disagg_lib" / "loadgen_client.py"
+LENGTHS = [(20 + index % 7, 5 + index % 4) for index in range(600)]
+
+
+def event(message) -> bytes:
+    return b"data: " + (message if isinstance(message, bytes) else json.dumps(message).encode()) + b"\n\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+class Server:
+    """A small streaming server on a free loopback port, in a thread of its own.
+
+    plan(n) names what the n-th completion request gets: "ok" or a fault. It differs from trtllm-serve in that
+    its text is made up; its ids are 1000, 1001, ...
+    """
+
+    HEAD = b"HTTP/1.1 200 OK\r\ncOnTeNt-TyPe: text/event-stream\r\nTRANSFER-encoding: Chunked\r\n\r\n"
+
+    def __init__(self, plan=lambda n: "ok", step_s=0.002, with_ids=True):
+        self.plan, self.step_s, self.with_ids = plan, step_s, with_ids
+        self.bodies, self.connections, self.asked = [], 0, 0
+        self.loop = asyncio.new_event_loop()
+        self.started = threading.Event()
+        self.thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        assert self.started.wait(5)
+        return self
+
+    def __exit__(self, *_):
+        self.loop.call_soon_threadsafe(self.stop.set)
+        self.thread.join(5)
+
+    def _run(self):
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_until_complete(self._serve())
+        self.loop.close()
+
+    async def _serve(self):
+        self.stop = asyncio.Event()
+        self.server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        self.started.set()
+        await self.stop.wait()
+        self.server.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _connection(self, reader, writer):
+        self.connections += 1
+        try:
+            while await self._request(reader, writer):
+                await writer.drain()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+    async def _request(self, reader, writer):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next(
+            int(line.split(b":")[1])
+            for line in head.split(b"\r\n")
+            if line.lower().startswith(b"content-length")
+        )
+        body = json.loads(await reader.readexactly(length))
+        self.bodies.append(body)
+        what = self.plan(self.asked)
+        self.asked += 1
+        return await self._answer(writer, body, what)
+
+    async def _answer(self, writer, body, what):
+        if what in ("429", "500", "400"):
+            text = b'{"error": "told to"}'
+            writer.write(
+                b"HTTP/1.1 %s Told\r\nContent-Length: %d\r\n\r\n%s" % (what.encode(), len(text), text)
+            )
+            return True
+        if what == "silent":
+            await asyncio.sleep(60)
+        if what == "not_http":
+            writer.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
+            return False
+        if what == "stop_listening":
+            self.server.close()
+        count = {"short": 1, "empty": 0}.get(what, body["max_tokens"])
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" + self.HEAD + chunk(b": hello\n\n"))
+        for n in range(count):
+            if what in ("cut", "cut_politely", "stalled", "error_event") and n == 3:
+                break
+            choice = {"index": 0, "text": f" t{n}"}
+            if self.with_ids:
+                choice["token_ids"] = [1000 + n]
+            writer.write(chunk(event({"choices": [choice]})))
+            await asyncio.sleep(self.step_s)
+        if what == "stalled":
+            await asyncio.sleep(60)
+        if what == "cut":
+            return False
+        if what == "error_event":
+            writer.write(chunk(event({"error": {"message": "told to"}})))
+        elif what != "cut_politely":
+            said = count + 1 if what == "mismatch" else count
+            if what != "no_usage":
+                writer.write(chunk(event({"choices": [], "usage": {"completion_tokens": said}})))
+            writer.write(chunk(event(b"[DONE]")))
+        writer.write(b"0\r\n\r\n")
+        return True
+
+
+def make_run(folder: Path, qps=150, count=100, **client) -> Path:
+    (folder / "job").mkdir(parents=True)
+    settings = {
+        "endpoint": "/v1/completions",
+        "model": "m",
+        "model_key": "llama3_1-405b-interactive",
+        "scenario": "Server",
+        "user_conf": "user.conf",
+        "total_sample_count": 500,
+        "accuracy_sample_count": 16,
+        "data_set": {"kind": "synthetic", "lengths": "job/lengths.csv"},
+        "max_output_tokens": 2000,
+        "min_output_tokens": 1,
+        "temperature": 1.0,
+        "top_p": 0.001,
+        "top_k": 1,
+        "request_timeout_s": 20,
+        "connections": 8,
+    }
+    (folder / "job/settings.json").write_text(json.dumps({"client": {**settings, **client}}))
+    with open(folder / "job/lengths.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("input_tokens", "output_tokens"), *LENGTHS])
+    (folder / "user.conf").write_text(
+        f"*.Server.target_qps = {qps}\n*.Server.min_duration = 100\n*.Server.min_query_count = {count}\n"
+        "*.Server.sample_concatenate_permutation = 0\n"
+    )
+    return folder
+
+
+def command(run, url, mode="performance"):
+    return [sys.executable, str(CLIENT), "--run-dir", str(run), "--test-mode", mode, "--url", url]
+
+
+def run_client(run, url, mode="performance"):
+    done = subprocess.run(command(run, url, mode), capture_output=True, text=True, timeout=60, cwd="/")
+    path = run / "job" / f"client_{mode}.json"
+    return done, json.loads(path.read_text()) if path.exists() else None
+
+
+def detail(run, mode="performance"):
+    lines = (run / "mlperf" / mode / "mlperf_log_detail.txt").read_text().splitlines()
+    return [json.loads(line[line.index("{") :]) for line in lines]
+
+
+def value(run, key, mode="performance"):
+    return next(entry["value"] for entry in detail(run, mode) if entry["key"] == key)
+
+
+def error_lines(run, mode="performance"):
+    return [entry["value"] for entry in detail(run, mode) if entry["metadata"]["is_error"]]
+
+
+@pytest.fixture(scope="module")
+def clean_run(tmp_path_factory):
+    run = make_run(tmp_path_factory.mktemp("a run") / "with $(x) ;'q'")
+    with Server() as server:
+        done, result = run_client(run, server.url)
+    return run, done, result, server
+
+
+def test_fault_free_run_ends_with_status_0_and_no_error_in_loadgens_log(clean_run):
+    run, done, result, _ = clean_run
+    assert (done.returncode, done.stderr) == (0, "")
+    assert error_lines(run) == []
+    assert result["valid_client"] and result["failed"] == 0 and result["done"] == result["issued"] == 100
+
+
+def test_loadgen_gets_the_true_number_of_tokens(clean_run):
+    run, _, result, server = clean_run
+    assert result["output_tokens"] == sum(body["max_tokens"] for body in server.bodies)
+    seconds = result["output_tokens"] / value(run, "result_completed_tokens_per_second")
+    assert 0.3 < seconds < 5
+
+
+def test_interactive_limits_stand_in_the_log(clean_run):
+    run = clean_run[0]
+    assert value(run, "requested_server_ttft_latency") == 4_500_000_000
+    assert value(run, "requested_server_tpot_latency") == 80_000_000
+
+
+def test_request_is_what_the_benchmark_sends(clean_run):
+    body = clean_run[3].bodies[0]
+    expected = {"model": "m", "temperature": 1.0, "top_p": 0.001, "top_k": 1, "stream": True}
+    assert {key: body[key] for key in expected} == expected
+    assert body["stream_options"] == {"include_usage": True}
+    assert (len(body["prompt"]), body["max_tokens"]) in LENGTHS
+    assert body["min_tokens"] == body["max_tokens"]
+    assert all(0 <= token < 128256 for token in body["prompt"])
+
+
+def test_prompts_differ_and_repeat_from_run_to_run(clean_run, tmp_path):
+    first = {json.dumps(body["prompt"]) for body in clean_run[3].bodies}
+    assert len(first) > 80  # 100 draws from 500 samples, each sample its own prompt
+    with Server() as server:
+        run_client(make_run(tmp_path / "run"), server.url)
+    assert {json.dumps(body["prompt"]) for body in server.bodies} == first
+
+
+def test_progress_is_cumulative_and_knows_the_total(clean_run):
+    lines = [json.loads(line) for line in (clean_run[0] / "job/progress.jsonl").read_text().splitlines()]
+    assert lines[-1]["done"] == lines[-1]["total"] == 100
+    assert [line["tokens"] for line in lines] == sorted(line["tokens"] for line in lines)
+    assert set(lines[0]) == {"time_s", "mode", "issued", "done", "failed", "outstanding", "tokens", "total"}
+
+
+def test_queries_table_has_a_row_for_each_query(clean_run):
+    with open(clean_run[0] / "job/queries_performance.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 100 and {row["status"] for row in rows} == {"ok"}
+    for row in rows:
+        lengths = LENGTHS[int(row["sample_index"])]
+        assert (int(row["input_tokens"]), int(row["output_tokens"])) == lengths
+        assert 0 < float(row["ttft_ms"]) < float(row["latency_ms"])
+        assert float(row["late_ms"]) >= 0
+
+
+def test_rows_agree_with_loadgens_ttft(clean_run):
+    with open(clean_run[0] / "job/queries_performance.csv", newline="") as file:
+        seen = [float(row["ttft_ms"]) + float(row["late_ms"]) for row in csv.DictReader(file)]
+    loadgen_ms = value(clean_run[0], "result_first_token_mean_latency_ns") / 1e6
+    assert sum(seen) / len(seen) == pytest.approx(loadgen_ms, abs=1.5)
+
+
+def test_issue_times_follow_loadgens_schedule(clean_run):
+    # The client computes LoadGen's arrivals from its seed; were they wrong, lateness would be tens of ms.
+    assert clean_run[2]["late_p99_ms"] < 25
+
+
+def test_accuracy_run_logs_int32_ids_of_every_sample(tmp_path):
+    run = make_run(tmp_path / "run")
+    with Server() as server:
+        done, result = run_client(run, server.url, "accuracy")
+    assert done.returncode == 0 and error_lines(run, "accuracy") == []
+    entries = json.loads((run / "mlperf/accuracy/mlperf_log_accuracy.json").read_text())
+    assert sorted(entry["qsl_idx"] for entry in entries) == list(range(16))
+    for entry in entries:
+        count = LENGTHS[entry["qsl_idx"]][1]
+        ids = memoryview(bytes.fromhex(entry["data"])).cast("i").tolist()
+        assert ids == list(range(1000, 1000 + count)) and entry["token_count"] == count
+        assert bytes.fromhex(entry["token_data"]) == (1000).to_bytes(4, "little")
+
+
+FAULTS = {
+    "429": "http_429",
+    "400": "http_4xx",
+    "500": "http_5xx",
+    "cut": "cut",
+    "cut_politely": "cut",
+    "error_event": "server_error",
+    "empty": "empty",
+    "short": "short",
+    "not_http": "protocol",
+    "silent": "timeout",
+    "stalled": "stalled",
+}
+
+
+def test_counts_by_kind_equal_what_was_injected(tmp_path):
+    faults = list(FAULTS)
+    plan = lambda n: faults[n // 5 % len(faults)] if n % 5 == 4 else "ok"  # noqa: E731
+    run = make_run(tmp_path / "run", count=110, request_timeout_s=3, stall_timeout_s=1.0)
+    with Server(plan) as server:
+        done, result = run_client(run, server.url)
+    assert done.returncode == 1
+    assert {kind: count for kind, count in result["kinds"].items() if count} == {
+        **{kind: 2 for kind in FAULTS.values()},
+        "cut": 4,
+    }
+    assert result["done"] == 88 and result["failed"] == 22 and result["outstanding"] == 0
+    assert not result["valid_client"] and "2 requests failed: stalled" in result["reasons"]
+    assert (
+        len(error_lines(run)) == 22
+    )  # one in LoadGen's log for each failed request: a checker refuses the run
+    assert result["loadgen_errors"] == 22
+    with open(run / "job/queries_performance.csv", newline="") as file:
+        statuses = [row["status"] for row in csv.DictReader(file)]
+    assert statuses.count("ok") == 88 and statuses.count("http_429") == 2
+
+
+def test_server_that_goes_away_mid_run_fails_requests_and_not_the_client(tmp_path):
+    def plan(n):
+        return "stop_listening" if n == 30 else "cut" if n > 30 else "ok"
+
+    run = make_run(tmp_path / "run")
+    with Server(plan) as server:
+        done, result = run_client(run, server.url)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert result["kinds"]["refused"] > 20
+    assert result["done"] + result["failed"] == result["issued"] == 100
+
+
+def test_count_and_usage_that_disagree_are_a_failure_in_accuracy(tmp_path):
+    run = make_run(tmp_path / "run")
+    with Server(lambda n: "mismatch" if n == 3 else "ok") as server:
+        done, result = run_client(run, server.url, "accuracy")
+    assert done.returncode == 1 and result["kinds"]["count_mismatch"] == 1
+
+
+def test_ids_give_the_count_where_usage_is_missing(tmp_path):
+    run = make_run(tmp_path / "run", count=20)
+    with Server(lambda n: "no_usage") as server:
+        done, result = run_client(run, server.url)
+    assert done.returncode == 0
+    assert result["output_tokens"] == sum(body["max_tokens"] for body in server.bodies)
+
+
+def test_text_without_usage_is_not_counted_by_chunks(tmp_path):
+    run = make_run(tmp_path / "run", count=20)
+    with Server(lambda n: "no_usage", with_ids=False) as server:
+        done, result = run_client(run, server.url)
+    assert done.returncode == 1 and result["kinds"]["no_count"] == 20 and result["output_tokens"] == 0
+
+
+def test_text_without_ids_fails_an_accuracy_run_that_has_no_tokenizer(tmp_path):
+    run = make_run(tmp_path / "run")
+    with Server(with_ids=False) as server:
+        done, result = run_client(run, server.url, "accuracy")
+    assert done.returncode == 1 and result["kinds"]["no_ids"] == 16
+
+
+def test_text_becomes_ids_through_the_tokenizer(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"t{n}": 50 + n for n in range(20)}
+    tokenizer = Tokenizer(models.WordLevel({**words, "?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    run = make_run(tmp_path / "run", tokenizer=str(tmp_path / "tokenizer.json"))
+    with Server(with_ids=False) as server:
+        done, _ = run_client(run, server.url, "accuracy")
+    assert done.returncode == 0 and error_lines(run, "accuracy") == []
+    for entry in json.loads((run / "mlperf/accuracy/mlperf_log_accuracy.json").read_text()):
+        ids = memoryview(bytes.fromhex(entry["data"])).cast("i").tolist()
+        assert ids == list(range(50, 50 + LENGTHS[entry["qsl_idx"]][1]))
+
+
+def test_chat_endpoint_gets_empty_messages_and_prompt_token_ids(tmp_path):
+    run = make_run(tmp_path / "run", count=10, endpoint="/v1/chat/completions")
+    with Server() as server:
+        done, _ = run_client(run, server.url + "/v1")
+    assert done.returncode == 0
+    assert server.bodies[0]["messages"] == [] and len(server.bodies[0]["prompt_token_ids"]) >= 20
+
+
+def test_connections_are_reused(clean_run):
+    assert clean_run[3].connections < 60
+
+
+def test_second_run_in_the_same_folder_is_refused(clean_run):
+    run = clean_run[0]
+    before = (run / "mlperf/performance/mlperf_log_detail.txt").read_bytes()
+    done, _ = run_client(run, "http://127.0.0.1:9")
+    assert done.returncode == 2 and "already holds mlperf_log_accuracy.json" in done.stderr
+    assert (run / "mlperf/performance/mlperf_log_detail.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_key": "llama3.1-405b"}, "known are llama3_1-405b-interactive"),
+        ({"scenario": "Interactive"}, "known are Server, Offline"),
+        ({"user_conf": "absent.conf"}, "FromConfig returned -2"),
+        ({"total_sample_count": 601}, "600 rows, needed are 601"),
+        ({"data_set": {"kind": "other"}}, "known are synthetic, pickle"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_runs(tmp_path, change, message):
+    run = make_run(tmp_path / "run", **change)
+    done, result = run_client(run, "http://127.0.0.1:9")
+    assert done.returncode == 2 and message in done.stderr and result is None
+
+
+def test_missing_settings_name_the_key(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "job/settings.json").write_text('{"client": {"model": "m"}}')
+    done, _ = run_client(run, "http://127.0.0.1:9")
+    assert done.returncode == 2 and "client lacks endpoint, model_key" in done.stderr
+
+
+def test_endpoint_that_refuses_connections_is_named_before_the_run(tmp_path):
+    done, _ = run_client(make_run(tmp_path / "run"), "http://127.0.0.1:9")
+    assert done.returncode == 2 and "127.0.0.1:9 does not accept connections" in done.stderr
+
+
+def test_sigterm_stops_with_a_message_and_what_is_known(tmp_path):
+    run = make_run(tmp_path / "run", qps=20, count=400)
+    with Server() as server:
+        process = subprocess.Popen(command(run, server.url), stdout=subprocess.PIPE, text=True)
+        while server.asked < 10:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=10)
+    result = json.loads((run / "job/client_performance.json").read_text())
+    assert process.returncode == 128 + signal.SIGTERM and "SIGTERM: stopping" in out
+    assert result["status"] == "stopped by SIGTERM" and not result["valid_client"]
+    assert result["done"] >= 5
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickle_is_not_opened_unless_known_or_trusted(tmp_path):
+    path = tmp_path / "data.pkl"
+    path.write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    data_set = {"kind": "pickle", "path": str(path), "sha256": None, "trust": False}
+    done, _ = run_client(make_run(tmp_path / "a", data_set=data_set), "http://127.0.0.1:9")
+    assert done.returncode == 2 and digest in done.stderr and "runs code" in done.stderr
+    data_set.update(sha256="0" * 64, trust=True)
+    done, _ = run_client(make_run(tmp_path / "b", data_set=data_set), "http://127.0.0.1:9")
+    assert done.returncode == 2 and "another or a damaged file" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickle_prompts_are_sent_as_they_are(tmp_path):
+    import pandas as pd
+
+    frame = pd.DataFrame({"tok_input": [[5, 6, 7 + n] for n in range(16)], "gt_output": ["x"] * 16})
+    frame.to_pickle(tmp_path / "data.pkl")
+    digest = hashlib.sha256((tmp_path / "data.pkl").read_bytes()).hexdigest()
+    data_set = {"kind": "pickle", "path": str(tmp_path / "data.pkl"), "sha256": digest, "trust": False}
+    run = make_run(tmp_path / "run", data_set=data_set, total_sample_count=16, max_output_tokens=9)
+    with Server() as server:
+        done, _ = run_client(run, server.url, "accuracy")
+    assert done.returncode == 0, done.stderr
+    assert sorted(body["prompt"] for body in server.bodies) == [[5, 6, 7 + n] for n in range(16)]
+    assert {(body["min_tokens"], body["max_tokens"]) for body in server.bodies} == {(1, 9)}
+
+
+def test_client_runs_on_plain_asyncio(tmp_path):
+    (tmp_path / "uvloop.py").write_text("raise ImportError('not here')\n")
+    run = make_run(tmp_path / "run", count=20)
+    with Server() as server:
+        done = subprocess.run(
+            command(run, server.url),
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            timeout=60,
+        )
+    result = json.loads((run / "job/client_performance.json").read_text())
+    assert done.returncode == 0 and result["uvloop"] is None
