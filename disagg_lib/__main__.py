@@ -1,0 +1,5 @@
+"""python -m disagg_lib"""
+
+from .pipeline import main
+
+main(prog_name="python -m disagg_lib")

@@ -1,0 +1,463 @@
+"""What runs beside the servers inside the job: phases, host names, readiness, watchdog, the reason of a failure.
+
+The job script calls it step by step; it is copied into the run folder and needs Python 3.8 and its standard
+library only. It reads job/settings.json and keeps its state in files below job/:
+
+    phases.jsonl    one line as each phase begins: {"time_s": ..., "phase": "..."}
+    nodes.txt       the job's node names, in order         addresses.txt   name host port, one server a line
+    exit/NAME       exit status of a step that has ended   reason.txt      why the job failed, once known
+"""
+
+import http.client
+import json
+import os
+import re
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+JOB = Path(__file__).resolve().parent
+RUN = JOB.parent
+POLL_S = 0.25
+PORT_STEP, PORT_TRIES = 100, 50  # a rehearsal beside another one moves all its ports by this much
+
+
+class Failed(Exception):
+    """The job cannot go on; the message is the reason."""
+
+
+def settings():
+    return json.loads((JOB / "settings.json").read_text())
+
+
+# -- phases and the reason of a failure
+
+
+def phases():
+    path = JOB / "phases.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def phase(name):
+    line = json.dumps({"time_s": round(time.time(), 3), "phase": name})
+    with (JOB / "phases.jsonl").open("a") as file:
+        file.write(line + "\n")
+    print(f"phase {name}", flush=True)
+
+
+def admit():
+    """Refuse a folder that was used before; a job that Slurm started again says so in its phases."""
+    seen = phases()
+    if not seen:
+        return
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    reason = f"refused: this run folder was used before (phase {seen[-1]['phase']}; restart {restarts}). Make a new run"
+    if not ended(seen) and restarts != "0":
+        phase("failed: " + reason)
+    raise Failed(reason)
+
+
+def ended(seen):
+    return bool(seen) and (seen[-1]["phase"] == "done" or seen[-1]["phase"].startswith("failed"))
+
+
+def give_reason(text):
+    """Keep the first reason: later ones are its consequences."""
+    path = JOB / "reason.txt"
+    if not path.exists():
+        path.write_text(text + "\n")
+
+
+def signal_reason(name):
+    limit_s = settings()["time_limit_s"]
+    elapsed_s = time.time() - phases()[0]["time_s"] if phases() else 0.0
+    during = next((p["phase"] for p in reversed(phases()) if p["phase"] != "teardown"), "start")
+    if "SLURM_JOB_ID" in os.environ and elapsed_s > limit_s - 180:
+        return f"time limit: {elapsed_s:.0f} s of {limit_s} s gone during {during}. Raise time_limit"
+    return f"cancelled (signal {name}) during {during}, after {elapsed_s:.0f} s"
+
+
+def finish(status):
+    """The last line of phases.jsonl, and the job's exit status."""
+    reason = JOB / "reason.txt"
+    if status == 0 and not reason.exists():
+        phase("done")
+        return 0
+    text = reason.read_text().strip() if reason.exists() else f"the job script ended with status {status}"
+    phase("failed: " + text)
+    return status or 1
+
+
+# -- the nodes of the job
+
+
+def node_names(count):
+    """The job's nodes in Slurm's own words; in a local job every node is this machine."""
+    if settings()["launcher"] == "local":
+        return ["127.0.0.1"] * count
+    done = subprocess.run(
+        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]],
+        stdout=subprocess.PIPE,
+        universal_newlines=True,
+        timeout=60,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+def free_port_offset(ports):
+    """The first offset at which every port is free on the loopback address."""
+    for offset in range(0, PORT_STEP * PORT_TRIES, PORT_STEP):
+        try:
+            for port in ports:
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", port + offset))
+        except (OSError, OverflowError):
+            continue
+        return offset
+    raise Failed(
+        f"no {len(ports)} free ports near {ports[0]} and {ports[-1]}. End what listens there, or set server_port, worker_port"
+    )
+
+
+def bind():
+    """Put the real node names (and, in a local job, free ports) where config.yaml has placeholders."""
+    s = settings()
+    names = node_names(s["node_count"])
+    if len(names) < s["node_count"]:
+        raise Failed(f"bind: the job has {len(names)} nodes ({', '.join(names)}), needed {s['node_count']}")
+    (JOB / "nodes.txt").write_text("".join(name + "\n" for name in names))
+    if not s["servers"]:
+        return
+    orchestrator = {"name": "orchestrator", "node": 0, "port": s["server_port"]}
+    everything = [orchestrator] + s["servers"]
+    offset = free_port_offset([x["port"] for x in everything]) if s["launcher"] == "local" else 0
+    (JOB / "addresses.txt").write_text(
+        "".join(f"{x['name']} {names[x['node']]} {x['port'] + offset}\n" for x in everything)
+    )
+
+    def address(match):
+        return f"{names[int(match[1])]}:{int(match[2]) + offset}"
+
+    lines = []
+    # Only these three lines name nodes: a path that happens to hold NODE_1 stays as it is.
+    for line in (RUN / "config.yaml").read_text().splitlines():
+        if line.startswith("hostname: "):
+            line = f"hostname: {names[0]}"
+        elif line.startswith("port: "):
+            line = f"port: {s['server_port'] + offset}"
+        elif line.startswith("  urls: "):
+            line = re.sub(r"NODE_(\d+):(\d+)", address, line)
+        lines.append(line)
+    (JOB / "config.bound.yaml").write_text("\n".join(lines) + "\n")
+    print(f"nodes: {' '.join(names)}", flush=True)
+
+
+def addresses():
+    """name -> (host, port) of the orchestrator and every server."""
+    rows = (line.split() for line in (JOB / "addresses.txt").read_text().splitlines())
+    return {name: (host, int(port)) for name, host, port in rows}
+
+
+# -- deaths
+
+
+def exit_status(name):
+    """Exit status of a step, or None while it runs."""
+    path = JOB / "exit" / name
+    text = path.read_text().strip() if path.exists() else ""
+    return int(text) if text else None
+
+
+def last_lines(path, count=3, mark=None):
+    """The last lines of a log, or of one rank in it: what a person would look at first."""
+    if not path.exists():
+        return "(no log)"
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 200_000))
+        lines = file.read().decode(errors="replace").splitlines()
+    if mark is not None:
+        lines = [line for line in lines if line.lstrip().startswith(mark)] or lines
+    return " | ".join(line.strip()[-300:] for line in lines[-count:] if line.strip()) or "(empty log)"
+
+
+def dead_rank(log, first_rank=0):
+    """The first rank that a launcher reported as ended with an error, or None."""
+    pattern = re.compile(
+        r"(?:srun: error: \S+: tasks? (\d+)|job_agent: rank (\d+)).*?(?:[Ee]xited|ended|[Kk]illed|[Tt]erminated|[Aa]borted|dumped|fault)"
+    )
+    if log.exists():
+        with log.open(errors="replace") as file:
+            for line in file:
+                match = pattern.search(line)
+                if match:
+                    return int(match[1]) + first_rank if match[1] else int(match[2])
+    return None
+
+
+def death(step, status):
+    """A sentence about a step of servers that has ended."""
+    if step == "orchestrator":
+        return f"the orchestrator ended with status {status}: {last_lines(RUN / 'logs/output_server.log')}"
+    log = RUN / "logs/output_workers.log"
+    servers = settings()["servers"]
+    own = next((s for s in servers if s["name"] == step), None)
+    rank = dead_rank(log, own["ranks"][0] if own else 0)
+    server = own or next((s for s in servers if rank in s["ranks"]), None)
+    if server is None:
+        return f"the servers' step ended with status {status}: {last_lines(log)}"
+    rank = server["ranks"][0] if rank not in server["ranks"] else rank
+    node = (
+        (JOB / "nodes.txt")
+        .read_text()
+        .split()[server["nodes"][server["ranks"].index(rank) * len(server["nodes"]) // len(server["ranks"])]]
+    )
+    return (
+        f"{server['role']} server {server['name']} (rank {rank}, node {node}) ended with status {status}: "
+        f"{last_lines(log, mark=f'{rank}:')}"
+    )
+
+
+def refuse_dead_servers():
+    """Servers run until teardown: one that has ended, with any status, ends the job."""
+    for path in sorted((JOB / "exit").glob("*"), key=lambda p: p.stat().st_mtime):
+        status = exit_status(path.name)
+        if status is not None and not path.name.startswith(("client_", "container")):
+            raise Failed(death(path.name, status))
+
+
+def await_step(name):
+    """Wait for a step that ends by itself."""
+    while exit_status(name) is None:
+        time.sleep(POLL_S)
+    if exit_status(name):
+        raise Failed(
+            f"{name} ended with status {exit_status(name)}: {last_lines(RUN / 'logs' / (name + '.log'))}"
+        )
+
+
+# -- readiness
+
+
+def http_status(host, port, path="/health", timeout_s=5.0):
+    """Status of a GET, or None when nothing answers."""
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def complete(host, port, timeout_s):
+    """One short completion; returns None, or what was wrong with it."""
+    body = {
+        "model": settings()["client"]["model"],
+        "prompt": list(range(1000, 1032)),
+        "max_tokens": 4,
+        "min_tokens": 4,
+        "stream": True,
+    }
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        text = answer.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        connection.close()
+    if answer.status != 200:
+        return f"status {answer.status}: {text[:200]}"
+    if '"choices"' not in text or "[DONE]" not in text:
+        return f"200, but no tokens: {text[:200]!r}"
+    return None
+
+
+def complete_all(host, port, count, timeout_s):
+    """`count` completions at once: an orchestrator that takes its servers in turn reaches each of them."""
+    problems = [None] * count
+
+    def one(i):
+        problems[i] = complete(host, port, timeout_s)
+
+    threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        refuse_dead_servers()
+        time.sleep(POLL_S)
+    return next((p for p in problems if p), None)
+
+
+def ready():
+    """Ready: the orchestrator says 200, so does every server, and tokens came back through all of them."""
+    s = settings()
+    if not s["servers"]:
+        host, port = re.match(r"http://([^:]+):(\d+)", s["endpoint_url"]).groups()
+        targets, waves = {"endpoint": (host, int(port))}, 1
+    else:
+        targets = addresses()
+        waves = max(sum(x["role"] == role for x in s["servers"]) for role in ("context", "generation"))
+    gate = next(iter(targets))
+    host, port = targets[gate]
+    deadline = time.monotonic() + s["load_timeout_s"]
+    problem = "nothing answers yet"
+    while time.monotonic() < deadline:
+        refuse_dead_servers()
+        status = http_status(host, port)
+        if status == 200:
+            deaf = (
+                [name for name, (h, p) in targets.items() if http_status(h, p) != 200] if s["servers"] else []
+            )
+            remaining_s = max(1.0, min(s["stall_timeout_s"], deadline - time.monotonic()))
+            problem = (
+                f"no 200 from {', '.join(deaf)}" if deaf else complete_all(host, port, waves, remaining_s)
+            )
+            if problem is None:
+                print(f"ready: {waves} completions came back through {len(targets)} servers", flush=True)
+                return
+        else:
+            problem = f"{gate} {host}:{port} /health: " + (
+                "nothing answers" if status is None else f"status {status}"
+            )
+        time.sleep(1.0)
+    raise Failed(f"not ready after load_timeout_s = {s['load_timeout_s']} s: {problem}")
+
+
+# -- the watchdog
+
+
+def last_progress():
+    """The newest complete line of progress.jsonl, or None."""
+    path = JOB / "progress.jsonl"
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = file.read().split(b"\n")[:-1]
+    return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None
+
+
+def watch(mode):
+    """Follow the client of one test mode to its end; a stall or a dead server ends the job."""
+    s = settings()
+    stall_s = s["stall_timeout_s"]
+    moved, seen = time.monotonic(), None
+    while True:
+        status = exit_status("client_" + mode)
+        if status is not None:
+            if status:
+                log = RUN / "logs" / f"mlperf_benchmark_{mode}.log"
+                raise Failed(f"the {mode} client ended with status {status}: {last_lines(log)}")
+            return
+        refuse_dead_servers()
+        progress = last_progress()
+        if progress is not None and progress["mode"] == mode:
+            counts = (progress["done"], progress["tokens"])
+            if counts != seen or not progress["outstanding"]:
+                moved, seen = time.monotonic(), counts
+        still_s = time.monotonic() - moved
+        if still_s > (stall_s if seen else max(stall_s, 600)):
+            what = f"{progress['outstanding']} queries open" if seen else "the client has not begun"
+            done = f"{progress['done']} done, {progress['tokens']} tokens" if seen else "no query"
+            raise Failed(
+                f"stalled: no token for {still_s:.0f} s (stall_timeout_s = {stall_s}) with {what}; {done} so far"
+            )
+        time.sleep(POLL_S)
+
+
+# -- srun's place in a local job
+
+
+def ranks(count, first, command):
+    """Run `count` copies of a command here, as srun would: rank in SLURM_PROCID, labelled lines, all end with one."""
+    label = first != "-"
+    offset = int(first) if label else 0
+    processes, open_pipes, partial = [], selectors.DefaultSelector(), {}
+    for rank in range(count):
+        environment = dict(os.environ, SLURM_PROCID=str(rank), SLURM_NTASKS=str(count))
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        processes.append(process)
+        partial[rank] = b""
+        open_pipes.register(process.stdout, selectors.EVENT_READ, rank)
+
+    def end_all(*_):
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+
+    signal.signal(signal.SIGTERM, end_all)
+    parent, status, output = os.getppid(), 0, sys.stdout.buffer
+    while open_pipes.get_map():
+        for key, _ in open_pipes.select(timeout=POLL_S):
+            chunk = os.read(key.fd, 65536)
+            rank = key.data
+            if not chunk:
+                open_pipes.unregister(key.fileobj)
+            lines = (partial[rank] + (chunk or b"\n" * bool(partial[rank]))).split(b"\n")
+            partial[rank] = lines.pop()
+            prefix = b"%d: " % (rank + offset) if label else b""
+            output.writelines(prefix + line + b"\n" for line in lines)
+            output.flush()
+        for rank, process in enumerate(processes):
+            if process.poll() and not status:
+                status = process.returncode if process.returncode > 0 else 128 - process.returncode
+                output.write(b"job_agent: rank %d ended with status %d\n" % (rank + offset, status))
+                output.flush()
+                end_all()
+        if os.getppid() != parent:  # the job script is gone, and nobody will end the servers
+            end_all()
+    return status or max(abs(process.wait()) for process in processes)
+
+
+def main(arguments):
+    command, rest = arguments[0], arguments[1:]
+    try:
+        if command == "phase":
+            phase(rest[0])
+        elif command == "admit":
+            admit()
+        elif command == "bind":
+            bind()
+        elif command == "await":
+            await_step(rest[0])
+        elif command == "ready":
+            ready()
+        elif command == "watch":
+            watch(rest[0])
+        elif command == "ranks":
+            return ranks(int(rest[0]), rest[1], rest[2:])
+        elif command == "reason":
+            give_reason(signal_reason(rest[1]))
+        elif command == "finish":
+            return finish(int(rest[0]))
+        else:
+            raise SystemExit(f"job_agent.py: no command {command!r}")
+    except Failed as failure:
+        print(f"failed: {failure}", flush=True)
+        if command != "admit":
+            give_reason(str(failure))
+        return 1
+    except (OSError, subprocess.SubprocessError, KeyError, ValueError) as error:
+        give_reason(f"job_agent.py {command}: {type(error).__name__}: {error}")
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,76 @@
+"""Experiment -> the text of the job script: for Slurm's sbatch, or for bash on this machine."""
+
+import shlex
+import sys
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from .experiment import Experiment, Server, topology_arithmetic
+
+
+def _environment_variables(e: Experiment) -> list[tuple[str, str]]:
+    """What the servers are told through the environment; TensorRT-LLM, facts of the v5.1 runs."""
+    if e.engine == "external":
+        return []
+    if e.engine == "rehearsal":
+        return [
+            ("REHEARSAL_TIME_SCALE", str(e.rehearsal_time_scale)),
+            ("REHEARSAL_FAULT", e.fault),
+            # Five servers share a laptop: none may start a thread a core.
+            ("OMP_NUM_THREADS", "1"),
+            ("PYTHONUNBUFFERED", "1"),
+        ]
+    variables = [
+        ("TLLM_LOG_LEVEL", "INFO"),
+        ("TRTLLM_ENABLE_PDL", "1"),
+        ("TRTLLM_SERVER_DISABLE_GC", "1"),
+        ("TRTLLM_WORKER_DISABLE_GC", "1"),
+        ("NCCL_GRAPH_MIXING_SUPPORT", "0"),
+    ]
+    if e.trtllm_dialect == "v5.1":
+        # This release chooses the KV transport by environment alone.
+        variables.append((f"TRTLLM_USE_{e.transfer_backend}_KVCACHE", "1"))
+        if any(len(server.nodes) > 1 for server in e.servers):
+            variables.append(("TRTLLM_MNNVL_AR_ENABLED", "1"))
+    if e.container == "pyxis":
+        variables.append(("ENROOT_ALLOW_DEV", "yes"))
+    return variables
+
+
+def make_job_script(e: Experiment, python: str = sys.executable) -> str:
+    """The whole job script; every value from a parameter is quoted for the shell.
+
+    Parameters
+    ----------
+    python : interpreter of a rehearsal's servers and client and of anything local; a cluster run uses
+        the nodes' own `python3`.
+    """
+    environment = Environment(
+        loader=PackageLoader("disagg_lib"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        comment_start_string="{##",  # bash writes ${#name}
+        comment_end_string="##}",
+    )
+    # shlex.quote leaves commas bare, which reads like an array of another language.
+    environment.filters["sh"] = lambda text: f"'{text}'" if "," in text and "'" not in text else shlex.quote(text)
+    ours = e.engine == "rehearsal" or e.launcher == "local"
+
+    def gpus(server: Server) -> str:
+        shared = len(server.nodes) == 1 and len(server.gpus) < e.gpus_per_node
+        return ",".join(str(gpu) for _, gpu in server.gpus) if shared else "all"
+
+    return environment.get_template("job.sh.j2").render(
+        e=e,
+        arithmetic=topology_arithmetic(e) if e.servers else f"no servers: measures {e.endpoint_url}",
+        environment=_environment_variables(e),
+        python=python if ours else "python3",
+        client_python=python if ours else "python3",
+        serve='"$PYTHON" -m disagg_lib.serving.rehearsal' if e.engine == "rehearsal" else "trtllm-serve",
+        launch="trtllm-llmapi-launch " if e.engine == "trtllm" else "",
+        tasks_per_node=min(e.gpus_per_node, e.gpu_count),
+        gpus=gpus,
+        url=shlex.quote(e.endpoint_url) if e.endpoint_url else '"http://$(node 0):$(port orchestrator)"',
+    )

@@ -1,0 +1,294 @@
+"""results/<run>: everything a run is made of, its name, and the manifest of what was used and what came out."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from .errors import DisaggError
+from .experiment import REPOSITORY, Experiment, experiment_text
+from .job_script import make_job_script
+from .serving import lengths
+from .trtllm_config import config_files
+
+RESULTS = REPOSITORY / "results"
+SAMPLE_COUNT = 8313  # samples of the benchmark's data set
+RECORDED_PACKAGES = (
+    "disagg_lib",
+    "mlcommons-loadgen",
+    "numpy",
+    "aiohttp",
+    "papermill",
+    "jupyterlab",
+    "pandas",
+)
+
+
+class RunFolderError(DisaggError):
+    """A run folder is absent, taken or not what it should be."""
+
+
+def user_conf_text(e: Experiment) -> str:
+    """LoadGen's user.conf; durations in ms.
+
+    A rehearsal is shortened the second way of MLPerf's short runs: exactly `rehearsal_queries` queries,
+    drawn from all samples. LoadGen's equal issue is off for that, so such a run can claim no round.
+    """
+    lines = [f"*.Server.target_qps = {e.server_target_qps}"]
+    if e.shortened:
+        lines += [
+            "*.Server.min_duration = 1000",
+            f"*.Server.min_query_count = {e.rehearsal_queries}",
+            "*.Server.sample_concatenate_permutation = 0",
+        ]
+    else:
+        lines += [
+            "*.Server.min_duration = 600000",
+            f"*.Server.performance_sample_count_override = {SAMPLE_COUNT}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def settings_of(e: Experiment) -> dict:
+    """job/settings.json: what the job agent and the measuring client need to know, as plain values."""
+    if e.dataset_path:
+        data_set = {"kind": "pickle", "path": e.dataset_path, "sha256": None, "trust": e.trust_dataset}
+    else:
+        data_set = {"kind": "synthetic", "lengths": "job/lengths.csv"}
+    return {
+        "engine": e.engine,
+        "launcher": e.launcher,
+        "node_count": e.node_count,
+        "gpus_per_node": e.gpus_per_node,
+        "server_port": e.server_port,
+        "endpoint_url": e.endpoint_url,
+        "time_limit_s": e.time_limit_s,
+        "load_timeout_s": e.load_timeout_s,
+        "stall_timeout_s": e.stall_timeout_s,
+        "servers": [
+            {
+                "name": s.name,
+                "role": s.role,
+                "ranks": list(s.ranks),
+                "nodes": list(s.nodes),
+                "node": s.node,
+                "port": s.port,
+                "gpus": [list(gpu) for gpu in s.gpus],
+            }
+            for s in e.servers
+        ],
+        "client": {
+            "endpoint": "/v1/completions",
+            "model": "meta-llama/Llama-3.1-405B-Instruct",
+            "model_key": "llama3_1-405b-interactive",
+            "scenario": "Server",
+            "user_conf": "user.conf",
+            "total_sample_count": SAMPLE_COUNT,
+            "accuracy_sample_count": e.rehearsal_accuracy_samples if e.shortened else SAMPLE_COUNT,
+            "data_set": data_set,
+            "max_output_tokens": 2000,
+            "min_output_tokens": 1,
+            "temperature": 1.0,
+            "top_p": 0.001,
+            "top_k": 1,
+            "request_timeout_s": e.request_timeout_s,
+            "connections": 8,
+        },
+    }
+
+
+def run_name(e: Experiment, now: datetime.datetime) -> str:
+    """e.g. 20261123-223015_rehearsal_20gpu: sorts by time, says what it is."""
+    gpus = f"_{e.gpu_count}gpu" if e.servers else ""
+    return f"{now:%Y%m%d-%H%M%S}_{e.engine}{gpus}"
+
+
+def free_run_dir(e: Experiment, run_dir: str | Path | None = None) -> Path:
+    """The path that a new run will have: the one given, or a new name in results/.
+
+    Raises
+    ------
+    RunFolderError : the folder is there already.
+    """
+    if run_dir:
+        path = REPOSITORY / Path(run_dir).expanduser()
+        if path.exists():
+            raise RunFolderError(
+                f"run_dir: {path} is there already, and nothing is overwritten. Leave run_dir empty for a new one"
+            )
+        return path
+    path = RESULTS / run_name(e, datetime.datetime.now())
+    return next(
+        p for n in range(1, 1000) if not (p := path.with_name(path.name + f"_{n}" * (n > 1))).exists()
+    )
+
+
+def create_run(e: Experiment, run_dir: str | Path | None = None, python: str = sys.executable) -> Path:
+    """Write a new run folder, whole or not at all.
+
+    Parameters
+    ----------
+    run_dir : its path (relative: below the repository); not given: a new name in results/.
+    python : the interpreter that a rehearsal's job uses.
+
+    Raises
+    ------
+    RunFolderError : the folder is there already.
+    """
+    target = free_run_dir(e, run_dir)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=target.parent))
+    try:
+        _write_run(draft, e, python)
+        draft.chmod(0o755)
+        os.mkdir(target)  # decides between two that chose one name; os.rename replaces an empty folder only
+    except FileExistsError:
+        shutil.rmtree(draft)
+        raise RunFolderError(
+            f"{target}: another run took this name just now. Run 03_configuration again"
+        ) from None
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
+    os.rename(draft, target)
+    return target
+
+
+def _write_run(folder: Path, e: Experiment, python: str) -> None:
+    for name in ("job", "logs", "mlperf", "tables", "figures", "notebooks"):
+        (folder / name).mkdir()
+    (folder / "experiment.yaml").write_text(experiment_text(e))
+    for name, text in config_files(e).items():
+        (folder / name).write_text(text)
+    (folder / "user.conf").write_text(user_conf_text(e))
+    (folder / "job.sh").write_text(make_job_script(e, python))
+    (folder / "job.sh").chmod(0o755)
+    (folder / "job/settings.json").write_text(json.dumps(settings_of(e), indent=1) + "\n")
+    for module in ("job_agent.py", "loadgen_client.py"):
+        shutil.copy(Path(__file__).with_name(module), folder / "job")
+    if not e.dataset_path:
+        sample_lengths = lengths.built_in_lengths(SAMPLE_COUNT)
+        if e.shortened:
+            sample_lengths = lengths.shorten_outputs(sample_lengths, e.rehearsal_output_tokens)
+        lengths.write_lengths_csv(folder / "job/lengths.csv", sample_lengths)
+    write_manifest(folder)
+
+
+def find_run(run_dir: str | Path | None = None) -> Path:
+    """The run folder that a notebook means: the one given, or the newest in results/.
+
+    Raises
+    ------
+    RunFolderError
+    """
+    if run_dir:
+        path = REPOSITORY / Path(run_dir).expanduser()
+        if not (path / "experiment.yaml").is_file():
+            raise RunFolderError(
+                f"run_dir: {path} is no run folder (no experiment.yaml in it). Run 03_configuration to make one"
+            )
+        return path
+    made = [p.parent for p in RESULTS.glob("*/experiment.yaml") if p.parent.name != "example_rehearsal"]
+    if not made:
+        raise RunFolderError(f"{RESULTS} holds no run yet. Run 03_configuration to make one")
+    return max(made, key=lambda path: ((path / "experiment.yaml").stat().st_mtime_ns, path.name))
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json_lines(path: Path) -> list[dict]:
+    """The complete lines of a JSON-lines file that may still be growing."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.startswith(b"{")]
+
+
+def write_manifest(folder: Path) -> dict:
+    """manifest.json: versions, git commit, digest of every file of the run; written anew as the run grows."""
+    path = folder / "manifest.json"
+    first = json.loads(path.read_text()) if path.exists() else {}
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "absent"
+    status = _git("status", "--porcelain")
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p != path)
+    manifest = {
+        "format": 1,
+        "created": first.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **versions},
+        "platform": {"system": platform.system(), "machine": platform.machine()},
+        "git": {
+            "commit": _git("rev-parse", "HEAD"),
+            "changed_files": None if status is None else len(status.splitlines()),
+        },
+        "sha256": {str(p.relative_to(folder)): sha256(p) for p in files},
+    }
+    draft = folder / ".manifest.json"
+    draft.write_text(json.dumps(manifest, indent=1) + "\n")
+    draft.replace(path)
+    return manifest
+
+
+# -- what a run folder tells, as tables
+
+
+def topology_table(e: Experiment) -> pd.DataFrame:
+    """One row a server: name, role, GPUs, ranks, nodes, leading node, port."""
+    return pd.DataFrame(
+        [
+            {
+                "server": s.name,
+                "role": s.role,
+                "TP x PP": f"{s.tp_size} x {s.pp_size}",
+                "ranks": f"{s.ranks[0]}-{s.ranks[-1]}",
+                "nodes": ", ".join(str(node) for node in s.nodes),
+                "leads on node": s.node,
+                "port": s.port,
+            }
+            for s in e.servers
+        ]
+    )
+
+
+def phases_table(run: Path) -> pd.DataFrame:
+    """One row a phase of the run's job: phase, began_s (after the first), took_s (NaN for the last)."""
+    rows = read_json_lines(run / "job/phases.jsonl")
+    table = pd.DataFrame(rows, columns=["time_s", "phase"])
+    began = table["time_s"] - table["time_s"].min()
+    return pd.DataFrame(
+        {"phase": table["phase"], "began_s": began.round(1), "took_s": began.diff(-1).abs().round(1)}
+    )
+
+
+def parameters_table(e: Experiment) -> pd.DataFrame:
+    """One row a parameter that was given: its value and where it came from."""
+    values = e.model_dump(mode="json")
+    rows = [
+        {"parameter": n, "value": v, "from": e.provenance[n]}
+        for n, v in values.items()
+        if e.provenance[n] != "default"
+    ]
+    return pd.DataFrame(rows, columns=["parameter", "value", "from"])
