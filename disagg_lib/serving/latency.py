@@ -1,0 +1,234 @@
+"""Step-latency tables: how long one context or generation step takes, per (system, TP, PP), and how much KV cache fits.
+
+`python -m disagg_lib.serving.latency gb200 --out FILE` asks aiconfigurator-core (extra `latency`) and writes one table file;
+the files in disagg_lib/data/ were made so and are read without it. A step splits into a dense part, which depends
+on the tokens in it, and attention, which depends on each request's new and past tokens: two small grids instead of one big one.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from disagg_lib.errors import DisaggError
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+
+
+class LatencyTableError(DisaggError):
+    """No table for what was asked, or a table file that cannot be read."""
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """One server shape. Times in ms for the whole pipeline (PP does not shorten a step); memory in bytes per GPU.
+
+    context_ms[tokens], attention_ms[new x past] (row-major), generation_ms[batch], kv_ms[kv_batch x kv_length].
+    """
+
+    system: str
+    tp: int
+    pp: int
+    context_tokens: tuple[float, ...]
+    context_ms: tuple[float, ...]
+    attention_new: tuple[float, ...]
+    attention_past: tuple[float, ...]
+    attention_ms: tuple[float, ...]
+    generation_batch: tuple[float, ...]
+    generation_ms: tuple[float, ...]
+    kv_batch: tuple[float, ...]
+    kv_length: tuple[float, ...]
+    kv_ms: tuple[float, ...]
+    free_bytes: float
+    activation_bytes_per_token: float
+    kv_bytes_per_token: float
+    weights_bytes: float
+
+    def kv_capacity_tokens(self, fraction: float, max_num_tokens: int) -> int:
+        """KV-cache tokens of one server: `fraction` of what weights and activations leave free."""
+        free = self.free_bytes - self.activation_bytes_per_token * max_num_tokens
+        return max(0, int(free * fraction / self.kv_bytes_per_token))
+
+
+@cache
+def _read_file(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LatencyTableError(f"{path}: cannot be read as a latency table ({error}).") from None
+
+
+def table_file(system: str) -> Path:
+    """The shipped table file of a system."""
+    path = DATA / f"latency_{system}.json"
+    if not path.exists():
+        known = sorted(p.stem.removeprefix("latency_") for p in DATA.glob("latency_*.json"))
+        raise LatencyTableError(
+            f"no latency table for system {system!r}; there are {', '.join(known)}. Build one with"
+            f" `python -m disagg_lib.serving.latency {system} --out {path.name}` (extra `latency`)."
+        )
+    return path
+
+
+def server_shapes(system: str) -> list[tuple[int, int]]:
+    """The (TP, PP) pairs that the system's table holds."""
+    return [tuple(map(int, key.split("x"))) for key in _read_file(table_file(system))["servers"]]
+
+
+def read_table(system: str, tp: int, pp: int = 1) -> LatencyTable:
+    """The table of one server shape.
+
+    Raises
+    ------
+    LatencyTableError : no table for the system, or none for this TP and PP; says which there are.
+    """
+    content = _read_file(table_file(system))
+    entry = content["servers"].get(f"{tp}x{pp}")
+    if entry is None:
+        known = ", ".join(f"TP{t} PP{p}" for t, p in server_shapes(system))
+        raise LatencyTableError(f"no latency table for {system} TP{tp} PP{pp}; there are {known}.")
+    values = {**content["grid"], **entry}
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return LatencyTable(system=system, tp=tp, pp=pp, **values)
+
+
+# The builder
+
+MODEL = "meta-llama/Meta-Llama-3.1-405B"
+QUANTISATION = {"gemm_quant_mode": "nvfp4", "kvcache_quant_mode": "fp8", "fmha_quant_mode": "fp8"}
+GRID = {
+    "context_tokens": [1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896]
+    + [*range(1024, 8193, 256), *range(9216, 20481, 1024)],
+    "attention_new": [1, 128, 256, *range(512, 8193, 512), *range(9216, 20481, 1024)],
+    "attention_past": [0, 256, 512, 1024, 2048, 3072, *range(4096, 20481, 2048)],
+    "generation_batch": [
+        1,
+        2,
+        4,
+        8,
+        16,
+        24,
+        32,
+        48,
+        64,
+        80,
+        96,
+        112,
+        *range(128, 513, 16),
+        *range(544, 1025, 32),
+    ],
+    "kv_batch": [
+        1,
+        2,
+        4,
+        8,
+        16,
+        24,
+        32,
+        48,
+        64,
+        80,
+        96,
+        112,
+        128,
+        160,
+        192,
+        224,
+        256,
+        320,
+        384,
+        448,
+        512,
+        768,
+        1024,
+    ],
+    "kv_length": [1, 512, 1024, 2048, 4096, 6144, 8192, 10240, 12288, 16384, 22016],
+}
+
+
+def _measure(handle) -> dict[str, list[float]]:
+    """Ask the library at every grid point; ms. Attention ops are told apart by their name."""
+
+    def split(ops):
+        attention = sum(op[1] for op in ops if "attention" in op[0])
+        return sum(op[1] for op in ops) - attention, attention
+
+    def context(new):
+        return split(handle.run_static_per_op(batch_size=1, isl=new, osl=2)[0])
+
+    def generation(batch, length):
+        return split(handle.decode_step_per_op(batch, length, 2))
+
+    def attention(new, past):
+        return handle.predict_prefill_latency(1, new + past, past) - context(new)[0]
+
+    values = {
+        "context_ms": [context(n)[0] for n in GRID["context_tokens"]],
+        "attention_ms": [attention(n, p) for n in GRID["attention_new"] for p in GRID["attention_past"]],
+        "generation_ms": [generation(b, 1024)[0] for b in GRID["generation_batch"]],
+        "kv_ms": [generation(b, n)[1] for b in GRID["kv_batch"] for n in GRID["kv_length"]],
+    }
+    return {key: [float(f"{v:.5g}") for v in row] for key, row in values.items()}
+
+
+def build_table(system: str, shapes: list[tuple[int, int]]) -> dict:
+    """Build a system's table with aiconfigurator-core 0.12; shapes are (TP, PP). Shapes that do not fit are left out."""
+    from importlib.metadata import version
+
+    from aiconfigurator_core.sdk import EngineHandle, estimate_kv_cache
+
+    library_system = f"{system}_sxm" if system.startswith("b") else system
+    servers = {}
+    for tp, pp in shapes:
+        parallel = {"tp_size": tp, "pp_size": pp, **QUANTISATION}
+        handle = EngineHandle.compile(MODEL, library_system, "trtllm", backend_version="current", **parallel)
+        memory = estimate_kv_cache(
+            MODEL, library_system, "trtllm", "current", max_num_tokens=4096, max_batch_size=512,
+            memory_fraction_kind="of_free", memory_fraction_value=1.0, **parallel,
+        )  # fmt: skip
+        parts = memory["memory_breakdown"]
+        servers[f"{tp}x{pp}"] = {
+            **_measure(handle),
+            "free_bytes": memory["total_kv_size_bytes"] + parts["activations_bytes"],
+            "activation_bytes_per_token": parts["activations_bytes"] / 4096,
+            # The library's figure ignores PP: each stage holds its own layers only.
+            "kv_bytes_per_token": memory["kv_size_per_token_bytes"] / pp,
+            "weights_bytes": parts["weights_bytes"],
+        }
+    return {
+        "source": "simulated",
+        "provenance": {
+            "library": f"aiconfigurator-core {version('aiconfigurator-core')} (Apache-2.0)",
+            "system": library_system,
+            "backend": "trtllm, slot current",
+            "model": MODEL,
+            **QUANTISATION,
+        },
+        "grid": GRID,
+        "servers": servers,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Build one system's table file."""
+    import argparse
+    import logging
+
+    parser = argparse.ArgumentParser(prog="python -m disagg_lib.serving.latency", description=__doc__)
+    parser.add_argument("system", help="gb200, gb300 or b200")
+    parser.add_argument("--tp", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--pp", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--out", type=Path, required=True, help="file to write; must not exist")
+    options = parser.parse_args(arguments)
+    if options.out.exists():
+        parser.error(f"{options.out} exists; tables are never overwritten")
+    logging.disable(logging.WARNING)  # the library warns about names that do not concern these queries
+    table = build_table(options.system, [(tp, pp) for pp in options.pp for tp in options.tp])
+    with options.out.open("x") as file:
+        json.dump(table, file, separators=(",", ":"))
+        file.write("\n")
+    print(f"{options.out}: {len(table['servers'])} server shapes of {options.system}")
+
+
+if __name__ == "__main__":
+    main()

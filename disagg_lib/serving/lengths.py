@@ -1,0 +1,115 @@
+"""Prompt and output lengths of the data set: the built-in shapes, and the CSV file that carries lengths between parts.
+
+The MLPerf data set itself is not public, so its shapes are a stated assumption (facts on token lengths), fixed before any
+comparison and replaceable: every function that needs lengths takes an array, whoever made it.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from disagg_lib.errors import DisaggError
+
+LENGTHS = np.dtype([("input_tokens", "<i4"), ("output_tokens", "<i4")])
+INPUT_RANGE = (400, 20000)
+INPUT_MEAN = 9400
+# Percentile -> output tokens of 297 published data-set items; the ends (0, 100) are the smallest and largest medians.
+OUTPUT_PERCENTILES = ((0, 180), (1, 186), (5, 205), (10, 215), (25, 438), (50, 706), (75, 817), (90, 900), (95, 960),
+                      (99, 1042), (100, 1097))  # fmt: skip
+
+
+class LengthsError(DisaggError):
+    """A lengths file cannot be used, or lengths were asked for that cannot exist."""
+
+
+def output_tokens_at(quantile: float) -> int:
+    """Output length at a quantile (0 to 1) of the built-in shape."""
+    percent, tokens = zip(*OUTPUT_PERCENTILES, strict=True)
+    return int(np.interp(100 * quantile, percent, tokens) + 0.5)
+
+
+def _beta_quantiles(quantiles: np.ndarray, mean: float, cv: float) -> np.ndarray:
+    """Quantiles of a Beta on INPUT_RANGE, by integrating its density in x = sin^2(angle), where it is bounded."""
+    low, high = INPUT_RANGE
+    mu = (mean - low) / (high - low)
+    sigma = cv * mean / (high - low)
+    spread = mu * (1 - mu) / sigma**2 - 1
+    a, b = mu * spread, (1 - mu) * spread
+    if not sigma > 0 or min(a, b) < 0.5:
+        raise LengthsError(f"cv {cv} with mean {mean} is no Beta shape on {low} to {high}; use 0.05 to 0.7.")
+    cells = 20000
+    angle = (np.arange(cells) + 0.5) * (np.pi / 2 / cells)
+    density = np.sin(angle) ** (2 * a - 1) * np.cos(angle) ** (2 * b - 1)
+    mass = np.concatenate(([0.0], np.cumsum(density)))
+    edges = np.sin(np.arange(cells + 1) * (np.pi / 2 / cells)) ** 2
+    return low + (high - low) * np.interp(quantiles, mass / mass[-1], edges)
+
+
+def built_in_lengths(count: int = 8313, cv: float = 0.45, seed: int = 405) -> np.ndarray:
+    """Lengths of `count` samples in the built-in shapes, the same on every machine.
+
+    Inputs: Beta scaled to 400..20000, mean 9400, coefficient of variation `cv`. Outputs: piecewise linear through the
+    published percentiles, independent of the input. Both are stratified, at quantiles (i + 0.5) / count, then shuffled by
+    RandomState, whose stream numpy has frozen.
+
+    Returns
+    -------
+    array of shape (count,), fields input_tokens and output_tokens (int32).
+    """
+    if count < 1:
+        raise LengthsError(f"count is {count}; a data set has at least 1 sample.")
+    quantiles = (np.arange(count) + 0.5) / count
+    percent, tokens = zip(*OUTPUT_PERCENTILES, strict=True)
+    stream = np.random.RandomState(seed)
+    lengths = np.empty(count, LENGTHS)
+    for field, values in (
+        ("input_tokens", _beta_quantiles(quantiles, INPUT_MEAN, cv)),
+        ("output_tokens", np.interp(100 * quantiles, percent, tokens)),
+    ):
+        lengths[field] = np.floor(values + 0.5)[stream.permutation(count)]
+    return lengths
+
+
+def shorten_outputs(lengths: np.ndarray, mean_tokens: float) -> np.ndarray:
+    """A copy with outputs scaled to the given mean; never below 2, the least that LoadGen can time."""
+    short = lengths.copy()
+    outputs = lengths["output_tokens"]
+    short["output_tokens"] = np.maximum(2, np.floor(outputs * (mean_tokens / outputs.mean()) + 0.5))
+    return short
+
+
+def write_lengths_csv(lengths: np.ndarray, path: Path) -> None:
+    """Write one row a sample, in sample order, under the header input_tokens,output_tokens."""
+    rows = "".join(f"{i},{o}\n" for i, o in lengths.tolist())
+    Path(path).write_text("input_tokens,output_tokens\n" + rows)
+
+
+def read_lengths_csv(path: Path) -> np.ndarray:
+    """Read what write_lengths_csv wrote, or any CSV with these two columns of whole numbers (input >= 1, output >= 2)."""
+    path = Path(path)
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            missing = set(LENGTHS.names) - set(reader.fieldnames or ())
+            if missing:
+                raise LengthsError(
+                    f"{path}: no column {', '.join(sorted(missing))}; the header must name {LENGTHS.names}."
+                )
+            rows = []
+            for row in reader:
+                try:
+                    pair = (int(row["input_tokens"]), int(row["output_tokens"]))
+                except (TypeError, ValueError):
+                    pair = (0, 0)
+                if pair[0] < 1 or pair[1] < 2 or max(pair) > 2**31 - 1:
+                    raise LengthsError(
+                        f"{path}, line {reader.line_num}: found {','.join(str(row[n]) for n in LENGTHS.names)};"
+                        " need two whole numbers, input_tokens >= 1 and output_tokens >= 2."
+                    )
+                rows.append(pair)
+    except (OSError, UnicodeDecodeError) as error:
+        raise LengthsError(f"{path}: cannot be read ({error}).") from None
+    if not rows:
+        raise LengthsError(f"{path}: no samples below the header.")
+    return np.array(rows, LENGTHS)
