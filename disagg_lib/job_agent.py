@@ -24,7 +24,7 @@ from pathlib import Path
 JOB = Path(__file__).resolve().parent
 RUN = JOB.parent
 POLL_S = 0.25
-PORT_STEP, PORT_TRIES = 100, 50  # a rehearsal beside another one moves all its ports by this much
+PORT_STEP, PORT_TRIES = 50, 400  # a local job moves all its ports by a multiple of this
 
 
 class Failed(Exception):
@@ -111,8 +111,13 @@ def node_names(count):
 
 
 def free_port_offset(ports):
-    """The first offset at which every port is free on the loopback address."""
-    for offset in range(0, PORT_STEP * PORT_TRIES, PORT_STEP):
+    """An offset at which every port is free on the loopback address.
+
+    Each job begins to look elsewhere: two that start together would otherwise both see the same free ports.
+    """
+    start = os.getppid() % PORT_TRIES
+    for number in range(PORT_TRIES):
+        offset = PORT_STEP * ((start + number) % PORT_TRIES)
         try:
             for port in ports:
                 with socket.socket() as probe:
@@ -378,6 +383,14 @@ def watch(mode):
 # -- srun's place in a local job
 
 
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def ranks(count, first, command):
     """Run `count` copies of a command here, as srun would: rank in SLURM_PROCID, labelled lines, all end with one."""
     label = first != "-"
@@ -402,7 +415,8 @@ def ranks(count, first, command):
                 process.terminate()
 
     signal.signal(signal.SIGTERM, end_all)
-    parent, status, output = os.getppid(), 0, sys.stdout.buffer
+    job_script = int(os.environ.get("JOB_SCRIPT_PID", os.getppid()))
+    status, output = 0, sys.stdout.buffer
     while open_pipes.get_map():
         for key, _ in open_pipes.select(timeout=POLL_S):
             chunk = os.read(key.fd, 65536)
@@ -420,7 +434,7 @@ def ranks(count, first, command):
                 output.write(b"job_agent: rank %d ended with status %d\n" % (rank + offset, status))
                 output.flush()
                 end_all()
-        if os.getppid() != parent:  # the job script is gone, and nobody will end the servers
+        if not alive(job_script):  # nobody else will end the servers
             end_all()
     return status or max(abs(process.wait()) for process in processes)
 

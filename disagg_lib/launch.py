@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ def submit(run_dir: Path) -> JobState:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # outlives the notebook's kernel
         )
+        threading.Thread(target=process.wait, daemon=True).start()  # reaps it, should it end before we do
         created = psutil.Process(process.pid).create_time()
         json.dump({"launcher": "local", "job_id": process.pid, "create_time_s": created}, record)
     return job_state(run_dir)

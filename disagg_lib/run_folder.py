@@ -179,7 +179,7 @@ def _write_run(folder: Path, e: Experiment, python: str) -> None:
         sample_lengths = lengths.built_in_lengths(SAMPLE_COUNT)
         if e.shortened:
             sample_lengths = lengths.shorten_outputs(sample_lengths, e.rehearsal_output_tokens)
-        lengths.write_lengths_csv(folder / "job/lengths.csv", sample_lengths)
+        lengths.write_lengths_csv(sample_lengths, folder / "job/lengths.csv")
     write_manifest(folder)
 
 

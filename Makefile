@@ -1,0 +1,47 @@
+# make demo   the whole chain on this machine, without a GPU     make lab     step through it in JupyterLab
+# make test   all tests that need neither Slurm nor a browser    make check   format, lint, shell scripts, notebooks
+# make bench  what measures speed, with the tables it prints     make renew   golden files and parameter cells anew
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check lab bench renew lock
+.DEFAULT_GOAL := demo
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m disagg_lib run params/rehearsal.yaml
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/browser
+
+check: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q tests/test_environment.py tests/test_sources.py tests/test_golden.py
+
+lab: $(VENV)/.installed
+	$(BIN)/jupyter lab notebooks
+
+bench: $(VENV)/.installed
+	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+renew: $(VENV)/.installed
+	$(BIN)/python tests/renew.py
+
+# The one place where versions change: edit pyproject.toml, then `make lock`, then environment.yml (a test compares all three).
+lock: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --universal --python-version 3.11 pyproject.toml --extra test --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-find-links --output-file requirements.lock
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing. On Debian: sudo apt install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Python 3.11 to 3.13 is needed, $(PYTHON) is another. Give one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "Python's venv module is missing. On Debian: sudo apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@

@@ -1,0 +1,181 @@
+#!/bin/bash
+# shellcheck disable=SC2016,SC2329 # quoted values stay as they are; traps call functions
+#SBATCH --job-name=disagg_405B
+#SBATCH --nodes=9
+#SBATCH --ntasks=36
+#SBATCH --ntasks-per-node=4
+#SBATCH --gpus-per-node=4
+#SBATCH --exclusive
+#SBATCH --time=4:00:00
+#SBATCH --partition=batch
+#SBATCH --account=mlperf
+#SBATCH --output=job/disagg_405B_slurm_log.txt
+#SBATCH --open-mode=append
+#SBATCH --no-requeue
+#SBATCH --signal=B:TERM@120
+#
+# MLPerf Inference v5.1, Llama-3.1-405B, disaggregated TensorRT-LLM (1.x): engine trtllm.
+# 4 context servers x 8 + 2 generation servers x 2 = 36 GPUs, on 9 nodes of 4 GPUs.
+#
+# Submit from inside the run folder: cd <run folder> && sbatch job.sh
+# It reads and writes nothing outside that folder but the model and what container_mounts name. Every
+# step's progress is a line in job/phases.jsonl; on any end (success, failure, scancel, time limit) all
+# servers are ended and the nodes go back.
+
+set -uo pipefail
+set -m # each background step is a process group of its own, which teardown can end as a whole
+
+cd -- "${SLURM_SUBMIT_DIR:-$(dirname -- "$0")}" || exit 1
+RUN=$PWD
+PYTHON=python3
+agent() { "$PYTHON" "$RUN/job/job_agent.py" "$@"; }
+
+agent admit || exit 1 # a folder is used once; a requeued job ends here
+mkdir -p job/exit logs mlperf
+
+# Variables that would redirect the harness, the servers or Slurm's steps, and tokens that no step needs.
+unset LOG_DIR MODEL_DIR DATA_DIR PREPROCESSED_DATA_DIR BUILD_DIR CONFIG_DIR ARTIFACTS_DIR UCX_TLS
+unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACE_HUB_TOKEN
+export TLLM_LOG_LEVEL=INFO
+export TRTLLM_ENABLE_PDL=1
+export TRTLLM_SERVER_DISABLE_GC=1
+export TRTLLM_WORKER_DISABLE_GC=1
+export NCCL_GRAPH_MIXING_SUPPORT=0
+export ENROOT_ALLOW_DEV=yes
+
+
+pids=()
+
+# start NAME LOG COMMAND...: run in the background; its exit status lands in job/exit/NAME
+start() {
+  local name=$1 log=$2
+  shift 2
+  {
+    "$@"
+    echo "$?" >"job/exit/$name"
+  } >>"$log" 2>&1 &
+  pids+=("$!")
+}
+
+# attend COMMAND...: wait for it in a way that lets a signal interrupt
+attend() {
+  "$@" &
+  pids+=("$!")
+  wait "$!"
+}
+
+signalled() {
+  trap '' TERM INT HUP
+  agent reason signal "$1"
+  exit 143
+}
+
+teardown() {
+  local status=$? pid
+  trap '' TERM INT HUP
+  trap - EXIT
+  agent phase teardown
+  {
+    for pid in ${pids[@]+"${pids[@]}"}; do
+      kill -TERM -- "-$pid"
+    done
+    for ((i = 0; i < 30; i++)); do
+      [[ -z $(jobs -rp) ]] && break
+      sleep 0.1
+    done
+    for pid in ${pids[@]+"${pids[@]}"}; do
+      kill -KILL -- "-$pid"
+    done
+    wait
+  } 2>/dev/null # what has ended already, and bash's own word on each end
+  agent finish "$status"
+  exit
+}
+trap teardown EXIT
+trap 'signalled TERM' TERM
+trap 'signalled INT' INT
+trap 'signalled HUP' HUP
+
+# node I: the name of the job's I-th node.  port NAME: the port of a server.  Both known after `bind`.
+node() { sed -n "$(($1 + 1))p" job/nodes.txt; }
+port() { awk -v name="$1" '$1 == name { print $3 }' job/addresses.txt; }
+
+# step NODES TASKS FIRST_RANK COMMAND...: TASKS copies of the command, on these nodes (comma separated), in
+# node order. Lines are labelled with the rank, counted from FIRST_RANK; FIRST_RANK - means no label.
+CONTAINER=(
+  --container-image=/images/mlpinf.sqsh
+  --container-name="disagg_405B_${SLURM_JOB_ID-}"
+  --container-mounts="$RUN:$RUN,"'/scratch:/scratch,/code:/work'
+  --container-remap-root
+  --container-mount-home
+  --container-workdir=/work
+)
+step() {
+  local nodes=$1 tasks=$2 first=$3 commas label=()
+  shift 3
+  commas=${nodes//[^,]/}
+  local count=$((${#commas} + 1))
+  [[ $first == - ]] || label=(--label)
+  srun --overlap --nodelist="$nodes" --nodes="$count" --ntasks="$tasks" \
+    --ntasks-per-node="$(((tasks + count - 1) / count))" --distribution=block --mpi=pmix \
+    --kill-on-bad-exit=1 --unbuffered ${label[@]+"${label[@]}"} "${CONTAINER[@]}" "$@" 2>&1 |
+    awk -v first="$first" 'first ~ /^[0-9]+$/ && /^ *[0-9]+:/ {
+      colon = index($0, ":"); $0 = (first + substr($0, 1, colon - 1)) substr($0, colon)
+    } { print; fflush() }'
+}
+
+agent phase container
+start container logs/container.log srun --ntasks-per-node=1 --ntasks=9 "${CONTAINER[@]}" true
+attend agent await container || exit 1
+
+agent phase bind
+agent bind || exit 1
+
+agent phase workers
+# One step a server; the first of its nodes leads it.
+MODEL=/scratch/models/Llama3.1-405B/fp4-quantized-modelopt/llama3.1-405b-instruct-hf-torch-fp4
+CONTEXT=(
+  --tp_size 8 --pp_size 1
+  --max_batch_size 128 --max_num_tokens 4096 --max_seq_len 22016
+  --backend pytorch --extra_llm_api_options "$RUN/config.ctx.yaml" --server_role context
+)
+GENERATION=(
+  --tp_size 2 --pp_size 1
+  --max_batch_size 100 --max_num_tokens 512 --max_seq_len 22016
+  --backend pytorch --extra_llm_api_options "$RUN/config.gen.yaml" --server_role generation
+)
+# worker NAME NODES TASKS FIRST_RANK GPUS FLAGS...: GPUS is what it may use of a shared node, or all
+worker() {
+  local name=$1 nodes=$2 tasks=$3 first=$4 gpus=$5 only=()
+  shift 5
+  [[ $gpus == all ]] || only=(env "CUDA_VISIBLE_DEVICES=$gpus")
+  start "$name" logs/output_workers.log step "$nodes" "$tasks" "$first" ${only[@]+"${only[@]}"} \
+    trtllm-llmapi-launch trtllm-serve "$MODEL" --host "${nodes%%,*}" --port "$(port "$name")" "$@"
+}
+worker ctx0 "$(node 0),$(node 1)" 8 0 all "${CONTEXT[@]}"
+worker ctx1 "$(node 2),$(node 3)" 8 8 all "${CONTEXT[@]}"
+worker ctx2 "$(node 4),$(node 5)" 8 16 all "${CONTEXT[@]}"
+worker ctx3 "$(node 6),$(node 7)" 8 24 all "${CONTEXT[@]}"
+worker gen0 "$(node 8)" 2 32 0,1 "${GENERATION[@]}"
+worker gen1 "$(node 8)" 2 34 2,3 "${GENERATION[@]}"
+
+agent phase orchestrator
+start orchestrator logs/output_server.log step "$(node 0)" 1 - \
+  trtllm-serve disaggregated -c "$RUN/job/config.bound.yaml" \
+  -t 3600 -r 1800
+
+# Ready: the orchestrator says 200, and completions have come back through every server.
+agent phase ready
+attend agent ready || exit 1
+
+agent phase performance
+start client_performance logs/mlperf_benchmark_performance.log step "$(node 0)" 1 - \
+  python3 "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode performance --url "http://$(node 0):$(port orchestrator)"
+attend agent watch performance || exit 1
+
+agent phase accuracy
+start client_accuracy logs/mlperf_benchmark_accuracy.log step "$(node 0)" 1 - \
+  python3 "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode accuracy --url "http://$(node 0):$(port orchestrator)"
+attend agent watch accuracy || exit 1
+
+exit 0

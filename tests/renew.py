@@ -1,0 +1,76 @@
+"""python tests/renew.py: write the golden files and the notebooks' parameter cells anew, then read the diff."""
+
+import json
+from pathlib import Path
+
+from disagg_lib.experiment import load_experiment
+from disagg_lib.job_script import make_job_script
+from disagg_lib.pipeline import NOTEBOOKS, parameters_cell
+from disagg_lib.run_folder import user_conf_text
+from disagg_lib.trtllm_config import config_files
+
+GOLDEN = Path(__file__).parent / "golden"
+REHEARSAL = {"engine": "rehearsal", "launcher": "local", "container": "none"}
+SITE = {
+    "partition": "batch",
+    "account": "mlperf",
+    "container_image": "/images/mlpinf.sqsh",
+    "container_mounts": "/scratch:/scratch,/code:/work",
+    "work_dir": "/work",
+    "scratch_dir": "/scratch",
+}
+CASES = {
+    "v5.1_20gpu_slurm_pyxis": SITE,
+    "v5.1_20gpu_slurm_none": SITE | {"container": "none", "container_image": None, "container_mounts": None},
+    "1.x_20gpu_slurm_pyxis": SITE | {"trtllm_dialect": "1.x"},
+    "1.x_shared_node": SITE
+    | {
+        "trtllm_dialect": "1.x",
+        "ctx_tp_size": 8,
+        "num_gen_servers": 2,
+        "gen_tp_size": 2,
+        "gen_batch_size": 100,
+    },
+    "v5.1_rehearsal_local": REHEARSAL,
+    "1.x_rehearsal_local": REHEARSAL | {"trtllm_dialect": "1.x"},
+    "v5.1_rehearsal_slurm": REHEARSAL | {"launcher": "slurm", "partition": "batch"},
+    "external_local": {
+        "engine": "external",
+        "launcher": "local",
+        "container": "none",
+        "endpoint_url": "http://10.0.0.7:8000",
+    },
+    "odd_paths_slurm": SITE
+    | {"container_image": '/im ages/$(id)\'s; "x".sqsh', "scratch_dir": "/scr atch/`id`"},
+}
+
+
+def texts(given: dict) -> dict[str, str]:
+    """File name -> text of all that a run folder of these parameters has, for a project at /project."""
+    e = load_experiment([], given, root=Path("/project"))
+    return {
+        **config_files(e),
+        "user.conf": user_conf_text(e),
+        "job.sh": make_job_script(e, python="/project/.venv/bin/python"),
+    }
+
+
+def renew_parameters_cell(path: Path) -> str:
+    """The notebook's text with its parameters cell as the library writes it."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    cell = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
+    source = parameters_cell(makes_runs=path.name[:2] not in ("04", "05"))
+    cell["source"] = source.splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    for case, given in CASES.items():
+        folder = GOLDEN / case
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            old.unlink()
+        for name, text in texts(given).items():
+            (folder / name).write_text(text)
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        path.write_text(renew_parameters_cell(path), encoding="utf-8")

@@ -1,0 +1,244 @@
+"""Whole local jobs with real processes: the rehearsal serves, real LoadGen measures, faults are named."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from disagg_lib import job_agent, launch
+from disagg_lib.experiment import load_experiment
+from disagg_lib.run_folder import create_run, read_json_lines
+
+SMALL = {
+    "num_ctx_servers": 1,
+    "rehearsal_time_scale": 0.05,
+    "server_target_qps": 40.0,
+    "rehearsal_queries": 60,
+    "rehearsal_accuracy_samples": 10,
+    "rehearsal_output_tokens": 8,
+    "load_timeout_s": 60,
+    "stall_timeout_s": 30,
+}
+PHASES = [
+    "container",
+    "bind",
+    "workers",
+    "orchestrator",
+    "ready",
+    "performance",
+    "accuracy",
+    "teardown",
+    "done",
+]
+
+
+def make(run_dir, **given):
+    return create_run(load_experiment(given={**SMALL, **given}), run_dir)
+
+
+def finish(run, timeout_s=90):
+    """Submit and wait; the watchdog of these tests."""
+    launch.submit(run)
+    return wait(run, timeout_s)
+
+
+def wait(run, timeout_s=90, until=lambda state: state.ended):
+    deadline = time.monotonic() + timeout_s
+    while not until(state := launch.job_state(run)):
+        assert time.monotonic() < deadline, f"{state}: {job_agent.last_lines(run / launch.SCRIPT_LOG, 20)}"
+        time.sleep(0.1)
+    return state
+
+
+def processes_of(run):
+    """Every process that names the run folder in its command line."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(run) in word for word in process.info["cmdline"] or ()):
+            found.append(process)
+    return found
+
+
+def no_process_left(run, within_s=5):
+    deadline = time.monotonic() + within_s
+    while processes_of(run) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not processes_of(run)
+
+
+@pytest.mark.parametrize("dialect", ["v5.1", "1.x"])
+def test_a_job_runs_through_all_phases_and_leaves_no_process(tmp_path, dialect):
+    run = make(tmp_path / "run", trtllm_dialect=dialect)
+    state = finish(run)
+    assert (state.state, state.reason) == ("done", "")
+    assert [line["phase"] for line in read_json_lines(run / "job/phases.jsonl")] == PHASES
+    for mode in ("performance", "accuracy"):
+        assert 'is_error": true' not in (run / f"mlperf/{mode}/mlperf_log_detail.txt").read_text()
+    assert no_process_left(run)
+
+
+def test_folders_with_spaces_quotes_and_commands_break_and_run_nothing(odd_dir):
+    run = make(odd_dir / "run", scratch_dir=str(odd_dir / "scratch"))
+    assert finish(run).state == "done"
+    assert [path for path in odd_dir.parent.rglob("owned")] == []
+    assert not Path("owned").exists()
+
+
+def test_only_loopback_ports_are_open(tmp_path):
+    run = make(tmp_path / "run", rehearsal_queries=200, test_modes=["performance"])
+    launch.submit(run)
+    wait(run, until=lambda state: state.phase == "performance" or state.ended)
+    listening = set()
+    for process in processes_of(run):
+        listening |= {c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    launch.cancel(run)
+    assert listening == {"127.0.0.1"}
+
+
+def test_submitting_twice_attaches_to_the_same_job(tmp_path):
+    run = make(tmp_path / "run", test_modes=["accuracy"])
+    first, second = launch.submit(run), launch.submit(run)
+    assert first.job_id == second.job_id
+    assert wait(run).state == "done"
+    assert launch.submit(run).state == "done"
+
+
+def test_cancel_tears_down_and_says_so(tmp_path):
+    run = make(tmp_path / "run", rehearsal_queries=4000, test_modes=["performance"])
+    launch.submit(run)
+    wait(run, until=lambda state: state.phase == "performance" or state.ended)
+    state = launch.cancel(run)
+    assert re.match(r"cancelled \(signal TERM\) during performance", state.reason)
+    assert [line["phase"] for line in read_json_lines(run / "job/phases.jsonl")][-2] == "teardown"
+    assert no_process_left(run)
+
+
+def test_a_used_folder_is_refused_and_stays_as_it_is(tmp_path):
+    run = make(tmp_path / "run", test_modes=["accuracy"])
+    finish(run)
+    before = (run / "job/phases.jsonl").read_text()
+    done = subprocess.run(["bash", "job.sh"], cwd=run, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "this run folder was used before" in done.stdout
+    assert (run / "job/phases.jsonl").read_text() == before
+
+
+FAULTS = [
+    (
+        "crash_loading:ctx0",
+        {},
+        r"context server ctx0 \(rank 0, node 127.0.0.1\) ended with status \d+: .*ctx0",
+    ),
+    (
+        "crash_loading:gen0",
+        {},
+        r"generation server gen0 \(rank 4, node 127.0.0.1\) ended with status \d+: .*gen0",
+    ),
+    ("crash_midrun:gen0:20", {}, r"generation server gen0 \(rank 4, node 127.0.0.1\) ended with status \d+"),
+    ("health_503", {"load_timeout_s": 6}, r"not ready after load_timeout_s = 6 s: .*"),
+    ("no_tokens", {"load_timeout_s": 8, "stall_timeout_s": 2}, r"not ready after load_timeout_s = 8 s: .*"),
+    ("truncated_stream:10", {}, r"the performance client ended with status \d+: .*"),
+]
+
+
+@pytest.mark.parametrize(("fault", "given", "reason"), FAULTS)
+def test_a_fault_is_named_and_every_server_ended(tmp_path, fault, given, reason):
+    run = make(tmp_path / "run", fault=fault, test_modes=["performance"], **given)
+    state = finish(run)
+    assert state.state == "failed"
+    assert re.match(reason, state.reason), state.reason
+    assert no_process_left(run)
+
+
+def test_a_fault_in_dialect_1x_names_the_server_too(tmp_path):
+    run = make(tmp_path / "run", fault="crash_loading:gen0", trtllm_dialect="1.x")
+    assert re.match(r"generation server gen0 \(rank 4, node 127.0.0.1\)", finish(run).reason)
+
+
+def test_a_stall_ends_the_job_after_stall_timeout_s(tmp_path):
+    run = make(tmp_path / "run", rehearsal_queries=4000, stall_timeout_s=3, test_modes=["performance"])
+    launch.submit(run)
+    wait(run, until=lambda state: state.ended or (state.progress or {}).get("tokens", 0) > 0)
+    for process in processes_of(run):
+        if "disaggregated_mpi_worker" in process.cmdline():
+            process.suspend()
+    state = wait(run, timeout_s=30)
+    assert state.reason.startswith("stalled: no token for ")
+    assert "stall_timeout_s = 3" in state.reason
+    assert no_process_left(run)
+
+
+def test_a_killed_job_script_is_lost_and_its_servers_end_by_themselves(tmp_path):
+    run = make(tmp_path / "run", rehearsal_queries=4000, test_modes=["performance"])
+    job = launch.submit(run).job_id
+    wait(run, until=lambda state: state.phase == "performance" or state.ended)
+    psutil.Process(int(job)).kill()
+    state = wait(run)
+    assert state.state == "lost"
+    assert "gone without a last word" in state.reason
+    assert no_process_left(run, within_s=20)
+
+
+def test_watch_raises_with_the_reason_and_where_to_look(tmp_path):
+    run = make(tmp_path / "run", fault="crash_loading:ctx0")
+    launch.submit(run)
+    lines = []
+    with pytest.raises(launch.JobError, match="failed: context server ctx0"):
+        launch.watch(run, out=lines.append)
+    assert lines[-1].endswith(launch.job_state(run).phase)
+
+
+def test_tokens_in_the_environment_do_not_reach_the_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    run = make(tmp_path / "run", test_modes=["accuracy"])
+    launch.submit(run)
+    wait(run, until=lambda state: state.phase == "ready" or state.ended)
+    environments = [process.environ() for process in processes_of(run)]
+    launch.cancel(run)
+    assert environments
+    assert all("hf_canary" not in environment.values() for environment in environments)
+    held = [p for p in run.rglob("*") if p.is_file() and b"hf_canary" in p.read_bytes()]
+    assert held == []
+
+
+def test_two_jobs_at_once_take_different_ports(tmp_path):
+    runs = [make(tmp_path / name, test_modes=["accuracy"]) for name in ("a", "b")]
+    for run in runs:
+        launch.submit(run)
+    assert [wait(run).state for run in runs] == ["done", "done"]
+    assert (
+        runs[0].joinpath("job/addresses.txt").read_text() != runs[1].joinpath("job/addresses.txt").read_text()
+    )
+
+
+@pytest.mark.parametrize("module", ["job_agent", "loadgen_client"])
+def test_what_runs_on_compute_nodes_keeps_to_python_3_8(module):
+    source = Path(job_agent.__file__).with_name(f"{module}.py").read_text()
+    ast.parse(source, feature_version=(3, 8))
+
+
+def test_the_agent_imports_the_standard_library_only():
+    tree = ast.parse(Path(job_agent.__file__).read_text())
+    imported = {
+        alias.name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
+    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported <= set(sys.stdlib_module_names)
+
+
+def test_ranks_carry_their_number_and_end_together():
+    script = "import os,sys,time; r=os.environ['SLURM_PROCID']; print('I am', r, flush=True); r=='1' and sys.exit(3); time.sleep(60)"
+    agent = [sys.executable, job_agent.__file__, "ranks", "3", "4", sys.executable, "-c", script]
+    done = subprocess.run(agent, capture_output=True, text=True, timeout=20, env=dict(os.environ))
+    assert done.returncode == 3
+    assert {"4: I am 0", "5: I am 1", "6: I am 2"} <= set(done.stdout.splitlines())
+    assert "job_agent: rank 5 ended with status 3" in done.stdout
