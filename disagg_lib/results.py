@@ -1,0 +1,411 @@
+"""Many runs -> tidy tables: one row a run, units in the names, a word on where each figure comes from."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from .errors import DisaggError
+from .figures import (
+    figure_interactivity,
+    figure_latency_distributions,
+    figure_timeline,
+    figure_topology,
+)
+from .mlperf_logs import DETAIL, NAN, LogError, MlperfRun, read_accuracy_txt, read_run
+from .validity import Claim, Verdict, judge, limits_ms, load_rules, model_of
+
+__all__ = [
+    "figure_interactivity",
+    "figure_latency_distributions",
+    "figure_timeline",
+    "figure_topology",
+]
+
+SOURCES = ("measured", "rehearsed", "simulated", "published")
+#: columns in order; a row always has all of them
+COLUMNS = (
+    *("folder", "division", "submitter", "system", "model", "accelerator", "accelerators_total", "nodes"),
+    *("scenario", "round", "source", "loadgen_valid", "valid", "submittable", "first_failed", "shortened"),
+    *("samples_per_s", "completed_tokens_per_s", "completed_tokens_per_s_per_gpu", "target_qps"),
+    *("scheduled_samples_per_s", "ttft_mean_ms", "ttft_p50_ms", "ttft_p90_ms", "ttft_p95_ms", "ttft_p99_ms"),
+    *(
+        "ttft_p999_ms",
+        "ttft_limit_ms",
+        "tpot_mean_ms",
+        "tpot_p50_ms",
+        "tpot_p90_ms",
+        "tpot_p95_ms",
+        "tpot_p99_ms",
+    ),
+    *("tpot_p999_ms", "tpot_limit_ms", "latency_p50_s", "latency_p99_s", "duration_s", "min_duration_ms"),
+    *("query_count", "error_count", "accuracy_rougeL", "accuracy_exact_match", "tokens_per_sample"),
+    *("loadgen_scenario", "loadgen_version", "test_datetime", "log_path", "error"),
+)
+_WORDS = frozenset(
+    ("folder", "division", "submitter", "system", "model", "accelerator", "scenario", "round", "source")
+    + ("loadgen_valid", "first_failed", "shortened", "loadgen_scenario", "loadgen_version", "test_datetime")
+    + ("log_path", "error")
+)
+_WHOLE = ("accelerators_total", "nodes", "min_duration_ms", "query_count", "error_count")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """Where a folder's logs are, and what the files beside them say of the run."""
+
+    folder: Path  # as given
+    base: Path  # the run folder, or the folder that holds performance/ and accuracy/
+    performance: Path | None
+    accuracy: Path | None
+    parameters: Mapping[str, object]  # of experiment.yaml
+    settings: Mapping  # of job/settings.json
+    origin: Mapping[str, str]  # of SOURCE.txt
+    system: Mapping  # of system.json
+    client: Mapping | None  # of job/client_performance.json
+
+
+def find_logs(folder: Path | str) -> RunFiles:
+    """Find the logs of a run folder of ours, a published folder, or a folder that LoadGen wrote into.
+
+    Raises
+    ------
+    LogError : missing_folder, empty_folder, or missing_file when none of the known layouts fits.
+    """
+    folder = Path(folder)
+    base = folder
+    given = (folder / DETAIL).is_file()
+    if given:
+        base = Path(folder.resolve()) if folder.name in ("", ".", "..") else folder
+        while re.fullmatch(r"run_\d+|performance|accuracy|mlperf", base.name) and base.parent != base:
+            base = base.parent
+    performance = (
+        folder if given else _first_folder(base, ("mlperf/performance", "performance/run_1", "performance"))
+    )
+    accuracy = _first_folder(base, ("mlperf/accuracy", "accuracy"))
+    if given and folder.name == "accuracy":
+        performance = None
+    if performance is None and accuracy is None:
+        read_run(folder)  # says what is wrong with it, unless it is a folder of other things
+    origin = _origin(base / "SOURCE.txt")
+    return RunFiles(
+        folder=folder,
+        base=base,
+        performance=performance,
+        accuracy=accuracy,
+        parameters=_parameters(base / "experiment.yaml"),
+        settings=_json(base / "job/settings.json") or {},
+        origin=origin,
+        system=_json(base / "system.json") or {},
+        client=_json(base / "job/client_performance.json"),
+    )
+
+
+def _first_folder(base: Path, names: Iterable[str]) -> Path | None:
+    """The first of some folders below base that holds logs, else the first that is there at all."""
+    there = [base / name for name in names if (base / name).is_dir()]
+    return next((path for path in there if (path / DETAIL).is_file()), there[0] if there else None)
+
+
+def _json(path: Path) -> dict | None:
+    """A JSON object, None if the file is absent."""
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LogError(
+            "cut_log", path, f"no JSON ({error})", "a JSON object", "Copy the file again."
+        ) from error
+    return found if isinstance(found, dict) else {}
+
+
+def _parameters(path: Path) -> dict[str, object]:
+    """`parameters.<name>.value` of an experiment.yaml; empty if the file is absent."""
+    if not path.is_file():
+        return {}
+    # the C loader reads a thousand of them in a second, the Python one in ten
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        recorded = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)["parameters"]
+        return {name: entry["value"] for name, entry in recorded.items()}
+    except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise LogError(
+            "bad_experiment",
+            path,
+            f"{type(error).__name__}: {error}",
+            "`parameters:` with a `value:` for each name",
+            "It must be the file that 03_configuration wrote.",
+        ) from error
+
+
+def _origin(path: Path) -> dict[str, str]:
+    """`key: value` lines of a SOURCE.txt, keys in lower case."""
+    if not path.is_file():
+        return {}
+    pairs = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
+    return {key.strip().lower(): value.strip() for key, colon, value in pairs if colon}
+
+
+def source_of(files: RunFiles) -> str:
+    """measured, rehearsed or published.
+
+    Our own run folders say it themselves (`engine: rehearsal`); a SOURCE.txt that names a results repository, or a
+    `source:` line in it, speaks for other folders. Anything else LoadGen measured on something: `measured`.
+    """
+    engine = files.parameters.get("engine", files.settings.get("engine"))
+    if engine:
+        return "rehearsed" if engine == "rehearsal" else "measured"
+    if files.origin.get("source") in SOURCES:
+        return files.origin["source"]
+    return "published" if "repository" in files.origin else "measured"
+
+
+def folder_source(run_dir: Path | str) -> str:
+    """Source of a run folder whose job may have left no logs yet."""
+    base = Path(run_dir)
+    settings = _json(base / "job/settings.json") or {}
+    files = RunFiles(base, base, None, None, _parameters(base / "experiment.yaml"), settings, {}, {}, None)
+    return source_of(files)
+
+
+def claim_of(files: RunFiles, run: MlperfRun, source: str | None = None) -> Claim:
+    """What a run claims: its own settings first, then SOURCE.txt and folder names, then LoadGen's settings."""
+    parts = [
+        part
+        for text in (files.origin.get("path", ""), str(files.base))
+        for part in re.split(r"[/\\]|__", text)
+    ]
+    model = model_of(str(files.settings.get("client", {}).get("model_key", "")))
+    model = (
+        model or next((found for part in parts if (found := model_of(part))), "") or _model_by_samples(run)
+    )
+    return Claim(
+        model=model,
+        scenario=_scenario(files, run, model, parts),
+        round=_round(files),
+        source=source or source_of(files),
+        division=parts[0]
+        if parts[0] in ("closed", "open", "network")
+        else str(files.system.get("division", "closed")),
+    )
+
+
+def _scenario(files: RunFiles, run: MlperfRun, model: str, parts: list[str]) -> str:
+    """Interactive is LoadGen's Server with other limits: only names and limits tell."""
+    if run.loadgen_scenario != "Server":
+        return run.loadgen_scenario
+    if "interactive" in str(files.settings.get("client", {}).get("model_key", "")):
+        return "Interactive"
+    named = [part.capitalize() for part in parts if part.lower() in ("server", "interactive")]
+    if named:
+        return named[0]
+    own = (run.ttft_limit_ms, run.tpot_limit_ms)
+    return "Interactive" if model and own == limits_ms(model, "Interactive") else "Server"
+
+
+def _model_by_samples(run: MlperfRun) -> str:
+    """The language model whose data set has this many samples, if it is one alone."""
+    models = load_rules()["models"].items()
+    same = [m for m, rules in models if rules.get("limits") and rules["samples"] == run.dataset_samples]
+    return same[0] if len(same) == 1 else ""
+
+
+def _round(files: RunFiles) -> str:
+    """The round a run claims: its `round` parameter, the results repository it is from, else v5.1, this project's."""
+    found = re.search(r"inference_results_(v\d+\.\d+)", files.origin.get("repository", ""))
+    return str(files.parameters.get("round") or (found[1] if found else "v5.1"))
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One run read and judged."""
+
+    files: RunFiles
+    run: MlperfRun
+    accuracy_run: MlperfRun | None
+    verdict: Verdict
+    scores: Mapping[str, float]
+
+
+def read_result(folder: Path | str, source: str | None = None, claim: Claim | None = None) -> RunResult:
+    """Read and judge one folder.
+
+    Parameters
+    ----------
+    folder : a run folder, a published folder, or LoadGen's own output folder.
+    source : overrides what the folder says (`published` for logs that were downloaded without a SOURCE.txt).
+    claim : judge by this instead of what the run itself claims.
+
+    Raises
+    ------
+    LogError : a log is missing, cut short or contradicts itself.
+    """
+    files = find_logs(folder)
+    if source is not None and source not in SOURCES:
+        raise DisaggError(f"source: found {source!r}; needed one of {', '.join(SOURCES)}")
+    accuracy_run = (
+        read_run(files.accuracy) if files.accuracy and files.accuracy != files.performance else None
+    )
+    run = read_run(files.performance) if files.performance else accuracy_run
+    scores = None
+    if files.accuracy and (files.accuracy / "accuracy.txt").is_file():
+        scores = read_accuracy_txt(files.accuracy / "accuracy.txt")
+    claim = claim or claim_of(files, run, source)
+    verdict = judge(run, claim, scores, accuracy_run, files.client)
+    return RunResult(files, run, accuracy_run, verdict, scores.scores if scores else {})
+
+
+def run_row(run_dir: Path | str, source: str | None = None) -> dict:
+    """One row of the table: every column of COLUMNS; figures are LoadGen's to the last digit (ns / 1e6 = ms)."""
+    return _row(read_result(run_dir, source))
+
+
+def _row(result: RunResult) -> dict:
+    run, verdict, files = result.run, result.verdict, result.files
+    row = empty_row(files.folder)
+    row.update({name: getattr(run, name) for name in COLUMNS if hasattr(run, name)})
+    limits = limits_ms(verdict.claim.model, verdict.claim.scenario) or (run.ttft_limit_ms, run.tpot_limit_ms)
+    row.update(
+        _identity(result),
+        source=verdict.claim.source,
+        round=verdict.claim.round,
+        scenario=verdict.claim.scenario,
+        valid=verdict.valid,
+        submittable=verdict.submittable,
+        first_failed=verdict.failed[0].name if verdict.failed else "",
+        shortened=", ".join(check.name for check in verdict.shortened),
+        latency_p50_s=run.latency_p50_ms / 1e3,
+        latency_p99_s=run.latency_p99_ms / 1e3,
+        ttft_limit_ms=limits[0],
+        tpot_limit_ms=limits[1],
+        accuracy_rougeL=result.scores.get("rougeL", NAN),
+        accuracy_exact_match=result.scores.get("exact_match", NAN),
+        tokens_per_sample=result.scores.get("tokens_per_sample", NAN),
+    )
+    gpus = row["accelerators_total"]
+    row["completed_tokens_per_s_per_gpu"] = run.completed_tokens_per_s / gpus if gpus and gpus > 0 else NAN
+    return row
+
+
+def empty_row(folder: Path | str) -> dict:
+    """A row without a figure: words are empty, figures NaN, nothing is valid."""
+    row = {name: "" if name in _WORDS else NAN for name in COLUMNS}
+    row.update(folder=str(folder), valid=False, submittable=False)
+    return row
+
+
+def _identity(result: RunResult) -> dict:
+    """Who ran what on which system."""
+    files, claim = result.files, result.verdict.claim
+    path = files.origin.get("path", "").split("/")  # division/submitter/results/system/benchmark/scenario/...
+    known = path if len(path) > 5 and path[2] == "results" else ["", "", "", "", "", ""]
+    system = files.system
+    nodes = system.get("number_of_nodes", files.settings.get("node_count", NAN))
+    per_node = system.get("accelerators_per_node", files.settings.get("gpus_per_node", NAN))
+    return {
+        "division": known[0] or system.get("division", ""),
+        "submitter": known[1] or system.get("submitter", ""),
+        "system": known[3] or system.get("system_name") or str(files.parameters.get("system_name") or ""),
+        "model": known[4] or claim.model,
+        "accelerator": system.get("accelerator_model_name", ""),
+        "nodes": _whole(nodes),
+        "accelerators_total": _whole(nodes) * _whole(per_node),
+        "log_path": f"{files.origin['path']}/{DETAIL}"
+        if known[0]
+        else str((files.performance or files.accuracy) / DETAIL),
+    }
+
+
+def _whole(value: object) -> float:
+    """A count from JSON, where submitters write numbers as text too; NaN if it is none."""
+    try:
+        return float(int(str(value)))
+    except ValueError:
+        return NAN
+
+
+def runs_table(folders: Iterable[Path | str], source: str | None = None) -> pd.DataFrame:
+    """One row a folder, in the order given; a folder that cannot be read is a row with its `error`.
+
+    Returns
+    -------
+    DataFrame with COLUMNS; `valid`, `submittable` bool, `loadgen_valid` LoadGen's own word.
+    """
+    rows = []
+    for folder in folders:
+        try:
+            rows.append(run_row(folder, source))
+        except DisaggError as error:
+            rows.append({**empty_row(folder), "error": str(error)})
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(
+        {"valid": bool, "submittable": bool, **dict.fromkeys(_WHOLE, "Int64")}
+    )
+
+
+def verdict_of(run_dir: Path | str, source: str | None = None) -> Verdict:
+    """The gate's word on a folder."""
+    return read_result(run_dir, source).verdict
+
+
+def verdict_text(run_dir: Path | str, source: str | None = None) -> str:
+    """The verdict in a few sentences: which limit fails and by how much, what was shortened, what to do."""
+    return verdict_of(run_dir, source).text()
+
+
+#: what fits a terminal: column -> (heading, decimals)
+TERMINAL = {
+    "source": ("source", None),
+    "scenario": ("scenario", None),
+    "loadgen_valid": ("LoadGen", None),
+    "valid": ("valid", None),
+    "submittable": ("submittable", None),
+    "target_qps": ("target_qps", 3),
+    "samples_per_s": ("samples/s", 3),
+    "completed_tokens_per_s": ("tokens/s", 1),
+    "ttft_p50_ms": ("TTFT p50 ms", 1),
+    "ttft_p99_ms": ("TTFT p99 ms", 1),
+    "ttft_limit_ms": ("limit", 0),
+    "tpot_p50_ms": ("TPOT p50 ms", 2),
+    "tpot_p99_ms": ("TPOT p99 ms", 2),
+    "tpot_limit_ms": ("limit", 0),
+    "first_failed": ("first failed check", None),
+}
+
+
+def format_table(table: pd.DataFrame) -> str:
+    """The table for a terminal: a block a run where it is narrow enough to read; errors below, in full."""
+    lines = []
+    good = table[table["error"] == ""]
+    if len(good):
+        folders = [Path(str(folder)).name or str(folder) for folder in good["folder"]]
+        cells = [["run", *folders]]
+        for name, (heading, decimals) in TERMINAL.items():
+            cells.append([heading, *(_cell(value, decimals) for value in good[name])])
+        if len(good) <= 3:  # upright: a run is a column
+            widths = [max(len(row[i]) for row in cells) for i in range(len(folders) + 1)]
+            rows = cells
+        else:
+            rows = [list(row) for row in zip(*cells, strict=True)]
+            widths = [max(len(row[i]) for row in rows) for i in range(len(cells))]
+        lines += [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+    lines += [f"{row.folder}: {row.error}" for row in table[table["error"] != ""].itertuples()]
+    return "\n".join(lines)
+
+
+def _cell(value: object, decimals: int | None) -> str:
+    """A figure with its decimals, `-` for what is not there."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if decimals is None:
+        return str(value) or "-"
+    return "-" if math.isnan(value) else f"{value:.{decimals}f}"

@@ -1,0 +1,192 @@
+"""Tables and figures of many runs, against the published table and against logs that our LoadGen wrote."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from disagg_lib import results
+
+DATA = Path(__file__).parent / "data"
+SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
+
+
+def make_run(folder, kind="logs_short", engine="rehearsal", client=None):
+    """A run folder of ours around a log that LoadGen wrote."""
+    shutil.copytree(DATA / kind / "performance", folder / "mlperf/performance")
+    (folder / "job").mkdir()
+    (folder / "experiment.yaml").write_text(
+        f"format: 1\nparameters:\n  engine: {{value: {engine}, from: default}}\n"
+    )
+    servers = [{"name": "ctx0", "role": "context", "ranks": [0, 1, 2, 3], "nodes": [0], "node": 0, "port": 8336},
+               {"name": "gen0", "role": "generation", "ranks": [4, 5, 6, 7], "nodes": [1], "node": 1, "port": 8336}]  # fmt: skip
+    settings = {"engine": engine, "node_count": 2, "gpus_per_node": 4, "servers": servers,
+                "client": {"model_key": "llama3_1-405b-interactive", "scenario": "Server"}}  # fmt: skip
+    (folder / "job/settings.json").write_text(json.dumps(settings))
+    if client is not None:
+        (folder / "job/client_performance.json").write_text(json.dumps(client))
+    return folder
+
+
+def test_published_logs_give_the_published_table():
+    folders = sorted((SHARED / "mlperf_logs").glob("*/"))
+    if not folders:
+        pytest.skip(f"no published logs at {SHARED}: they are not part of this repository")
+    truth = pd.read_csv(SHARED / "published_llama3.1-405b_v5.1.csv").set_index("log_path")
+    truth = truth.rename(columns={"tokens_per_s": "completed_tokens_per_s", "valid": "loadgen_valid"})
+    table = results.runs_table(folders).set_index("log_path")
+    shared = [name for name in truth.columns if name in table.columns]
+    assert len(shared) >= 20 and (table["error"] == "").all()
+    for path, row in table.iterrows():
+        for name in shared:
+            assert _equal(row[name], truth.loc[path, name]), (path, name, row[name], truth.loc[path, name])
+    assert table["valid"].all() and not table["submittable"].any() and set(table["source"]) == {"published"}
+
+
+def _equal(ours, printed):
+    """Equal to the digits that the CSV prints."""
+    if isinstance(printed, str):
+        return ours == printed
+    if pd.isna(printed):
+        return pd.isna(ours)
+    decimals = len(repr(float(printed)).partition(".")[2])
+    return round(float(ours), decimals) == float(printed)
+
+
+def test_first_column_is_the_folder_and_every_row_has_all_columns(tmp_path):
+    table = results.runs_table([make_run(tmp_path / "a"), DATA / "logs_full", tmp_path / "nothing"])
+    assert table.columns[0] == "folder" and tuple(table.columns) == results.COLUMNS
+    assert table["folder"].tolist() == [
+        str(tmp_path / "a"),
+        str(DATA / "logs_full"),
+        str(tmp_path / "nothing"),
+    ]
+
+
+def test_a_bad_folder_is_a_row_with_its_error_and_the_others_still_show(tmp_path):
+    cut = make_run(tmp_path / "cut")
+    (cut / "mlperf/performance/mlperf_log_summary.txt").write_text("")
+    table = results.runs_table([make_run(tmp_path / "good"), cut, tmp_path])
+    assert table["error"].map(bool).tolist() == [False, True, True]
+    assert "cut log" in table["error"][1] and not table["valid"][1]
+    assert table["ttft_p99_ms"][0] > 0
+    text = results.format_table(table)
+    assert "good" in text and "cut log" in text
+
+
+def test_rehearsal_is_labelled_and_says_what_it_left_short(tmp_path):
+    row = results.run_row(make_run(tmp_path / "run"))
+    assert (row["source"], row["scenario"], row["loadgen_valid"]) == ("rehearsed", "Interactive", "VALID")
+    assert row["valid"] and not row["submittable"]
+    assert {"min_duration", "equal_issue", "query_count"} <= set(row["shortened"].split(", "))
+    text = results.verdict_text(tmp_path / "run")
+    assert "Shortened on purpose: " in text and "because its source is rehearsed" in text
+
+
+def test_same_short_run_fails_when_it_claims_to_be_measured(tmp_path):
+    row = results.run_row(make_run(tmp_path / "run", engine="trtllm"))
+    assert row["source"] == "measured" and not row["valid"] and row["shortened"] == ""
+
+
+def test_rehearsals_log_folder_alone_is_still_rehearsed(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert results.run_row(run / "mlperf/performance")["source"] == "rehearsed"
+
+
+def test_failed_requests_make_a_run_invalid(tmp_path):
+    run = make_run(
+        tmp_path / "run",
+        client={"valid_client": False, "failed": 2, "reasons": ["2 requests failed: timeout"]},
+    )
+    row = results.run_row(run)
+    assert row["loadgen_valid"] == "VALID" and not row["valid"] and row["first_failed"] == "client_failures"
+    assert "2 requests failed: timeout" in results.verdict_text(run)
+
+
+def test_slow_run_names_its_limit_and_a_lower_load(tmp_path):
+    run = make_run(tmp_path / "run", kind="logs_slow")
+    text = results.verdict_text(run)
+    assert results.run_row(run)["first_failed"] == "tpot_p99"
+    assert "against 80 ms (12.66% over)" in text and "try target_qps 87.872" in text
+
+
+def test_per_gpu_figure_divides_by_the_gpus_of_the_nodes(tmp_path):
+    row = results.run_row(make_run(tmp_path / "run"))
+    assert row["accelerators_total"] == 8
+    assert row["completed_tokens_per_s_per_gpu"] == row["completed_tokens_per_s"] / 8
+
+
+def test_performance_folder_and_run_folder_give_one_row(tmp_path):
+    run = make_run(tmp_path / "run")
+    one, two = results.run_row(run), results.run_row(run / "mlperf/performance")
+    assert {k: v for k, v in one.items() if k != "folder" and v == v} == {
+        k: v for k, v in two.items() if k != "folder" and v == v
+    }
+
+
+def test_row_survives_csv_with_whole_numbers(tmp_path):
+    results.runs_table([DATA / "logs_full"]).to_csv(tmp_path / "runs.csv", index=False)
+    line = (tmp_path / "runs.csv").read_text().splitlines()[1]
+    assert ",8313," in line and ",600000," in line
+
+
+def test_settings_that_are_no_json_are_an_error_row(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "job/settings.json").write_text('{"engine": ')
+    assert "no JSON" in results.runs_table([run])["error"][0]
+
+
+# -- figures
+
+
+def test_distributions_show_both_limits_and_the_source(tmp_path):
+    run = make_run(tmp_path / "run")
+    figure = results.figure_latency_distributions(run)
+    assert "source: rehearsed" in figure.get_suptitle()
+    for axis, limit in zip(figure.axes, (4500, 80), strict=True):
+        assert "(ms)" in axis.get_xlabel()
+        assert any(f"{limit} ms" in label for label in axis.get_legend_handles_labels()[1])
+    figure.savefig(tmp_path / "figure.png")
+
+
+def test_distributions_use_the_clients_rows_with_loadgens_lateness(tmp_path):
+    run = make_run(tmp_path / "run")
+    header = "sample_index,issue_s,late_ms,ttft_ms,latency_ms,input_tokens,output_tokens,status\n"
+    rows = "".join(f"{i},{i},5.0,{100 + i},{1000 + i},10,11,ok\n" for i in range(50))
+    (run / "job/queries_performance.csv").write_text(header + rows + "50,50,,,,10,0,timeout\n")
+    figure = results.figure_latency_distributions(run)
+    x = figure.axes[0].lines[0].get_xdata()
+    assert "per query" in figure.get_suptitle() and len(x) == 50 and min(x) == 105.0
+    assert math.isclose(max(figure.axes[1].lines[0].get_xdata()), 90.0)
+
+
+def test_figures_have_an_opaque_ground_for_dark_pages(tmp_path):
+    figure = results.figure_topology(make_run(tmp_path / "run"))
+    assert figure.get_facecolor()[3] == 1.0 and all(axis.get_facecolor()[3] == 1.0 for axis in figure.axes)
+
+
+def test_topology_shows_every_rank_once_and_its_port(tmp_path):
+    figure = results.figure_topology(make_run(tmp_path / "run"))
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert sum("rank" in text for text in texts) == 8 and "ctx0\nrank 0, port 8336" in texts
+    assert "1 context and 1 generation servers on 2 x 4 GPUs" in figure.get_suptitle()
+
+
+def test_timeline_draws_phases_and_token_rate(tmp_path):
+    run = make_run(tmp_path / "run")
+    phases = [
+        {"time_s": 100.0 + 10 * i, "phase": name}
+        for i, name in enumerate(["container", "bind", "performance", "done"])
+    ]
+    (run / "job/phases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in phases))
+    progress = [{"time_s": 110.0 + i, "mode": "performance", "issued": i, "done": i, "failed": 0, "outstanding": 3,
+                 "tokens": 7 * i, "total": 10} for i in range(10)]  # fmt: skip
+    (run / "job/progress.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in progress) + '{"time_s": 12'
+    )
+    figure = results.figure_timeline(run)
+    assert figure.axes[1].lines[0].get_ydata().tolist() == [7.0] * 9
+    assert "source: rehearsed" in figure.get_suptitle() and "(s)" in figure.axes[2].get_xlabel()
