@@ -96,54 +96,49 @@ def read_table(system: str, tp: int, pp: int = 1) -> LatencyTable:
 
 MODEL = "meta-llama/Meta-Llama-3.1-405B"
 QUANTISATION = {"gemm_quant_mode": "nvfp4", "kvcache_quant_mode": "fp8", "fmha_quant_mode": "fp8"}
+# GEMM times jump when the tokens pass a multiple of the tile, 64 or 128: both sides of each jump are grid points.
+_SMALL = [*range(1, 18), 24, 32, 33, 48, 49, 64, 65, 96]
+_TILES = [n + side for n in range(128, 8193, 128) for side in (0, 1)]
 GRID = {
-    "context_tokens": [1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896]
-    + [*range(1024, 8193, 256), *range(9216, 20481, 1024)],
-    "attention_new": [1, 128, 256, *range(512, 8193, 512), *range(9216, 20481, 1024)],
-    "attention_past": [0, 256, 512, 1024, 2048, 3072, *range(4096, 20481, 2048)],
-    "generation_batch": [
-        1,
-        2,
-        4,
-        8,
-        16,
-        24,
-        32,
-        48,
-        64,
-        80,
-        96,
-        112,
-        *range(128, 513, 16),
-        *range(544, 1025, 32),
-    ],
+    "context_tokens": sorted([*_SMALL, *_TILES, 160, 192, 193, 224, *range(8704, 20481, 512)]),
+    "attention_new": [1, 16, 32, 64, 128, 256, *range(512, 8193, 512), *range(9216, 20481, 1024)],
+    "attention_past": [0, 16, 32, 64, 128, 256, 512, 1024, 2048, 3072, *range(4096, 20481, 2048)],
+    "generation_batch": sorted([*_SMALL, *_TILES[:16], 160, 192, 193, 224, 320, 448]),
+    # Decode attention drops when the batch reaches a power of two.
     "kv_batch": [
         1,
         2,
+        3,
         4,
         8,
+        12,
+        15,
         16,
+        20,
         24,
+        28,
+        31,
         32,
+        40,
         48,
+        56,
+        63,
         64,
+        72,
         80,
         96,
         112,
+        120,
+        127,
         128,
-        160,
-        192,
-        224,
-        256,
-        320,
-        384,
-        448,
-        512,
-        768,
-        1024,
-    ],
-    "kv_length": [1, 512, 1024, 2048, 4096, 6144, 8192, 10240, 12288, 16384, 22016],
+    ]
+    + [144, 160, 192, 224, 255, 256, 320, 384, 448, 511, 512, 768, 1024],
+    "kv_length": [1, 512, *range(1024, 10241, 1024), *range(12288, 20481, 2048), 22016],
 }
+
+
+def _library_system(system: str) -> str:
+    return f"{system}_sxm" if system.startswith("b") else system
 
 
 def _measure(handle) -> dict[str, list[float]]:
@@ -168,7 +163,7 @@ def _measure(handle) -> dict[str, list[float]]:
         "generation_ms": [generation(b, 1024)[0] for b in GRID["generation_batch"]],
         "kv_ms": [generation(b, n)[1] for b in GRID["kv_batch"] for n in GRID["kv_length"]],
     }
-    return {key: [float(f"{v:.5g}") for v in row] for key, row in values.items()}
+    return {key: [float(f"{v:.4g}") for v in row] for key, row in values.items()}
 
 
 def build_table(system: str, shapes: list[tuple[int, int]]) -> dict:
@@ -177,7 +172,7 @@ def build_table(system: str, shapes: list[tuple[int, int]]) -> dict:
 
     from aiconfigurator_core.sdk import EngineHandle, estimate_kv_cache
 
-    library_system = f"{system}_sxm" if system.startswith("b") else system
+    library_system = _library_system(system)
     servers = {}
     for tp, pp in shapes:
         parallel = {"tp_size": tp, "pp_size": pp, **QUANTISATION}
@@ -207,6 +202,44 @@ def build_table(system: str, shapes: list[tuple[int, int]]) -> dict:
         "grid": GRID,
         "servers": servers,
     }
+
+
+def interpolation_errors(system: str, tp: int, pp: int, points: int, seed: int) -> dict[str, float]:
+    """Largest relative error of a shipped table against the library, at random context chunks and generation steps."""
+    import numpy as np
+    from aiconfigurator_core.sdk import EngineHandle
+
+    from disagg_lib.serving import rules
+
+    table = read_table(system, tp, pp)
+    handle = EngineHandle.compile(
+        MODEL,
+        _library_system(system),
+        "trtllm",
+        backend_version="current",
+        tp_size=tp,
+        pp_size=pp,
+        **QUANTISATION,
+    )
+    context, generation = [], []
+    random = np.random.RandomState(seed)
+    for _ in range(points):
+        new = int(random.randint(1, 8193))
+        past = int(random.randint(0, 20001 - new))
+        truth = handle.predict_prefill_latency(1, new + past, past)
+        mine = rules.context_step_ms(
+            table.context_tokens, table.context_ms, table.attention_new, table.attention_past, table.attention_ms,
+            [new], [past], 1,
+        )  # fmt: skip
+        context.append(abs(mine / truth - 1))
+        batch, length = int(random.randint(1, 513)), int(random.randint(500, 22001))
+        truth = handle.decode_step_latency(batch, length, 2)
+        mine = rules.generation_step_ms(
+            table.generation_batch, table.generation_ms, table.kv_batch, table.kv_length, table.kv_ms,
+            batch, length, (batch,), False, 0.0,
+        )  # fmt: skip
+        generation.append(abs(mine / truth - 1))
+    return {"context": max(context), "generation": max(generation)}
 
 
 def main(arguments: list[str] | None = None) -> None:

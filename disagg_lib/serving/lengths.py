@@ -32,12 +32,12 @@ def output_tokens_at(quantile: float) -> int:
 def _beta_quantiles(quantiles: np.ndarray, mean: float, cv: float) -> np.ndarray:
     """Quantiles of a Beta on INPUT_RANGE, by integrating its density in x = sin^2(angle), where it is bounded."""
     low, high = INPUT_RANGE
+    if not 0.05 <= cv <= 0.7:
+        raise LengthsError(f"cv of the prompt length is {cv}; this shape takes 0.05 to 0.7.")
     mu = (mean - low) / (high - low)
     sigma = cv * mean / (high - low)
     spread = mu * (1 - mu) / sigma**2 - 1
     a, b = mu * spread, (1 - mu) * spread
-    if not sigma > 0 or min(a, b) < 0.5:
-        raise LengthsError(f"cv {cv} with mean {mean} is no Beta shape on {low} to {high}; use 0.05 to 0.7.")
     cells = 20000
     angle = (np.arange(cells) + 0.5) * (np.pi / 2 / cells)
     density = np.sin(angle) ** (2 * a - 1) * np.cos(angle) ** (2 * b - 1)

@@ -1,0 +1,75 @@
+"""Length shapes and their CSV file."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from disagg_lib.serving.lengths import (
+    LengthsError,
+    built_in_lengths,
+    output_tokens_at,
+    read_lengths_csv,
+    shorten_outputs,
+    write_lengths_csv,
+)
+
+
+def test_built_in_lengths_are_the_same_bytes_everywhere():
+    digest = hashlib.sha256(built_in_lengths().tobytes()).hexdigest()
+    assert digest == "7246858abd7a762bf2f459e9099f9ba4bb82bfbc281d3a0fa57f8945f029e6e6"
+
+
+@pytest.mark.parametrize("cv", [0.35, 0.45, 0.55])
+def test_input_shape_has_the_stated_mean_and_spread(cv):
+    inputs = built_in_lengths(cv=cv)["input_tokens"]
+    assert inputs.mean() == pytest.approx(9400, abs=0.5)
+    assert inputs.std() / inputs.mean() == pytest.approx(cv, abs=1e-4)
+    assert inputs.min() >= 400 and inputs.max() <= 20000
+
+
+def test_output_shape_has_the_published_percentiles_and_ignores_the_input():
+    lengths = built_in_lengths()
+    found = np.percentile(lengths["output_tokens"], [1, 5, 10, 25, 50, 75, 90, 95, 99])
+    assert found == pytest.approx([186, 205, 215, 438, 706, 817, 900, 960, 1042], abs=1)
+    assert abs(np.corrcoef(lengths["input_tokens"], lengths["output_tokens"])[0, 1]) < 0.02
+    assert output_tokens_at(0.5) == 706
+
+
+def test_shortened_outputs_keep_inputs_and_shape():
+    lengths = built_in_lengths()
+    short = shorten_outputs(lengths, 64)
+    assert short["output_tokens"].mean() == pytest.approx(64, abs=0.1)
+    assert (short["input_tokens"] == lengths["input_tokens"]).all()
+    assert shorten_outputs(lengths, 1)["output_tokens"].min() == 2
+
+
+@pytest.mark.parametrize("arguments", [{"count": 0}, {"cv": 0.0}, {"cv": 1.5}])
+def test_impossible_shapes_are_refused(arguments):
+    with pytest.raises(LengthsError):
+        built_in_lengths(**arguments)
+
+
+def test_csv_round_trip(tmp_path):
+    lengths = built_in_lengths(100)
+    write_lengths_csv(lengths, tmp_path / "l.csv")
+    assert (read_lengths_csv(tmp_path / "l.csv") == lengths).all()
+    assert (tmp_path / "l.csv").read_text().startswith("input_tokens,output_tokens\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "no column"),
+        ("input_tokens\n1\n", "no column output_tokens"),
+        ("input_tokens,output_tokens\n", "no samples"),
+        ("input_tokens,output_tokens\n10,5\n10,1\n", "line 3: found 10,1"),
+        ("input_tokens,output_tokens\n1.5,9\n", "line 2: found 1.5,9"),
+        ("input_tokens,output_tokens\n10\n", "line 2: found 10,None"),
+    ],
+)
+def test_bad_csv_says_file_line_and_need(tmp_path, text, word):
+    (tmp_path / "l.csv").write_text(text)
+    with pytest.raises(LengthsError, match=word) as error:
+        read_lengths_csv(tmp_path / "l.csv")
+    assert "l.csv" in str(error.value)
