@@ -155,12 +155,15 @@ def run_chain(
     ParameterError, RunFolderError : before anything is started.
     DisaggError : a notebook failed; the message says which, why, and where its executed copy is.
     """
-    import papermill
-
     from .run_folder import RESULTS, free_run_dir, write_manifest
 
     experiment = load_experiment(params_files, given)
     run = free_run_dir(experiment, run_dir)
+    import papermill
+    from traitlets.config import Config
+
+    from . import results
+
     files = [str(Path(f).expanduser()) for f in params_files]
     out(f"run folder: {run}")
     RESULTS.mkdir(exist_ok=True)
@@ -183,6 +186,8 @@ def run_chain(
                 progress_bar=False,
                 stdout_file=sys.stdout,
                 stderr_file=sys.stderr,
+                # Sockets in the file system, not TCP ports that any user of this machine could reach.
+                config=Config({"KernelManager": {"transport": "ipc"}}),
             )
         except papermill.PapermillExecutionError as error:
             raise DisaggError(
@@ -190,6 +195,7 @@ def run_chain(
             ) from None
     report = _report(executed)
     write_manifest(run)
+    out("\n" + results.format_table(results.runs_table([run])))
     out(f"\nreport: {report}")
     return run
 
@@ -272,7 +278,7 @@ def results(folders, csv_file):
             )
         table.to_csv(csv_file, index=False)
     click.echo(tables.format_table(table))
-    if table["error"].notna().any():
+    if (table["error"].fillna("") != "").any():
         sys.exit(1)
 
 

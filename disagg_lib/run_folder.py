@@ -46,7 +46,7 @@ def user_conf_text(e: Experiment) -> str:
     lines = [f"*.Server.target_qps = {e.server_target_qps}"]
     if e.shortened:
         lines += [
-            "*.Server.min_duration = 1000",
+            "*.Server.min_duration = 1",
             f"*.Server.min_query_count = {e.rehearsal_queries}",
             "*.Server.sample_concatenate_permutation = 0",
         ]
