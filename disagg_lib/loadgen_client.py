@@ -26,6 +26,7 @@ import array
 import asyncio
 import collections
 import csv
+import functools
 import gc
 import hashlib
 import json
@@ -63,8 +64,19 @@ KINDS = (
     "no_ids",  # ids are needed (accuracy), the server sends text, and there is no tokenizer
     "protocol",  # not HTTP/1.1 with server-sent events
 )
+# How a stream ends if no chunk cuts its last event: events are single lines, so nothing else can look like this.
+LAST_BYTES = b"data: [DONE]\n\n\r\n0\r\n\r\n"
+STATUSES = ("ok",) + KINDS
 FIRST_ID, END_ID = 10000, 99999  # synthetic prompts: all ids have five digits, inside Llama 3's 128256
 LAG_PERIOD_S = 0.02
+# MLPerf's compliance test of token ids (mlcommons/inference compliance/TEST06), as LoadGen reads it.
+TEST06 = """*.*.mode = 2
+*.*.accuracy_log_rng_seed = 720381539243781796
+*.*.accuracy_log_sampling_target = 100
+*.*.min_query_count = 100
+*.*.min_duration = 0
+*.*.sample_concatenate_permutation = 0
+"""
 
 
 class ClientError(Exception):
@@ -79,6 +91,17 @@ class AnswerError(Exception):
         self.kind, self.detail = kind, detail
 
 
+# What reading bytes that are no such answer can raise.
+BAD_ANSWER = (AnswerError, ValueError, IndexError, TypeError, AttributeError, KeyError, OverflowError)
+
+
+def failure_of(error):
+    """Return error as an AnswerError: whatever cannot be read is a protocol failure."""
+    if isinstance(error, AnswerError):
+        return error
+    return AnswerError("protocol", "%s: %s" % (type(error).__name__, error))
+
+
 # ---- answers: HTTP/1.1 and server-sent events, as bytes -------------------------------------------------
 
 
@@ -90,6 +113,8 @@ def dechunk(raw, out):
         if eol < 0:
             return pos, False
         size = int(raw[pos:eol].split(b";", 1)[0], 16)
+        if size < 0:
+            raise ValueError("chunk of size %d" % size)
         if size == 0:  # the last chunk: trailers, if any, then an empty line
             end = raw.find(b"\r\n\r\n", eol)
             return (pos, False) if end < 0 else (end + 4, True)
@@ -136,35 +161,40 @@ def parse_message(data):
     return message
 
 
-def usage_at_end(text):
-    """Return completion_tokens if the last events hold usage and [DONE], else None (then read everything)."""
-    tail = text[-2048:]
-    cut = tail.find(b"\n\n")
-    events = [data for data in map(event_data, tail[cut + 2 :].split(b"\n\n")) if data]
-    if cut < 0 or not events or events[-1] != b"[DONE]":
+def usage_at_end(raw):
+    """Return completion_tokens if the last events hold usage and [DONE], else None (then read everything).
+
+    raw may still hold the chunked framing: a chunk's size stands on a line of its own, and one that cuts an event
+    leaves JSON that cannot be read.
+    """
+    tail = unify_lines(raw[-2048:])
+    events = [data for data in map(event_data, tail[tail.find(b"\n\n") :].split(b"\n\n")) if data]
+    if not events or events[-1] != b"[DONE]":
         return None
-    for data in reversed(events[:-1]):
-        usage = parse_message(data).get("usage")
-        if usage:
-            return usage.get("completion_tokens")
+    try:
+        for data in reversed(events[:-1]):
+            usage = json.loads(data).get("usage")
+            if usage:
+                return usage.get("completion_tokens")
+    except (ValueError, AttributeError):
+        pass  # a second, exact look decides what this is
     return None
 
 
-def read_answer(payload, want_ids):
+def read_answer(payload):
     """Read a whole answer.
 
     Returns
     -------
-    (number of tokens, list of ids or None, text or None). Ids and text are left out where usage tells the
-    number and ids are not wanted. The number comes from usage or from ids, never from counting chunks.
+    (number of tokens, ids as array("i") or None if there is text only, text). The number comes from usage or
+    from ids, never from counting chunks.
     """
     text = unify_lines(payload)
-    if not want_ids:
-        count = usage_at_end(text)
-        if count and count > 1:
-            return count, None, None
     ids, pieces, count, done, only_text = [], [], None, False, False
-    for data in map(event_data, text.split(b"\n\n")):
+    *events, rest = text.split(b"\n\n")
+    if event_data(rest) == b"[DONE]":  # any other event without its empty line was cut
+        events.append(rest)
+    for data in map(event_data, events):
         if data == b"[DONE]":
             done = True
         elif data:
@@ -175,9 +205,9 @@ def read_answer(payload, want_ids):
             only_text = only_text or bool(piece and piece_ids is None)
             count = (message.get("usage") or {}).get("completion_tokens", count)
     if not done:
-        if pieces or not payload.strip():
-            raise AnswerError("cut", "%d content events, no [DONE]" % len(pieces))
-        raise AnswerError("protocol", "no server-sent events: %r" % payload[:200])
+        if payload[:1] in (b"{", b"[", b"<"):
+            raise AnswerError("protocol", "no server-sent events: %r" % payload[:200])
+        raise AnswerError("cut", "%d events, no [DONE]" % len(pieces))
     if not ids and not any(pieces):
         raise AnswerError("empty", "no content before [DONE]")
     if only_text:
@@ -189,18 +219,18 @@ def read_answer(payload, want_ids):
         raise AnswerError("no_count", "the answer has neither usage nor token ids")
     if count < 2:
         raise AnswerError("short", "%d token" % count)
-    return count, ids, "".join(pieces)
+    return count, ids if ids is None else array.array("i", ids), "".join(pieces)
 
 
 class Answer:
     """One HTTP answer while it arrives.
 
-    `feed` takes bytes cut anywhere. `first` becomes the ids of the first content (empty if the server sends
-    text only) with the read that completes its event. From then on, if the body is chunked, `settled` is true:
-    the caller may append to `reads` without `feed`, unless the read could hold the end of the body.
+    `feed` takes bytes cut anywhere. `first` becomes (text, first id if the server sends ids) with the read that
+    completes the first event with content. From then on, if the body is chunked, `settled` is true: the caller
+    may append to `reads` without `feed`, unless the read could hold the end of the body.
     """
 
-    __slots__ = (
+    __slots__ = [
         "close",
         "ended",
         "first",
@@ -211,7 +241,7 @@ class Answer:
         "scanned",
         "settled",
         "status",
-    )
+    ]
 
     def __init__(self):
         self.reads, self.payload = [], []  # not yet decoded, decoded
@@ -222,6 +252,9 @@ class Answer:
     def feed(self, data):
         """Take the next bytes; ValueError or IndexError if they are not HTTP/1.1."""
         self.reads.append(data)
+        if self.settled and b"".join(self.reads[-4:]).endswith(LAST_BYTES):
+            self.ended = True
+            return
         raw = b"".join(self.reads)
         while not self.framing:
             head, found, raw = raw.partition(b"\r\n\r\n")
@@ -278,17 +311,23 @@ class Answer:
             if data and data != b"[DONE]":
                 piece, ids = content(parse_message(data))
                 if piece or ids:
-                    self.first = ids or []
+                    self.first = piece, array.array("i", (ids or ())[:1])
                     self.settled = self.framing == "chunked"
                     return
 
     def result(self, want_ids):
-        """Return read_answer's triple for the bytes that came; AnswerError if the request failed."""
+        """Return read_answer's triple; where ids are not wanted and usage tells the number, that alone."""
+        if self.status == 200 and not want_ids:
+            count = usage_at_end(b"".join(self.payload[-4:] + self.reads[-4:]))
+            if count and count > 1:
+                return count, None, None
+        if self.framing == "chunked":
+            dechunk(b"".join(self.reads), self.payload)
         payload = b"".join(self.payload)
         if self.status != 200:
             kind = "http_429" if self.status == 429 else "http_5xx" if self.status >= 500 else "http_4xx"
             raise AnswerError(kind, "HTTP %d %s" % (self.status, payload[:200].decode("utf-8", "replace")))
-        return read_answer(payload, want_ids)
+        return read_answer(payload)
 
 
 # ---- the streaming path -------------------------------------------------------------------------------
@@ -297,21 +336,21 @@ class Answer:
 class Request:
     """One LoadGen sample on its way. Times are time.perf_counter() in s."""
 
-    __slots__ = (
+    __slots__ = [
         "connection",
         "first_s",
         "index",
         "issue_s",
-        "late_check",
         "query_id",
         "seen",
         "seen_s",
         "sent_s",
-    )
+        "start_s",
+    ]
 
     def __init__(self, query_id, index, issue_s):
         self.query_id, self.index, self.issue_s = query_id, index, issue_s
-        self.sent_s = self.first_s = self.seen_s = 0.0
+        self.start_s = self.sent_s = self.first_s = self.seen_s = 0.0
         self.seen = 0
         self.connection = None
 
@@ -345,14 +384,11 @@ class Connection(asyncio.Protocol):
         waiting = answer.first is None
         try:
             answer.feed(data)
-        except AnswerError as error:
-            self._end(error)
-            return
-        except (ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
-            self._end(AnswerError("protocol", "%s: %s" % (type(error).__name__, error)))
+        except BAD_ANSWER as error:
+            self._end(failure_of(error))
             return
         if waiting and answer.first is not None:
-            self.client.first_content(self.request, answer.first)
+            self.client.first_content(self.request, *answer.first)
         if answer.ended:
             self._end(None)
 
@@ -383,10 +419,12 @@ class Client:
         self.loop, self.loadgen, self.target, self.samples, self.log = loop, loadgen, target, samples, log
         self.mode, self.settings = mode, settings
         self.want_ids = mode != "performance"
+        self.encode = load_tokenizer(settings["tokenizer"]) if self.want_ids else None
         self.token_latencies = settings["scenario"] == "Server"
         self.connections, self.idle = set(), collections.deque()
         self.waiting, self.queued = collections.deque(), collections.deque()
-        self.active, self.held, self.rows, self.lags = {}, [], [], array.array("f")
+        self.active, self.held = {}, []
+        self.rows, self.lags = array.array("d"), array.array("f")  # seven numbers a query; s
         self.kinds = collections.Counter()
         self.issued = self.done = self.tokens = self.opening = self.reported_tokens = 0
         self.flushed = False
@@ -401,9 +439,8 @@ class Client:
                 self.put_idle(await self._connect())
             except OSError as error:
                 where = "%s:%d" % (self.target.host, self.target.port)
-                raise ClientError(
-                    "%s does not accept connections: %s. Is the server up?" % (where, error)
-                ) from None
+                text = "%s does not accept connections: %s. Is the server up?" % (where, error)
+                raise ClientError(text) from None
 
     async def _connect(self):
         target = self.target
@@ -483,6 +520,7 @@ class Client:
         limit = self.settings["max_in_flight"]
         while self.queued and (not limit or len(self.active) < limit):
             request = self.queued.popleft()
+            request.start_s = request.issue_s if self.token_latencies else time.perf_counter()
             self.active[request.query_id] = request
             connection = self._take_idle(time.perf_counter())
             if connection is not None:
@@ -494,20 +532,21 @@ class Client:
         if len(self.idle) + self.opening < self.settings["connections"] // 4 and not self.flushed:
             self._open_one_more()
 
-    def first_content(self, request, ids):
+    def first_content(self, request, text, ids):
         """The first content came: LoadGen takes its TTFT here."""
         request.first_s = time.perf_counter()
         if self.token_latencies:
-            self._first_token(request, ids[:1])
+            if self.mode == "test06" and not ids and self.encode:
+                ids = self.encode(text)[:1]  # TEST06 compares the first id; it judges no times
+            self._first_token(request, ids)
 
-    def _first_token(self, request, ids):
-        buffer = array.array("i", ids)
+    def _first_token(self, request, buffer):
         address, _ = buffer.buffer_info()
         response = self.loadgen.QuerySampleResponse(request.query_id, address, 4 * len(buffer))
         self.loadgen.FirstTokenComplete([response])
 
     def _complete(self, request, ids, count):
-        buffer = array.array("i", ids or ())
+        buffer = ids or array.array("i")
         address, _ = buffer.buffer_info()
         response = self.loadgen.QuerySampleResponse(request.query_id, address, 4 * len(buffer), count)
         self.loadgen.QuerySamplesComplete([response])
@@ -519,8 +558,8 @@ class Client:
         if error is None:
             try:
                 count, ids, text = answer.result(self.want_ids)
-            except AnswerError as failure:
-                error = failure
+            except BAD_ANSWER as failure:
+                error = failure_of(failure)
         if error is not None:
             self._fail(request, error)
         elif self.want_ids and ids is None:
@@ -539,37 +578,27 @@ class Client:
         # Without FirstTokenComplete LoadGen's TTFT and TPOT of the whole run would be garbage, so it gets one;
         # the 0 tokens then leave exactly one error in LoadGen's log for each failed request.
         if self.token_latencies and not request.first_s:
-            self._first_token(request, ())
-        self._complete(request, (), 1 if error.kind == "short" else 0)
+            self._first_token(request, array.array("i"))
+        self._complete(request, None, 1 if error.kind == "short" else 0)
         self.kinds[error.kind] += 1
         if self.kinds[error.kind] <= 10:
             self.log("request failed: sample %d: %s: %s" % (request.index, error.kind, error.detail))
         self._record(request, 0, error.kind)
 
     def _record(self, request, count, status):
-        self.rows.append(
-            (
-                request.index,
-                request.issue_s,
-                request.sent_s,
-                request.first_s,
-                time.perf_counter(),
-                count,
-                status,
-            )
-        )
+        times_s = request.issue_s, request.sent_s, request.first_s, time.perf_counter()
+        self.rows.extend((request.index, *times_s, count, STATUSES.index(status)))
 
     def _release_held(self):
         """After the last answer: ids of text-only answers through the tokenizer, then complete them."""
         if not (self.held and self.flushed and not self.active and not self.queued):
             return
         held, self.held = self.held, []
-        encode = load_tokenizer(self.settings.get("tokenizer"), self.log)
         for request, text in held:
-            if encode is None:
+            if self.encode is None:
                 self._fail(request, AnswerError("no_ids", "the server sends text; set client.tokenizer"))
             else:
-                ids = encode(text)
+                ids = self.encode(text)
                 if len(ids) < 2:
                     self._fail(request, AnswerError("short", "%d token after the tokenizer" % len(ids)))
                 else:
@@ -587,26 +616,24 @@ class Client:
             streamed += seen
             if seen != request.seen:
                 request.seen, request.seen_s = seen, now_s
-            if now_s - request.issue_s > self.settings["request_timeout_s"]:
-                self._give_up(request, "timeout", now_s - request.issue_s)
-            elif (
-                request.first_s
-                and now_s - max(request.seen_s, request.first_s) > self.settings["stall_timeout_s"]
-            ):
-                self._give_up(request, "stalled", now_s - request.seen_s)
+            quiet_s = now_s - max(request.seen_s, request.first_s) if request.first_s else 0.0
+            if now_s - request.start_s > self.settings["request_timeout_s"]:
+                self._give_up(request, "timeout", now_s - request.start_s)
+            elif quiet_s > self.settings["stall_timeout_s"]:
+                self._give_up(request, "stalled", quiet_s)
         # Reads stand for tokens until an answer is over; the sum must not fall when the true count replaces them.
         self.reported_tokens = max(self.reported_tokens, self.tokens + streamed)
         failed = sum(self.kinds.values())
-        return {
+        counts = {
             "time_s": round(time.time(), 3),
             "mode": self.mode,
             "issued": self.issued,
             "done": self.done,
-            "failed": failed,
-            "outstanding": self.issued - self.done - failed,
-            "tokens": self.reported_tokens,
-            "total": self.total,
         }
+        outstanding = self.issued - self.done - failed
+        return dict(
+            counts, failed=failed, outstanding=outstanding, tokens=self.reported_tokens, total=self.total
+        )
 
     def _give_up(self, request, kind, seconds):
         error = AnswerError(kind, "after %.1f s" % seconds)
@@ -624,17 +651,17 @@ class Client:
         self.loop.call_later(LAG_PERIOD_S, self.measure_lag, now_s + LAG_PERIOD_S)
 
 
-def load_tokenizer(path, log):
-    """Return a function text -> ids (without special tokens), or None with a word in the log."""
+def load_tokenizer(path):
+    """Return a function text -> ids (without special tokens) of a tokenizer.json; None of no path."""
     if not path:
         return None
     try:
         from tokenizers import Tokenizer  # in TensorRT-LLM's container; only text-only servers need it
-    except ImportError:
-        log("client.tokenizer is set but the package tokenizers is not installed here")
-        return None
-    tokenizer = Tokenizer.from_file(str(path))
-    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot read
+        raise ClientError("client.tokenizer %s: %s: %s" % (path, type(error).__name__, error)) from None
+    return lambda text: array.array("i", tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 # ---- requests, prepared before the clock runs ----------------------------------------------------------
@@ -654,6 +681,8 @@ class Target:
             prefix = prefix[:-3]  # base URLs are given with and without it
         self.path = prefix + endpoint
         self.netloc = parts.netloc.rpartition("@")[2]
+        key = os.environ.get("OPENAI_API_KEY")  # external endpoints; a secret has no place in the run folder
+        self.authorization = "Authorization: Bearer %s\r\n" % key if key else ""
 
 
 class Samples:
@@ -676,8 +705,13 @@ class Samples:
         after = ("]," + json.dumps(dict(self.constants, **limits))[1:]).encode()
         head = (
             "POST %s HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nAccept: text/event-stream\r\n"
-            "Content-Length: %d\r\n\r\n"
-            % (self.target.path, self.target.netloc, len(before) + len(ids_text) + len(after))
+            "%sContent-Length: %d\r\n\r\n"
+            % (
+                self.target.path,
+                self.target.netloc,
+                self.target.authorization,
+                len(before) + len(ids_text) + len(after),
+            )
         ).encode()
         self.parts[index] = (head + before, ids_text, after)
         self.input_tokens[index] = input_tokens
@@ -788,7 +822,7 @@ def configure(loadgen, run_dir, settings, mode):
     if key not in LIMITS_MS:
         raise ClientError("settings.json: client.model_key is %r; known are %s" % (key, ", ".join(LIMITS_MS)))
     limits_ms = test.ttft_latency / 1e6, test.tpot_latency / 1e6
-    if not test.use_token_latencies or (scenario == "Server" and limits_ms != LIMITS_MS[key]):
+    if not test.use_token_latencies or limits_ms != LIMITS_MS[key]:
         raise ClientError(
             "LoadGen took model key %r, scenario %s: token latencies %s, limits %g / %g ms; needed are on, %g / %g ms. "
             "Is this mlcommons-loadgen 5.1.2?"
@@ -809,6 +843,10 @@ def scheduled_s(test, count):
     return np.concatenate([[0.0], np.cumsum(gaps)[:-1]])
 
 
+GENERATED = ("generated_query_count", "generated_samples_per_query")
+RESULT_KEYS = GENERATED + ("loadgen_version", "result_validity")
+
+
 def log_values(path, *keys):
     """Return {key: value} of LoadGen's detail log as far as it is written, and the number of error lines."""
     found, errors = {}, 0
@@ -824,6 +862,11 @@ def log_values(path, *keys):
                     continue  # the last line may still be in the making
                 found[entry["key"]] = entry["value"]
     return found, errors
+
+
+def generated(values):
+    """Return the number of samples LoadGen will issue, None if its log does not say it yet."""
+    return int(np.prod([values[key] for key in GENERATED])) if set(GENERATED) <= set(values) else None
 
 
 class Recorder(threading.Thread):
@@ -844,9 +887,7 @@ class Recorder(threading.Thread):
                 print(self.prefix + line, flush=True)
                 continue
             if line["total"] is None and self.total is None:
-                self.total = log_values(self.detail_log, "generated_query_count")[0].get(
-                    "generated_query_count"
-                )
+                self.total = generated(log_values(self.detail_log, *GENERATED)[0])
             with open(self.progress, "a") as file:
                 file.write(json.dumps(dict(line, total=line["total"] or self.total)) + "\n")
 
@@ -860,18 +901,41 @@ def percentile_ms(values_s, percent):
     return round(float(np.percentile(values_s, percent)) * 1e3, 4) if len(values_s) else None
 
 
-def write_queries(path, rows, first_issue_s, late_s, input_tokens):
+def write_queries(path, rows, late_s, input_tokens):
     """Write one row a query. ttft_ms and latency_ms count from the issue; LoadGen's add the schedule's lateness."""
+    first_issue_s = rows[:, 1].min() if len(rows) else 0.0
     with open(path, "w", newline="") as file:
         out = csv.writer(file)
-        names = "sample_index issue_s late_ms ttft_ms latency_ms input_tokens output_tokens status"
-        out.writerow(names.split())
-        for row, late in zip(rows, late_s):
-            index, issue_s, _, first_s, end_s, count, status = row
+        out.writerow(
+            [
+                "sample_index",
+                "issue_s",
+                "late_ms",
+                "ttft_ms",
+                "latency_ms",
+                "input_tokens",
+                "output_tokens",
+                "status",
+            ]
+        )
+        for (index, issue_s, _, first_s, end_s, count, status), late in zip(rows.tolist(), late_s.tolist()):
+            late_ms = "" if late != late else "%.4f" % (1e3 * late)
             ttft_ms = "%.4f" % (1e3 * (first_s - issue_s)) if first_s else ""
-            late_ms = "" if late is None else "%.4f" % (1e3 * late)
             times = ["%.6f" % (issue_s - first_issue_s), late_ms, ttft_ms, "%.4f" % (1e3 * (end_s - issue_s))]
-            out.writerow([index] + times + [input_tokens[index], count, status])
+            out.writerow([int(index), *times, input_tokens[int(index)], int(count), STATUSES[int(status)]])
+
+
+def lateness_s(rows, test):
+    """Return how late each request was written after LoadGen's schedule; rows are all queries of a Server run.
+
+    Sorted issue times meet the schedule one to one; the test began when the promptest query was issued.
+    """
+    order = np.argsort(rows[:, 1], kind="stable")
+    issue_s, sent_s = rows[order, 1], np.maximum(rows[order, 2], rows[order, 1])
+    behind_s = issue_s - scheduled_s(test, len(rows))
+    late_s = np.empty(len(rows))
+    late_s[order] = behind_s - behind_s.min() + (sent_s - issue_s)
+    return late_s
 
 
 class Run:
@@ -886,12 +950,13 @@ class Run:
         self.out_dir.mkdir(parents=True, exist_ok=True)
         old = sorted(path.name for path in self.out_dir.glob("mlperf_log_*"))
         if old:
-            raise ClientError(
-                "%s already holds %s: a run never overwrites another" % (self.out_dir, ", ".join(old))
-            )
+            names = ", ".join(old)
+            raise ClientError("%s already holds %s: a run never overwrites another" % (self.out_dir, names))
         self.test = configure(mlperf_loadgen, run_dir, settings, mode)
         # LoadGen would otherwise take an audit.config that happens to lie in the working directory.
         self.audit = run_dir / "job" / ("audit.config" if mode == "test06" else "no_audit.config")
+        if mode == "test06":
+            self.audit.write_text(TEST06)
         total, few = settings["total_sample_count"], settings["accuracy_sample_count"]
         self.count = min(few, total) if mode == "accuracy" else total
         self.target = Target(url, settings["endpoint"])
@@ -903,9 +968,8 @@ class Run:
     async def main(self):
         """Run LoadGen to its end; return the exit status."""
         loop = asyncio.get_running_loop()
-        client = Client(
-            loop, self.loadgen, self.target, self.settings, self.samples, self.mode, self.recorder.log
-        )
+        parts = self.loadgen, self.target, self.settings, self.samples, self.mode, self.recorder.log
+        client = Client(loop, *parts)
         await client.open_connections(self.settings["connections"])
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopped, client, number)
@@ -917,11 +981,8 @@ class Run:
         gc.disable()  # no cycles are made while requests run; a collection would stop the loop for milliseconds
         sys.setswitchinterval(1e-4)  # LoadGen's thread waits at most this long for the interpreter
         client.measure_lag(self.started_s)
-        threading.Thread(
-            target=self._run_loadgen,
-            args=(client, lambda: loop.call_soon_threadsafe(finished.set)),
-            daemon=True,
-        ).start()
+        report = functools.partial(loop.call_soon_threadsafe, finished.set)
+        threading.Thread(target=self._run_loadgen, args=(client, report), daemon=True).start()
         while not finished.is_set():
             try:
                 await asyncio.wait_for(finished.wait(), 1.0)
@@ -958,97 +1019,56 @@ class Run:
 
     def _finish(self, client, status):
         """Write client_<mode>.json and queries_<mode>.csv; return the exit status."""
-        result = self.result(client, status)
+        rows = np.array(client.rows).reshape(-1, 7)
+        late_s = np.full(len(rows), np.nan)
+        if status == "finished" and len(rows) and self.settings["scenario"] == "Server":
+            late_s = lateness_s(rows, self.test)
+        write_queries(
+            self.run_dir / "job" / ("queries_%s.csv" % self.mode), rows, late_s, self.samples.input_tokens
+        )
+        result = self.result(client, status, late_s[~np.isnan(late_s)])
         path = self.run_dir / "job" / ("client_%s.json" % self.mode)
         path.write_text(json.dumps(result, indent=1) + "\n")
-        verdict = "answered" if result["valid_client"] else "INVALID: " + "; ".join(result["reasons"])
-        words = (
-            "%d of %d requests served, %d output tokens, %.1f s, client CPU %.1f s, loop lag p99 %s ms: %s"
-        )
         self.recorder.log(
-            words
-            % (
-                result["done"],
-                result["issued"],
-                result["output_tokens"],
-                result["wall_s"],
-                result["client_cpu_s"],
-                result["loop_lag_p99_ms"],
-                verdict,
-            )
+            "{done} of {issued} requests served, {output_tokens} output tokens, {wall_s} s, client CPU {client_cpu_s} "
+            "s, loop lag p99 {loop_lag_p99_ms} ms: ".format(**result)
+            + ("answered" if result["valid_client"] else "INVALID: " + "; ".join(result["reasons"]))
         )
         self.recorder.stop()
         return 0 if result["valid_client"] else 1
 
-    def result(self, client, status):
-        """Return the result of the run; also writes the rows of the queries."""
-        rows = client.rows
-        issues = np.array(sorted(row[1] for row in rows))
-        late_s = [None] * len(rows)
-        if len(rows) and self.settings["scenario"] == "Server":
-            # Sorted issue times meet the schedule one to one; the test began when the promptest query was issued.
-            order = np.argsort([row[1] for row in rows], kind="stable")
-            behind = issues - scheduled_s(self.test, len(rows)) if status == "finished" else issues * np.nan
-            sent = np.array([row[2] or row[1] for row in rows])[order]
-            late = behind - behind.min() + (sent - issues)
-            if status == "finished":
-                for place, value in zip(order.tolist(), late.tolist()):
-                    late_s[place] = value
-        first_s = float(issues[0]) if len(issues) else 0.0
-        path = self.run_dir / "job" / ("queries_%s.csv" % self.mode)
-        write_queries(path, rows, first_s, late_s, self.samples.input_tokens)
-        known = [value for value in late_s if value is not None]
-        limit_ms = self.test.ttft_latency / 1e6 * 0.01
-        values, errors = log_values(
-            self.out_dir / "mlperf_log_detail.txt",
-            "loadgen_version",
-            "generated_query_count",
-            "result_validity",
-        )
-        failed = sum(client.kinds.values())
+    def result(self, client, status, late_s):
+        """Return what client_<mode>.json holds."""
+        values, errors = log_values(self.out_dir / "mlperf_log_detail.txt", *RESULT_KEYS)
+        failed, limit_ms = sum(client.kinds.values()), self.test.ttft_latency / 1e6 * 0.01
         reasons = ["%d requests failed: %s" % (count, kind) for kind, count in sorted(client.kinds.items())]
         if status != "finished":
             reasons.append(self.error or status)
         if errors > failed:
             reasons.append("LoadGen's log holds %d errors, %d requests failed" % (errors, failed))
-        late_count = sum(1e3 * value > limit_ms for value in known)
-        return {
-            "mode": self.mode,
-            "scenario": self.settings["scenario"],
-            "model_key": self.settings["model_key"],
-            "url": self.url,
-            "endpoint": self.settings["endpoint"],
-            "status": status,
-            "valid_client": not reasons,
-            "reasons": reasons,
-            "issued": client.issued,
-            "done": client.done,
-            "failed": failed,
-            "outstanding": client.issued - client.done - failed,
-            "kinds": {kind: client.kinds[kind] for kind in KINDS},
-            "output_tokens": client.tokens,
-            "wall_s": round(time.perf_counter() - self.started_s, 3),
-            "client_cpu_s": round(time.process_time() - self.started_cpu_s, 3),
-            "max_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0, 1),
-            "loop_lag_p50_ms": percentile_ms(client.lags, 50),
-            "loop_lag_p99_ms": percentile_ms(client.lags, 99),
-            "loop_lag_max_ms": percentile_ms(client.lags, 100),
-            "late_p99_ms": percentile_ms(known, 99),
-            "late_max_ms": percentile_ms(known, 100),
-            "late_limit_ms": limit_ms,
-            "late_issues": late_count,
-            "client_was_late": late_count > 0,
-            "loadgen_errors": errors,
-            "loadgen_validity": values.get("result_validity"),
-            "loadgen_version": values.get("loadgen_version"),
-            "generated_query_count": values.get("generated_query_count"),
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "uvloop": getattr(sys.modules.get("uvloop"), "__version__", None),
-        }
+        late_count = int((1e3 * late_s > limit_ms).sum())
+        words = {key: self.settings[key] for key in ("scenario", "model_key", "endpoint")}
+        result = dict(
+            words, mode=self.mode, url=self.url, status=status, valid_client=not reasons, reasons=reasons
+        )
+        result.update(issued=client.issued, done=client.done, failed=failed, generated=generated(values))
+        result.update(outstanding=client.issued - client.done - failed, output_tokens=client.tokens)
+        result.update(kinds={kind: client.kinds[kind] for kind in KINDS})
+        result["wall_s"] = round(time.perf_counter() - self.started_s, 3)
+        result["client_cpu_s"] = round(time.process_time() - self.started_cpu_s, 3)
+        result["max_rss_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0, 1)
+        for name, percent in (("p50", 50), ("p99", 99), ("max", 100)):
+            result["loop_lag_%s_ms" % name] = percentile_ms(client.lags, percent)
+            result["late_%s_ms" % name] = percentile_ms(late_s, percent)
+        result.update(late_limit_ms=limit_ms, late_issues=late_count, client_was_late=late_count > 0)
+        result.update(loadgen_errors=errors, loadgen_validity=values.get("result_validity"))
+        result.update(loadgen_version=values.get("loadgen_version"), python=platform.python_version())
+        uvloop = sys.modules.get("uvloop")
+        return dict(result, numpy=np.__version__, uvloop=uvloop and uvloop.__version__)
 
 
 DEFAULTS = {
+    "tokenizer": None,  # tokenizer.json; accuracy and TEST06 need it if the server sends text without ids
     "max_in_flight": None,  # Offline: None means all at once
     "stall_timeout_s": 60.0,
     "keep_alive_s": 3.0,  # below the 5 s after which uvicorn (TensorRT-LLM's server) closes an idle connection

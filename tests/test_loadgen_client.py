@@ -41,7 +41,7 @@ class Server:
 
     def __init__(self, plan=lambda n: "ok", step_s=0.002, with_ids=True):
         self.plan, self.step_s, self.with_ids = plan, step_s, with_ids
-        self.bodies, self.connections, self.asked = [], 0, 0
+        self.heads, self.bodies, self.connections, self.asked = [], [], 0, 0
         self.loop = asyncio.new_event_loop()
         self.started = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -71,6 +71,7 @@ class Server:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0.05)  # transports close in the loop's next turns
 
     async def _connection(self, reader, writer):
         self.connections += 1
@@ -90,6 +91,7 @@ class Server:
             if line.lower().startswith(b"content-length")
         )
         body = json.loads(await reader.readexactly(length))
+        self.heads.append(head)
         self.bodies.append(body)
         what = self.plan(self.asked)
         self.asked += 1
@@ -132,6 +134,9 @@ class Server:
             writer.write(chunk(event(b"[DONE]")))
         writer.write(b"0\r\n\r\n")
         return True
+
+
+OFFLINE_CONF = "*.Offline.target_qps = 1\n*.Offline.min_duration = 1000\n*.Offline.min_query_count = 200\n"
 
 
 def make_run(folder: Path, qps=150, count=100, **client) -> Path:
@@ -480,3 +485,54 @@ def test_client_runs_on_plain_asyncio(tmp_path):
         )
     result = json.loads((run / "job/client_performance.json").read_text())
     assert done.returncode == 0 and result["uvloop"] is None
+
+
+def test_test06_logs_ids_and_first_ids_of_100_queries(tmp_path):
+    run = make_run(tmp_path / "run")
+    with Server() as server:
+        done, result = run_client(run, server.url, "test06")
+    assert done.returncode == 0 and result["issued"] == 100
+    assert not error_lines(run, "test06")
+    entries = json.loads((run / "mlperf/test06/mlperf_log_accuracy.json").read_text())
+    assert len(entries) > 50  # LoadGen samples about 100 of them by chance
+    for entry in entries:
+        ids = memoryview(bytes.fromhex(entry["data"])).cast("i").tolist()
+        assert ids == list(range(1000, 1000 + LENGTHS[entry["qsl_idx"]][1]))
+        assert bytes.fromhex(entry["token_data"]) == (1000).to_bytes(4, "little")
+
+
+def test_audit_config_of_the_working_directory_is_not_taken(tmp_path):
+    run = make_run(tmp_path / "run", count=20)
+    (tmp_path / "audit.config").write_text("*.*.min_query_count = 30\n")
+    with Server() as server:
+        subprocess.run(command(run, server.url), cwd=tmp_path, check=True, capture_output=True, timeout=60)
+    assert value(run, "generated_query_count") == 20
+
+
+def test_offline_sends_everything_with_bounded_requests_in_flight(tmp_path):
+    run = make_run(tmp_path / "run", scenario="Offline", model_key="llama3_1-405b", max_in_flight=40)
+    (run / "user.conf").write_text(OFFLINE_CONF)
+    with Server() as server:
+        done, result = run_client(run, server.url)
+    assert done.returncode == 0 and error_lines(run) == []
+    assert result["issued"] == result["done"] == result["generated"] == 500
+    assert server.connections <= 40
+    assert json.loads((run / "job/progress.jsonl").read_text().splitlines()[-1])["total"] == 500
+
+
+def test_offline_without_a_bound_opens_all_at_once(tmp_path):
+    run = make_run(tmp_path / "run", scenario="Offline", model_key="llama3_1-405b", total_sample_count=200)
+    (run / "user.conf").write_text(OFFLINE_CONF)
+    with Server(step_s=0.3) as server:
+        done, result = run_client(run, server.url)
+    assert done.returncode == 0 and result["done"] == 200
+    assert server.connections >= 190
+
+
+def test_key_for_an_external_endpoint_comes_from_the_environment(tmp_path):
+    run = make_run(tmp_path / "run", count=5)
+    with Server() as server:
+        environment = {**os.environ, "OPENAI_API_KEY": "secret-405"}
+        subprocess.run(command(run, server.url), env=environment, check=True, capture_output=True, timeout=60)
+    assert all(b"authorization: bearer secret-405" in head.lower() for head in server.heads)
+    assert not any(b"secret-405" in path.read_bytes() for path in run.rglob("*") if path.is_file())

@@ -1,0 +1,251 @@
+"""Answers as bytes: every way a network can cut them gives the same tokens and the same moment of first content."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disagg_lib import loadgen_client as client
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def event(message, end=b"\n") -> bytes:
+    return b"data: " + (message if isinstance(message, bytes) else json.dumps(message).encode()) + end + end
+
+
+def choice(**fields) -> dict:
+    return {"choices": [{"index": 0, **fields}]}
+
+
+USAGE = {"choices": [], "usage": {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}}
+EVENTS = [
+    b": a comment\n\n",
+    event(choice(text="")),
+    event(choice(text=" a", token_ids=[11])),
+    event(choice(text='"usage":{\n\n', token_ids=[12, 13])) + event(choice(text="", token_ids=[14])),
+    event(USAGE),
+    event(b"[DONE]"),
+]
+CHAT = [
+    event(choice(delta={"role": "assistant"}), b"\r\n"),
+    event(choice(delta={"role": "assistant", "content": ""}), b"\r\n"),
+    event(choice(delta={"content": " a"}), b"\r\n"),
+    b"event: x\r\ndata: " + json.dumps(choice(delta={"content": "b"})).encode() + b"\r\nid: 7\r\n\r\n",
+    event(USAGE, b"\r\n"),
+    event(b"[DONE]", b"\r\n"),
+]
+PLAIN = b"".join(EVENTS)
+STREAMS = {
+    "an event a chunk": CHUNKED + b"".join(map(chunk, EVENTS)) + b"0\r\n\r\n",
+    "after 100 Continue": b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\n"
+    + CHUNKED
+    + b"".join(map(chunk, EVENTS))
+    + b"0\r\n\r\n",
+    "events cut by chunks": CHUNKED
+    + b"".join(chunk(PLAIN[at : at + 37]) for at in range(0, len(PLAIN), 37))
+    + b"0\r\n\r\n",
+    "all in one chunk": CHUNKED + chunk(PLAIN) + b"0\r\n\r\n",
+    "extensions and trailers": CHUNKED.replace(b"chunked", b"Chunked").replace(b"Transfer-E", b"tRANSFER-e")
+    + b"".join(chunk(part).replace(b"\r\n", b";x=y\r\n", 1) for part in EVENTS)
+    + b"0\r\nChecksum: 1\r\n\r\n",
+    "chat, CRLF lines": CHUNKED + b"".join(map(chunk, CHAT)) + b"0\r\n\r\n",
+    "with a length": HEAD + b"content-length:%d\r\n\r\n" % len(PLAIN) + PLAIN,
+    "until the connection closes": HEAD + b"\r\n" + PLAIN,
+}
+
+
+class Heard:
+    """Stands for the Client behind a Connection: keeps what it is told, and after how many bytes."""
+
+    def __init__(self):
+        self.first, self.end, self.fed = None, None, 0
+
+    def first_content(self, request, text, ids):
+        assert self.first is None
+        self.first = self.fed, text, ids.tolist()
+
+    def ended(self, request, answer, error):
+        self.end = answer, error
+
+    def put_idle(self, connection):
+        self.kept = True
+
+    def start_queued(self):
+        pass
+
+    def forget(self, connection):
+        pass
+
+
+class Pipe:
+    def writelines(self, parts):
+        pass
+
+    def abort(self):
+        pass
+
+
+def hear(stream: bytes, cuts, want_ids):
+    """Feed stream to a real Connection, cut at the given places; return what the client behind it heard."""
+    heard = Heard()
+    connection = client.Connection(heard)
+    connection.connection_made(Pipe())
+    connection.send(client.Request(1, 0, 0.0), ())
+    places = sorted({0, *cuts, len(stream)})
+    for start, end in zip(places, places[1:], strict=False):
+        heard.fed = end
+        connection.data_received(stream[start:end])
+    if heard.end is None:
+        connection.connection_lost(None)
+    answer, error = heard.end
+    if error is not None:
+        raise error
+    count, ids, text = answer.result(want_ids)
+    return (heard.first, count, ids and ids.tolist(), text) if want_ids else (heard.first, count)
+
+
+def first_place(stream):
+    """The number of bytes after which the first content is known, fed byte by byte."""
+    return hear(stream, range(len(stream)), True)[0][0]
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_recorded_stream_is_read_whole(name):
+    first, count, ids, text = hear(STREAMS[name], (), True)
+    assert count == 4 and first[1] == " a"
+    if name != "chat, CRLF lines":
+        assert ids == [11, 12, 13, 14] and first[2] == [11] and text == ' a"usage":{\n\n'
+
+
+@pytest.mark.parametrize("want_ids", [True, False])
+@pytest.mark.parametrize("name", STREAMS)
+def test_every_single_cut_gives_the_same_tokens_and_first_content(name, want_ids):
+    stream = STREAMS[name]
+    place = first_place(stream)
+    whole = hear(stream, (), want_ids)
+    for cut in range(1, len(stream)):
+        first, *rest = hear(stream, (cut,), want_ids)
+        assert rest == list(whole[1:])
+        assert first == ((cut if cut >= place else len(stream)), *whole[0][1:])
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_byte_by_byte_gives_the_same_tokens(name):
+    stream = STREAMS[name]
+    assert hear(stream, range(len(stream)), True)[1:] == hear(stream, (), True)[1:]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(sorted(STREAMS)),
+    cuts=st.sets(st.integers(1, 1500), max_size=12),
+    want_ids=st.booleans(),
+)
+def test_any_set_of_cuts_gives_the_same_tokens_and_first_content(name, cuts, want_ids):
+    stream = STREAMS[name]
+    cuts = {cut for cut in cuts if cut < len(stream)}
+    place = first_place(stream)
+    first, *rest = hear(stream, cuts, want_ids)
+    assert rest == list(hear(stream, (), want_ids)[1:])
+    assert first[0] == min(cut for cut in {*cuts, len(stream)} if cut >= place)
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.sampled_from(sorted(STREAMS)), where=st.floats(0, 1), want_ids=st.booleans())
+def test_stream_that_ends_early_is_cut_never_counted(name, where, want_ids):
+    stream = STREAMS[name]
+    end = int(where * (len(stream) - len(b"data: [DONE]\r\n\r\n\r\n0\r\n\r\n")))
+    with pytest.raises(client.AnswerError) as caught:
+        hear(stream[:end], (end // 2,), want_ids)
+    assert caught.value.kind == "cut"
+
+
+@settings(max_examples=300, deadline=None)
+@given(junk=st.binary(max_size=300), cut=st.integers(0, 300))
+def test_junk_is_a_failure_and_raises_nothing_else(junk, cut):
+    for head in (b"", CHUNKED, HEAD + b"\r\n", CHUNKED + chunk(EVENTS[2])):
+        with pytest.raises(client.AnswerError):
+            try:
+                hear(head + junk, (cut,), True)
+            except client.BAD_ANSWER as error:
+                raise client.failure_of(error) from None
+
+
+@pytest.mark.parametrize(
+    "events, kind",
+    [
+        ([event(b"[DONE]")], "empty"),
+        ([event(choice(text="")), event(b"[DONE]")], "empty"),
+        ([event(choice(text="a", token_ids=[1])), event(b"[DONE]")], "short"),
+        ([event(choice(text="a")), event(choice(text="b")), event(b"[DONE]")], "no_count"),
+        ([event(choice(text="a", token_ids=[1, 2])), event(USAGE), event(b"[DONE]")], "count_mismatch"),
+        ([event(choice(text="a")), event({"error": {"message": "x"}}), event(b"[DONE]")], "server_error"),
+        ([event(choice(text="a", token_ids=["x"])), event(b"[DONE]")], "protocol"),
+        ([event(choice(text="a", token_ids=[1 << 40])), event(b"[DONE]")], "protocol"),
+        ([event({"choices": [5]}), event(b"[DONE]")], "protocol"),
+        ([event(b"[1]"), event(b"[DONE]")], "protocol"),
+        ([event(b"not json"), event(b"[DONE]")], "protocol"),
+        ([b'{"choices": [{"text": "not a stream"}]}'], "protocol"),
+    ],
+)
+def test_answer_without_a_true_count_fails_by_kind(events, kind):
+    stream = CHUNKED + b"".join(map(chunk, events)) + b"0\r\n\r\n"
+    with pytest.raises(client.AnswerError) as caught:
+        try:
+            hear(stream, (), True)
+        except client.BAD_ANSWER as error:
+            raise client.failure_of(error) from None
+    assert caught.value.kind == kind
+
+
+def test_connection_is_kept_only_after_a_whole_answer():
+    for name, stream in STREAMS.items():
+        heard = Heard()
+        connection = client.Connection(heard)
+        connection.connection_made(Pipe())
+        connection.send(client.Request(1, 0, 0.0), ())
+        connection.data_received(stream)
+        assert hasattr(heard, "kept") == (name != "until the connection closes")
+
+
+def test_long_prompts_of_the_whole_data_set_take_little_memory_and_time(tmp_path):
+    import time
+    import tracemalloc
+
+    options = {**client.DEFAULTS, "endpoint": "/v1/completions", "model": "m"}
+    samples = client.Samples(client.Target("http://127.0.0.1:1", "/v1/completions"), options)
+    tracemalloc.start()
+    start = time.perf_counter()
+    client.add_synthetic(samples, [(9400, 650)] * 8313, 8313)
+    assert time.perf_counter() - start < 10
+    assert tracemalloc.get_traced_memory()[0] < 50e6
+    tracemalloc.stop()
+    assert len(samples.parts) == 8313
+    prompts = {bytes(parts[1][:60]) for parts in samples.parts.values()}
+    assert len(prompts) == 8313  # no two prompts begin alike, so none is served from a cache of another
+
+
+def test_client_imports_nothing_of_the_project():
+    """It is copied to compute nodes alone; and it stays readable for Python 3.8."""
+    import ast
+
+    path = Path(client.__file__)
+    tree = ast.parse(path.read_text(), feature_version=(3, 8))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    extra = {name for name in names if name not in __import__("sys").stdlib_module_names}
+    assert extra == {"numpy", "mlperf_loadgen", "uvloop", "pandas", "tokenizers"}
+    assert importlib.util.find_spec("mlperf_loadgen")
