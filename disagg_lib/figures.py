@@ -82,8 +82,8 @@ def figure_latency_distributions(run_dir: Path | str) -> Figure:
             axis, name, run, None if values is None else values[name], limits.get(f"{name}_p99")
         )
     axes[0].set_ylabel("queries at or below (%)")
-    axes[0].legend(loc="lower right", frameon=False, fontsize=8)
-    axes[1].legend(loc="lower right", frameon=False, fontsize=8)
+    for axis in axes:  # below the axes: on them it would cover the curve of one run or the other
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False, fontsize=7.5)
     kept = "per query, by the client" if values is not None else "LoadGen's percentiles"
     _title(
         figure,
@@ -117,12 +117,12 @@ def _draw_distribution(axis, name: str, run, values: np.ndarray | None, limit_ms
             marker,
             color=INK,
             markersize=5,
-            label=f"{key} {value:.4g} ms (LoadGen)",
+            label=f"{key} {value:.4g} ms",
             linestyle="",
         )
     if limit_ms is not None:
         axis.axvline(
-            limit_ms, color=ORANGE, linestyle="--", linewidth=1.8, label=f"limit on p99: {limit_ms:g} ms"
+            limit_ms, color=ORANGE, linestyle="--", linewidth=1.8, label=f"p99 limit {limit_ms:g} ms"
         )
     axis.set_xlim(left=0)
     axis.set_ylim(0, 101)
@@ -216,9 +216,9 @@ def figure_timeline(run_dir: Path | str) -> Figure:
     axes[2].set_ylabel("outstanding\nqueries")
     axes[2].set_xlabel("time since the job began (s)")
     for axis in axes[1:]:
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, max(axis.get_ylim()[1], 1) * 1.25)  # room for the legend
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8, loc="upper left")
+            axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
     axes[0].set_xlim(0, max(end, 1))
     _title(
         figure,
@@ -230,28 +230,43 @@ def figure_timeline(run_dir: Path | str) -> Figure:
 
 
 def _draw_phases(axis, phases: list[dict], start: float, end: float) -> None:
-    """Bars from each phase to the next, each named; light and dark by turns."""
+    """Bars from each phase to the next, light and dark by turns; neighbours too narrow for a name share a label."""
     begins = [row["time_s"] - start for row in phases] + [end]
+    narrow: list[int] = []
     for place, row in enumerate(phases):
         left, width = begins[place], begins[place + 1] - begins[place]
-        name = str(row["phase"])
         axis.barh(
             0, width, left=left, height=0.6, color=(LIGHT, "#8f8f8f")[place % 2], edgecolor=INK, linewidth=0.6
         )
-        wide = end > 0 and width / end > 0.09
-        axis.annotate(
-            name if len(name) < 30 else name[:29] + "…",
-            (left + (width / 2 if wide else 0), 0 if wide else 0.42 + 0.24 * (place % 3)),
-            ha="center" if wide else "left",
-            va="center" if wide else "bottom",
-            fontsize=7,
-            color=INK,
-            annotation_clip=False,
-        )
-    axis.set_ylim(-0.4, 1.3)
+        if width > 0.09 * end:
+            _name_phases(axis, [phases[i]["phase"] for i in narrow], [begins[i] for i in narrow], end)
+            narrow = []
+            axis.text(
+                left + width / 2, 0, str(row["phase"])[:40], ha="center", va="center", fontsize=8, color=INK
+            )
+        else:
+            narrow.append(place)
+    _name_phases(axis, [phases[i]["phase"] for i in narrow], [begins[i] for i in narrow], end)
+    axis.set_ylim(-0.4, 0.9)
     axis.set_yticks([])
     axis.grid(False)
     axis.set_ylabel("phase", color=INK)
+
+
+def _name_phases(axis, names: list[str], begins: list[float], end: float) -> None:
+    """One label above a group of narrow phases, growing towards the middle of the figure."""
+    if names:
+        late = begins[0] > end / 2
+        text = ", ".join(names)
+        text = text if len(text) < 90 else text[:89] + "…"
+        axis.text(
+            begins[-1] if late else begins[0],
+            0.42,
+            text,
+            ha="right" if late else "left",
+            fontsize=7.5,
+            color=INK,
+        )
 
 
 def figure_topology(run_dir: Path | str) -> Figure:

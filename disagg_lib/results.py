@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 import re
@@ -207,8 +209,9 @@ def _scenario(files: RunFiles, run: MlperfRun, model: str, parts: list[str]) -> 
     named = [part.capitalize() for part in parts if part.lower() in ("server", "interactive")]
     if named:
         return named[0]
-    own = (run.ttft_limit_ms, run.tpot_limit_ms)
-    return "Interactive" if model and own == limits_ms(model, "Interactive") else "Server"
+    limits = limits_ms(model, "Interactive")
+    strict = limits is not None and run.ttft_limit_ms <= limits[0] and run.tpot_limit_ms <= limits[1]
+    return "Interactive" if strict else "Server"
 
 
 def _model_by_samples(run: MlperfRun) -> str:
@@ -370,12 +373,16 @@ TERMINAL = {
     "target_qps": ("target_qps", 3),
     "samples_per_s": ("samples/s", 3),
     "completed_tokens_per_s": ("tokens/s", 1),
+    "ttft_mean_ms": ("TTFT mean ms", 1),
     "ttft_p50_ms": ("TTFT p50 ms", 1),
+    "ttft_p90_ms": ("TTFT p90 ms", 1),
     "ttft_p99_ms": ("TTFT p99 ms", 1),
-    "ttft_limit_ms": ("limit", 0),
+    "ttft_limit_ms": ("TTFT limit ms", 0),
+    "tpot_mean_ms": ("TPOT mean ms", 2),
     "tpot_p50_ms": ("TPOT p50 ms", 2),
+    "tpot_p90_ms": ("TPOT p90 ms", 2),
     "tpot_p99_ms": ("TPOT p99 ms", 2),
-    "tpot_limit_ms": ("limit", 0),
+    "tpot_limit_ms": ("TPOT limit ms", 0),
     "first_failed": ("first failed check", None),
 }
 
@@ -409,3 +416,145 @@ def _cell(value: object, decimals: int | None) -> str:
     if decimals is None:
         return str(value) or "-"
     return "-" if math.isnan(value) else f"{value:.{decimals}f}"
+
+
+# -- the published results, and how far runs of one kind differ
+
+#: figures whose difference can be judged against the published rows' own spread
+COMPARED = (
+    *("completed_tokens_per_s", "ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms"),
+    *("tpot_mean_ms", "tpot_p50_ms", "tpot_p99_ms", "latency_p50_s", "latency_p99_s"),
+)
+
+
+@functools.cache
+def _published() -> pd.DataFrame:
+    path = Path(__file__).parent / "data" / "published_v5.1.csv"
+    table = pd.read_csv(path, comment="#").rename(columns={"tokens_per_s": "completed_tokens_per_s"})
+    table = table.rename(columns={"valid": "loadgen_valid"})
+    table["completed_tokens_per_s_per_gpu"] = table["completed_tokens_per_s"] / table["accelerators_total"]
+    table["folder"] = table["log_path"].str.replace("/performance/run_1/mlperf_log_detail.txt", "")
+    words = {name: "" for name in _WORDS if name not in table}
+    table = table.assign(**words).assign(source="published", round="v5.1", submittable=False)
+    table["valid"] = table["loadgen_valid"] == "VALID"  # MLCommons accepted them
+    return table.reindex(columns=list(COLUMNS)).astype(dict.fromkeys(_WHOLE, "Int64"))
+
+
+def published_table(scenario: str | None = None) -> pd.DataFrame:
+    """The published v5.1 rows of llama3.1-405b in the columns of `runs_table`, `source` published.
+
+    `valid` is MLCommons' acceptance: most of their logs are not here to be judged again.
+    Source: mlcommons/inference_results_v5.1, see the head of data/published_v5.1.csv.
+    """
+    table = _published()
+    chosen = table if scenario is None else table[table["scenario"] == scenario]
+    return chosen.reset_index(drop=True).copy()
+
+
+@dataclass(frozen=True)
+class NoiseBand:
+    """How far two runs of one kind differ: 19 of 20 pairs by less than `pairs_95_percent`, none by more than `widest_percent`."""
+
+    figure: str
+    scenario: str
+    runs: int
+    pairs_95_percent: float
+    widest_percent: float
+
+
+def noise_band(figure: str, scenario: str) -> NoiseBand:
+    """Spread of a figure over the published runs on eight B200 GPUs that offered the same load.
+
+    These are runs of one kind by different submitters: different machines, the same GPUs, software and target_qps
+    (Offline, which offers all at once, needs no equal target_qps). The band is of pairs of single runs, so that a
+    difference of two runs can be held against it directly. It holds machines' differences too: for two runs on one
+    machine it is wide, so what is beyond it is real.
+
+    Raises
+    ------
+    DisaggError : fewer than four such runs are published for this scenario, or the figure is not compared.
+    """
+    rows = published_table(scenario)
+    rows = rows[rows["accelerator"].str.contains("B200-SXM") & (rows["accelerators_total"] == 8)]
+    if scenario != "Offline" and len(rows):
+        rows = rows[rows["target_qps"] == rows["target_qps"].mode().iloc[0]]
+    # an Offline run's latencies follow from how many samples it was given: no spread of equal runs
+    known = figure in COMPARED and not (scenario == "Offline" and figure.startswith("latency"))
+    values = rows[figure].dropna().tolist() if known else []
+    if len(values) < 4:
+        raise DisaggError(
+            f"noise band of {figure} in {scenario}: found {len(values)} published eight-GPU B200 runs; needed 4 or more. "
+            f"Figures: {', '.join(COMPARED)}; scenarios: Server, Interactive, Offline (tokens/s alone)"
+        )
+    ratios = sorted(100 * (max(a, b) / min(a, b) - 1) for a, b in itertools.combinations(values, 2))
+    return NoiseBand(figure, scenario, len(values), ratios[math.ceil(0.95 * len(ratios)) - 1], ratios[-1])
+
+
+def compare(table: pd.DataFrame, baseline: str | Path) -> pd.DataFrame:
+    """Differences of each run from a baseline, each held against the noise band.
+
+    Parameters
+    ----------
+    table : of `runs_table`, with the baseline in it.
+    baseline : `folder` of the run to compare with.
+
+    Returns
+    -------
+    One row a run and figure: folder, figure, baseline, value, difference_percent, noise_percent, word. `word` is
+    `inside the noise`, `beyond the noise`, or `not comparable: ...` (another source, scenario or load).
+
+    Raises
+    ------
+    DisaggError : the baseline is not in the table, or could not be read.
+    """
+    chosen = table[(table["folder"] == str(baseline)) & (table["error"] == "")]
+    if len(chosen) != 1:
+        folders = ", ".join(table["folder"])
+        raise DisaggError(
+            f"baseline {baseline}: found {len(chosen)} such readable runs; needed one of: {folders}"
+        )
+    base = chosen.iloc[0]
+    rows = []
+    for _, run in table[(table["folder"] != str(baseline)) & (table["error"] == "")].iterrows():
+        obstacle = _obstacle(base, run)
+        for figure in COMPARED:
+            if pd.isna(base[figure]) or pd.isna(run[figure]):
+                continue
+            difference = 100 * (run[figure] / base[figure] - 1)
+            rows.append(
+                [
+                    run["folder"],
+                    figure,
+                    base[figure],
+                    run[figure],
+                    difference,
+                    *_noise(figure, base, difference, obstacle),
+                ]
+            )
+    names = ["folder", "figure", "baseline", "value", "difference_percent", "noise_percent", "word"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def _obstacle(base: pd.Series, run: pd.Series) -> str:
+    """Why two runs cannot be compared; "" if they can."""
+    for name in ("source", "model", "scenario"):
+        if base[name] != run[name]:
+            return f"not comparable: {name} {base[name]} and {run[name]}"
+    if base["scenario"] != "Offline" and not math.isclose(
+        base["target_qps"], run["target_qps"], rel_tol=1e-6
+    ):
+        return f"not comparable: target_qps {base['target_qps']:g} and {run['target_qps']:g}"
+    return ""
+
+
+def _noise(figure: str, base: pd.Series, difference: float, obstacle: str) -> tuple[float, str]:
+    """The band in percent, and the word."""
+    if base["scenario"] not in ("Server", "Interactive", "Offline"):
+        return NAN, "not comparable: no published runs of this scenario"
+    if base["scenario"] == "Offline" and figure != "completed_tokens_per_s":
+        return NAN, "not comparable: follows from the number of samples"
+    band = noise_band(figure, base["scenario"]).pairs_95_percent
+    size = 100 * (
+        math.exp(abs(math.log1p(difference / 100))) - 1
+    )  # a fall as large as the rise that undoes it
+    return band, obstacle or ("beyond the noise" if size > band else "inside the noise")

@@ -139,7 +139,71 @@ def test_settings_that_are_no_json_are_an_error_row(tmp_path):
     assert "no JSON" in results.runs_table([run])["error"][0]
 
 
+# -- the published results beside ours
+
+
+def test_published_table_ships_59_rows_with_their_logs_and_no_72_gpu_interactive():
+    table = results.published_table()
+    assert (
+        len(table) == 59 and set(table["source"]) == {"published"} and tuple(table.columns) == results.COLUMNS
+    )
+    assert not ((table["accelerators_total"] == 72) & (table["scenario"] == "Interactive")).any()
+    row = table[
+        table["log_path"].str.contains("closed/NVIDIA/results/B200-SXM-180GBx8_TRT/llama3.1-405b/Interactive")
+    ].iloc[0]
+    assert row["completed_tokens_per_s"] == 751.366
+    assert row["completed_tokens_per_s_per_gpu"] == 751.366 / 8
+
+
+def test_shipped_csv_is_the_shared_one_below_its_source():
+    shared = SHARED / "published_llama3.1-405b_v5.1.csv"
+    if not shared.is_file():
+        pytest.skip(f"no published table at {shared}: it is not part of this repository")
+    shipped = (Path(results.__file__).parent / "data/published_v5.1.csv").read_text()
+    assert shipped.endswith(shared.read_text()) and "inference_results_v5.1 at 965182b" in shipped
+
+
+def test_noise_band_is_of_runs_of_one_kind_and_load():
+    band = results.noise_band("completed_tokens_per_s", "Server")
+    assert band.runs == 12 and 0 < band.pairs_95_percent < band.widest_percent < 1.5
+    assert results.noise_band("completed_tokens_per_s", "Offline").pairs_95_percent > 1.5
+
+
+def test_noise_band_says_what_it_cannot_judge():
+    with pytest.raises(results.DisaggError, match="found 0 published eight-GPU B200 runs; needed 4"):
+        results.noise_band("tpot_p99_ms", "Offline")
+
+
+def differing(percent, **changes):
+    base = results.published_table("Interactive").iloc[[0]].assign(folder="base", source="measured")
+    other = base.assign(folder="other", **changes)
+    other["completed_tokens_per_s"] = base["completed_tokens_per_s"] * (1 + percent / 100)
+    table = results.compare(pd.concat([base, other]), "base").set_index("figure")
+    return table.loc["completed_tokens_per_s", "word"]
+
+
+def test_is_one_and_a_half_percent_real():
+    assert differing(1.5) == differing(-1.5) == "beyond the noise"
+    assert differing(0.2) == differing(-0.2) == "inside the noise"
+
+
+def test_other_sources_and_loads_are_not_compared():
+    assert differing(1.5, source="rehearsed") == "not comparable: source measured and rehearsed"
+    assert differing(1.5, target_qps=2.0) == "not comparable: target_qps 1.15 and 2"
+
+
+def test_comparison_needs_its_baseline():
+    with pytest.raises(results.DisaggError, match="baseline nobody: found 0"):
+        results.compare(results.published_table(), "nobody")
+
+
 # -- figures
+
+
+def test_interactivity_counts_what_it_leaves_out():
+    figure = results.figure_interactivity(results.published_table())
+    assert "25 rows without TPOT or GPU count left out" in figure.get_suptitle()
+    assert "tokens/s/user" in figure.axes[0].get_xlabel() and "tokens/s/GPU" in figure.axes[0].get_ylabel()
 
 
 def test_distributions_show_both_limits_and_the_source(tmp_path):
