@@ -136,8 +136,11 @@ def notebook_run(namespace: Mapping[str, Any]) -> tuple[Path, Experiment]:
 def _report(folder: Path) -> Path:
     """HTML beside each executed notebook; returns the page of the last one."""
     from nbconvert import HTMLExporter
+    from traitlets.config import Config
 
-    exporter = HTMLExporter()
+    # The list of all parameters stays in the notebook; a reader wants the given ones, in the injected cell.
+    hide = {"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["parameters"]}}
+    exporter = HTMLExporter(config=Config(hide))
     page = folder / "nothing.html"
     for path in sorted(folder.glob("*.ipynb")):
         page = path.with_suffix(".html")
