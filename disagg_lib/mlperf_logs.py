@@ -7,6 +7,7 @@ last digit of the integer. `MlperfRun.detail` keeps LoadGen's own values under L
 from __future__ import annotations
 
 import ast
+import binascii
 import json
 import math
 import re
@@ -556,7 +557,7 @@ def read_accuracy_log(path: Path | str, dtype: str | None = None) -> AccuracyLog
         raise LogError(
             "cut_log", path, "no closing `]`", "a finished accuracy log", "The run was killed: run it again."
         )
-    qsl_idx, counts, data = _scan_answers(raw)
+    qsl_idx, counts, data = _scan_answers(raw, truncated)
     del raw
     if dtype is None:
         dtype = _id_type(data, counts)
@@ -576,9 +577,7 @@ def read_accuracy_log(path: Path | str, dtype: str | None = None) -> AccuracyLog
     target = memoryview(ids).cast("B") if ids.size else memoryview(b"")
     for answer, part in enumerate(data):
         try:
-            target[offsets[answer] * width : offsets[answer + 1] * width] = bytes.fromhex(
-                part.decode("ascii")
-            )
+            target[offsets[answer] * width : offsets[answer + 1] * width] = binascii.unhexlify(part)
         except ValueError as error:
             raise LogError(
                 "bad_accuracy",
@@ -592,7 +591,7 @@ def read_accuracy_log(path: Path | str, dtype: str | None = None) -> AccuracyLog
     )
 
 
-def _scan_answers(raw: bytes) -> tuple[list[int], list[int], list[bytes]]:
+def _scan_answers(raw: bytes, truncated: bool) -> tuple[list[int], list[int], list[bytes]]:
     """Sample indices, token counts (-1 without) and hex texts of all whole entries, without decoding JSON.
 
     One search a sample and no copy of the file: the log of 8313 long answers is 90 MB of hex.
@@ -604,11 +603,11 @@ def _scan_answers(raw: bytes) -> tuple[list[int], list[int], list[bytes]]:
         close = raw.find(b"}", end) if end >= 0 else -1
         if close < 0:
             break
-        cut = raw.find(b"...", found.end(), end)
-        at = close + 1
+        cut = raw.find(b"...", found.end(), end) if truncated else -1
         if cut >= 0:  # the answer in which the file was truncated
             at = cut
             continue
+        at = close + 1
         count = _COUNT.search(raw, end, close)
         qsl_idx.append(int(found[1]))
         counts.append(int(count[1]) if count else -1)
@@ -624,7 +623,7 @@ def _id_type(data: list[bytes], counts: list[int]) -> str:
     sample = next((part for part in data if part), b"")
     if len(sample) % 16:
         return "int32"
-    words = np.frombuffer(bytes.fromhex(sample.decode("ascii")), dtype="<i4")
+    words = np.frombuffer(binascii.unhexlify(sample), dtype="<i4")
     return "int64" if words.size and not words[1::2].any() else "int32"
 
 

@@ -95,7 +95,15 @@ def find_logs(folder: Path | str) -> RunFiles:
     if given and folder.name == "accuracy":
         performance = None
     if performance is None and accuracy is None:
-        read_run(folder)  # says what is wrong with it, unless it is a folder of other things
+        if (base / "experiment.yaml").is_file():
+            raise LogError(
+                "missing_file",
+                base / "mlperf",
+                "no logs of LoadGen",
+                "mlperf/performance with LoadGen's files",
+                "The job has not measured yet, or failed before it did: see job/phases.jsonl.",
+            )
+        read_run(folder)  # says what is wrong with a folder of logs
     origin = _origin(base / "SOURCE.txt")
     return RunFiles(
         folder=folder,
