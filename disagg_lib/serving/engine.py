@@ -13,12 +13,6 @@ from disagg_lib.serving import rules
 from disagg_lib.serving.latency import LatencyTable
 from disagg_lib.serving.serve_config import EngineArgs
 
-KV_BLOCK_TOKENS = 32
-# Assumptions of the model, in one place; docs/boundaries.md says what they stand on.
-TRANSFER_GB_PER_S_PER_GPU = 50.0  # one 400 Gbit/s port for each GPU; NVLink would be faster
-TRANSFER_FIXED_MS = 5.0
-EAGER_FLOOR_MS = 25.0  # 126 layers at about 200 us of host work each
-
 
 @dataclass(eq=False)
 class Sequence:
@@ -135,7 +129,7 @@ class GenerationEngine(Engine):
     def _admit(self, start: float) -> None:
         while self.waiting and self.admitted < self.args.max_batch_size * self.args.pp:
             sequence = self.waiting[0]
-            need = rules.kv_tokens(sequence.input_tokens, sequence.output_tokens, KV_BLOCK_TOKENS)
+            need = rules.kv_tokens(sequence.input_tokens, sequence.output_tokens, rules.KV_BLOCK_TOKENS)
             if self.kv_used + need > self.kv_capacity:
                 return
             self.waiting.popleft()
@@ -185,7 +179,7 @@ class GenerationEngine(Engine):
                 mean_tokens = sum(s.input_tokens + s.emitted for s in group) / len(group)
                 step_ms = self.slowdown * rules.generation_step_ms(
                     table.generation_batch, table.generation_ms, table.kv_batch, table.kv_length, table.kv_ms,
-                    len(group), mean_tokens, args.graph_sizes, args.graph_padding, EAGER_FLOOR_MS,
+                    len(group), mean_tokens, args.graph_sizes, args.graph_padding, rules.EAGER_FLOOR_MS,
                 )  # fmt: skip
                 ends[turn] = rules.stage_pass(start, step_ms * self.scale, self.stage_free)
                 self._record(step_ms, len(group), 0, len(group))

@@ -20,14 +20,7 @@ from aiohttp import web
 from disagg_lib import __name__ as package
 from disagg_lib.errors import DisaggError
 from disagg_lib.serving import rules
-from disagg_lib.serving.engine import (
-    KV_BLOCK_TOKENS,
-    TRANSFER_FIXED_MS,
-    TRANSFER_GB_PER_S_PER_GPU,
-    ContextEngine,
-    GenerationEngine,
-    Sequence,
-)
+from disagg_lib.serving.engine import ContextEngine, GenerationEngine, Sequence
 from disagg_lib.serving.latency import read_table
 from disagg_lib.serving.lengths import output_tokens_at
 from disagg_lib.serving.rehearsal import Knobs, log
@@ -302,13 +295,15 @@ class Worker:
         size = self.table.kv_bytes_per_token * self.args.tp * self.args.pp
         return (
             self.knobs.time_scale
-            * rules.transfer_ms(tokens, size, TRANSFER_GB_PER_S_PER_GPU * pairs, TRANSFER_FIXED_MS)
+            * rules.transfer_ms(
+                tokens, size, rules.TRANSFER_GB_PER_S_PER_GPU * pairs, rules.TRANSFER_FIXED_MS
+            )
             / 1000
         )
 
     async def _generation(self, request, prompt: Prompt, chat, checksum, params, most) -> web.StreamResponse:
         sequence = Sequence(len(prompt.tokens), self._output_tokens(prompt, checksum, most))
-        need = rules.kv_tokens(sequence.input_tokens, sequence.output_tokens, KV_BLOCK_TOKENS)
+        need = rules.kv_tokens(sequence.input_tokens, sequence.output_tokens, rules.KV_BLOCK_TOKENS)
         if need > self.generation.kv_capacity:
             return error_response(
                 500, f"the request needs {need} KV-cache tokens; there are {self.generation.kv_capacity}"

@@ -5,6 +5,12 @@ functions with numba. Times are in whatever unit the caller uses, step times in 
 PyTorch executor (first-come-first-served chunks, in-flight batching, GUARANTEED_NO_EVICT admission).
 """
 
+KV_BLOCK_TOKENS = 32
+# Assumptions of the model; docs/boundaries.md says what they stand on.
+TRANSFER_GB_PER_S_PER_GPU = 50.0  # one 400 Gbit/s port for each GPU; NVLink would be faster
+TRANSFER_FIXED_MS = 5.0
+EAGER_FLOOR_MS = 25.0  # a step without CUDA graph: 126 layers at about 200 us of host work each
+
 
 def interpolate(xs, ys, x):
     """Piecewise linear through (xs, ys), xs ascending; beyond the ends the last slope goes on."""
@@ -128,3 +134,26 @@ def least_loaded(loads, turn):
                 return i
             skip -= 1
     return 0
+
+
+def aggregated_step_ms(
+    tokens, dense_ms, new, past, attention_ms, kv_batches, kv_lengths, kv_ms,
+    chunks, done, count, batch, mean_tokens, context_factor, generation_factor,
+):  # fmt: skip
+    """Time of a mixed step of an aggregated server: `count` prompt chunks and one token for each of `batch` sequences.
+
+    What the sequences alone would take is scaled by generation_factor, what the chunks add to it by context_factor.
+    """
+    total = batch
+    attention = 0.0
+    for i in range(count):
+        total += chunks[i]
+        attention += interpolate_grid(new, past, attention_ms, chunks[i], done[i])
+    generation = 0.0
+    alone = 0.0
+    if batch > 0:
+        alone = interpolate(tokens, dense_ms, batch)
+        generation = alone + interpolate_grid(kv_batches, kv_lengths, kv_ms, batch, mean_tokens)
+    if count > 0:
+        attention += interpolate(tokens, dense_ms, total) - alone
+    return context_factor * attention + generation_factor * generation
