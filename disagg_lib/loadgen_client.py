@@ -872,10 +872,10 @@ def generated(values):
 class Recorder(threading.Thread):
     """Writes messages and progress; a shared file system may take its time without holding up the event loop."""
 
-    def __init__(self, run_dir, mode, detail_log):
+    def __init__(self, progress, mode, detail_log):
         super().__init__(daemon=True)
         self.lines, self.total, self.detail_log = queue.Queue(), None, detail_log
-        self.progress = run_dir / "job" / "progress.jsonl"
+        self.progress = progress
         self.prefix = "loadgen_client %s: " % mode
 
     def log(self, text):
@@ -941,7 +941,7 @@ def lateness_s(rows, test):
 class Run:
     """One test mode from start to result."""
 
-    def __init__(self, run_dir, mode, url, settings):
+    def __init__(self, run_dir, mode, url, settings, progress):
         import mlperf_loadgen
 
         self.run_dir, self.mode, self.url, self.settings = run_dir, mode, url, settings
@@ -961,7 +961,7 @@ class Run:
         self.count = min(few, total) if mode == "accuracy" else total
         self.target = Target(url, settings["endpoint"])
         self.samples = prepare_samples(run_dir, settings, self.target, self.count)
-        self.recorder = Recorder(run_dir, mode, self.out_dir / "mlperf_log_detail.txt")
+        self.recorder = Recorder(progress, mode, self.out_dir / "mlperf_log_detail.txt")
         self.started_s = self.started_cpu_s = 0.0
         self.error = None
 
@@ -1060,6 +1060,7 @@ class Run:
         for name, percent in (("p50", 50), ("p99", 99), ("max", 100)):
             result["loop_lag_%s_ms" % name] = percentile_ms(client.lags, percent)
             result["late_%s_ms" % name] = percentile_ms(late_s, percent)
+        result.update(ttft_limit_ms=self.test.ttft_latency / 1e6, tpot_limit_ms=self.test.tpot_latency / 1e6)
         result.update(late_limit_ms=limit_ms, late_issues=late_count, client_was_late=late_count > 0)
         result.update(loadgen_errors=errors, loadgen_validity=values.get("result_validity"))
         result.update(loadgen_version=values.get("loadgen_version"), python=platform.python_version())
@@ -1108,12 +1109,14 @@ def main(arguments=None):
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--test-mode", choices=MODES, required=True)
     parser.add_argument("--url", required=True, help="http://HOST:PORT of the server")
+    parser.add_argument("--progress", type=Path, help="default: RUN/job/progress.jsonl")
     options = parser.parse_args(arguments)
     run_dir = options.run_dir.resolve()
+    progress = options.progress or run_dir / "job" / "progress.jsonl"
     loop = new_event_loop()
     asyncio.set_event_loop(loop)
     try:
-        run = Run(run_dir, options.test_mode, options.url, read_settings(run_dir))
+        run = Run(run_dir, options.test_mode, options.url, read_settings(run_dir), progress)
         return loop.run_until_complete(run.main())
     except (ClientError, OSError) as error:
         print("loadgen_client: refused to start: %s" % error, file=sys.stderr)

@@ -1,0 +1,302 @@
+"""The highest target QPS that meets the limits, found inside one allocation: servers stay up, the client runs again.
+
+Each trial is a Server run of the measuring client at one target QPS. Its margin is a share: the value that early
+stopping lets be the worst (of TTFT, of TPOT) over its limit; at most 1 is VALID. Close to the edge the logarithm of
+that share is nearly linear in the logarithm of the QPS, so the margins, not only the verdicts, choose the next point.
+
+Short trials bracket, longer ones place, and a full-length one decides: seen from the same seed, the edge of 459
+queries lies within 11 % (one sigma) of the edge of 8313, that of 4157 within 4 %. Drawing N of all samples is way 2 of
+LoadGen's short runs; none of these runs may stand for a round.
+
+Copied into the run folder; Python 3.8+, standard library and numpy.
+
+    python3 find_target_qps.py --run-dir RUN --url http://HOST:PORT
+
+reads job/settings.json (its "client", and "find_target_qps": low_qps, high_qps, resolution, budget_s), keeps a row for
+each trial in job/find_target_qps.jsonl, each trial's files in job/trials/, and the result in job/find_target_qps.json.
+Run again after an interruption, it goes on from its rows.
+"""
+
+import argparse
+import csv
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+from signal import SIGTERM, signal
+
+import numpy as np
+
+FULL_QUERIES = 8313
+# (share of a full-length run, how near in log QPS the estimate must be to a trial of that length)
+STAGES = ((459.0 / FULL_QUERIES, 0.10), (0.4, 0.08), (1.0, 0.10))
+STEEPNESS = 2.7  # d log share / d log QPS at the edge, where no two trials tell it
+MAX_STEP = 1.6  # of one trial to the next, as a factor, outside a bracket
+MAX_TRIALS = 12  # of one length
+
+
+class SearchError(Exception):
+    """The search cannot start or go on; the message says why and what to do."""
+
+
+def allowed_over_limit(count):
+    """Return how many of count queries may be over a p99 limit (early stopping: confidence 0.99); -1 if none can tell."""
+    total, allowed = 0.0, -1
+    for over in range(count + 1):
+        log_ways = math.lgamma(count + 1) - math.lgamma(over + 1) - math.lgamma(count - over + 1)
+        total += math.exp(log_ways + over * math.log(0.01) + (count - over) * math.log(0.99))
+        if total > 0.01:
+            return allowed
+        allowed = over
+    return allowed
+
+
+def share_of_limit(values, limit):
+    """Return the value that must not pass the limit for early stopping to hold, over the limit; None for too few."""
+    allowed = allowed_over_limit(len(values))
+    return float(np.sort(values)[len(values) - 1 - allowed]) / limit if allowed >= 0 else None
+
+
+def log_share(row):
+    """Return the logarithm of a trial's worse share, inside +-0.7: far from the edge its size says little."""
+    shares = row["ttft_share"], row["tpot_share"]
+    if None in shares or max(shares) > 1 and row["valid"] or max(shares) <= 1 and not row["valid"]:
+        return -0.01 if row["valid"] else 0.7  # failed requests, or a verdict that the shares do not explain
+    return min(max(math.log(max(shares)), -0.7), 0.7)
+
+
+class Rows:
+    """The trials so far, as JSON lines in a file: a search that was interrupted repeats none of them."""
+
+    def __init__(self, path=None):
+        self.path, self.rows = path and Path(path), []
+        if self.path and self.path.exists():
+            text = self.path.read_text()
+            if text and not text.endswith("\n"):  # killed while writing: that trial runs again
+                text = text[: text.rfind("\n") + 1]
+                self.path.write_text(text)
+            self.rows = [json.loads(line) for line in text.splitlines()]
+
+    def get(self, trial, qps, queries):
+        """Return the row of a trial, running it if there is none."""
+        for row in self.rows:
+            if row["queries"] == queries and math.isclose(row["qps"], qps, rel_tol=1e-9):
+                return row
+        start = time.monotonic()
+        result = trial(qps, queries)
+        row = dict({"seconds": round(time.monotonic() - start, 3)}, **result)
+        row = dict(row, qps=qps, queries=queries)
+        self.rows.append(row)
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        return row
+
+
+def edge_of(rows):
+    """Return (estimate of the edge, lower end of the bracket or None, upper end or None) of trials of one length."""
+    rows = sorted(rows, key=lambda row: row["qps"])
+    fails = [row for row in rows if not row["valid"]]
+    passes = [row for row in rows if row["valid"] and (not fails or row["qps"] < fails[0]["qps"])]
+    low, high = passes[-1] if passes else None, fails[0] if fails else None
+    pair = [row for row in (low, high) if row]
+    if len(pair) < 2:  # one side only: the steepness of its two nearest trials
+        pair = (passes[-2:] if passes else fails[:2]) or pair
+    steepness = STEEPNESS
+    if len(pair) == 2:
+        rise = log_share(pair[1]) - log_share(pair[0])
+        steepness = min(max(rise / math.log(pair[1]["qps"] / pair[0]["qps"]), 1.0), 20.0)
+    if low and high:
+        # Between the two on the straight line, but from the end that is nearer to the limit.
+        near = min(pair, key=lambda row: abs(log_share(row)))
+        estimate = near["qps"] * math.exp(-log_share(near) / steepness)
+        room = (high["qps"] / low["qps"]) ** 0.1
+        estimate = min(max(estimate, low["qps"] * room), high["qps"] / room)
+    else:
+        near = low or high
+        step = min(max(math.exp(-log_share(near) / steepness), 1 / MAX_STEP), MAX_STEP)
+        estimate = near["qps"] * step
+    return estimate, low and low["qps"], high and high["qps"]
+
+
+def find_target_qps(
+    trial,
+    low_qps,
+    high_qps,
+    rows_path=None,
+    resolution=0.02,
+    budget_s=None,
+    full_queries=FULL_QUERIES,
+    log=None,
+):
+    """Search the edge between VALID and INVALID.
+
+    Parameters
+    ----------
+    trial : called as trial(qps, queries); returns a mapping with valid (bool), ttft_share, tpot_share (see above; None
+        where unknown) and whatever else the row should keep, such as seconds.
+    low_qps, high_qps : where to begin, and the highest QPS to try; low_qps may turn out INVALID.
+    rows_path : file of JSON lines that keeps each trial and resumes the search, or None.
+    resolution : share of the QPS at which a bracket is narrow enough.
+    budget_s : no trial begins that would pass this sum of trial seconds.
+    full_queries : queries of the trial that decides.
+
+    Returns
+    -------
+    dict: target_qps (what to run at full length: 1 % below the edge, or a full-length VALID trial nearer to it),
+    edge_qps, queries (the length of the trials that placed the edge), trials, total_queries, seconds, ended (why).
+    """
+    if not 0 < low_qps < high_qps:
+        raise SearchError(f"low_qps {low_qps!r}, high_qps {high_qps!r}: needed is 0 < low_qps < high_qps")
+    rows, point, placed, ended = Rows(rows_path), low_qps, None, "resolution reached"
+    for share, near in STAGES:
+        queries = max(int(round(share * full_queries)), min(459, full_queries))
+        used = []
+        while len(used) < MAX_TRIALS:
+            point = float(f"{min(max(point, low_qps / 16), high_qps):.4g}")
+            if any(row["qps"] == point for row in used):
+                break
+            spent = sum(row["seconds"] for row in rows.rows)
+            known = any(row["queries"] == queries and row["qps"] == point for row in rows.rows)
+            if budget_s and not known and spent + queries / point > budget_s:
+                ended = "time budget"
+                break
+            used.append(rows.get(trial, point, queries))
+            point, low, high = edge_of(used)
+            placed = point, queries
+            if log:
+                log(f"{used[-1]!r}: edge near {point:.4g}")
+            if low and high and high / low < 1 + resolution:
+                break
+            if min(abs(math.log(point / row["qps"])) for row in used) < near:
+                break
+        if ended == "time budget":
+            break
+        if used and not used[-1]["valid"] and used[-1]["qps"] <= low_qps / 15.9:
+            raise SearchError(
+                "{:g} queries/s, a 16th of low_qps, is INVALID too: look at the trials' logs".format(
+                    used[-1]["qps"]
+                )
+            )
+    if placed is None:
+        raise SearchError(f"budget_s {budget_s!r} is too short for one trial")
+    edge, queries = min(placed[0], high_qps), placed[1]
+    if edge == high_qps:
+        ended = "high_qps is VALID"
+    full = [
+        row["qps"]
+        for row in rows.rows
+        if row["valid"] and row["queries"] == full_queries and row["qps"] <= edge
+    ]
+    target = max(full + [float("%.4g" % (0.99 * edge))])
+    return {
+        "target_qps": target,
+        "edge_qps": edge,
+        "queries": queries,
+        "trials": len(rows.rows),
+        "total_queries": sum(row["queries"] for row in rows.rows),
+        "seconds": round(sum(row["seconds"] for row in rows.rows), 3),
+        "ended": ended,
+    }
+
+
+def write_trial(run_dir, folder, client, qps, queries):
+    """Make the run folder of one trial: the job's client settings, its own user.conf."""
+    (folder / "job").mkdir(parents=True)
+    data_set = dict(client["data_set"])
+    if "lengths" in data_set:
+        data_set["lengths"] = str(run_dir / data_set["lengths"])
+    settings = {"client": dict(client, data_set=data_set, user_conf="user.conf")}
+    (folder / "job" / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
+    values = {"target_qps": f"{qps:.10g}", "min_duration": 1, "min_query_count": queries}
+    # A full-length trial issues every sample once, as the run does that it speaks for.
+    values["sample_concatenate_permutation"] = int(queries == client["total_sample_count"])
+    lines = [f"*.Server.{key} = {value}\n" for key, value in values.items()]
+    (folder / "user.conf").write_text("".join(lines))
+
+
+def read_trial(folder):
+    """Return the row of a finished trial; SearchError if the servers are gone, which says nothing about the QPS."""
+    result = json.loads((folder / "job" / "client_performance.json").read_text())
+    if result["status"] != "finished" or result["kinds"]["refused"]:
+        raise SearchError(f"{folder}: {'; '.join(result['reasons'])}: are the servers up?")
+    with open(folder / "job" / "queries_performance.csv", newline="") as file:
+        served = [row for row in csv.DictReader(file) if row["status"] == "ok"]
+    ttft_ms = np.array([float(row["ttft_ms"]) + float(row["late_ms"]) for row in served])
+    streamed_ms = np.array([float(row["latency_ms"]) - float(row["ttft_ms"]) for row in served])
+    tpot_ms = streamed_ms / (np.array([int(row["output_tokens"]) for row in served]) - 1)
+    failed = result["failed"] > 0
+    return {
+        "valid": result["valid_client"] and result["loadgen_validity"] == "VALID",
+        "ttft_share": None if failed else share_of_limit(ttft_ms, result["ttft_limit_ms"]),
+        "tpot_share": None if failed else share_of_limit(tpot_ms, result["tpot_limit_ms"]),
+        "seconds": result["wall_s"],
+        "failed": result["failed"],
+        "folder": folder.name,
+    }
+
+
+def run_trial(run_dir, client, url, qps, queries):
+    """Run the measuring client once, in a folder of its own below job/trials, and return its row."""
+    trials = run_dir / "job" / "trials"
+    folder = trials / f"{1 + len(list(trials.glob('*'))):02d}"
+    write_trial(run_dir, folder, client, qps, queries)
+    command = [sys.executable, str(Path(__file__).with_name("loadgen_client.py")), "--run-dir", str(folder)]
+    command += [
+        "--test-mode",
+        "performance",
+        "--url",
+        url,
+        "--progress",
+        str(run_dir / "job" / "progress.jsonl"),
+    ]
+    process = subprocess.Popen(command)
+    try:
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if code not in (0, 1):
+        raise SearchError(f"{folder}: the client ended with status {code}; its message is above")
+    return read_trial(folder)
+
+
+def main(arguments=None):
+    """Search with the servers of a job; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--url", required=True)
+    options = parser.parse_args(arguments)
+    run_dir = options.run_dir.resolve()
+    signal(SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        settings = json.loads((run_dir / "job" / "settings.json").read_text())
+        client, search = settings["client"], settings["find_target_qps"]
+        result = find_target_qps(
+            lambda qps, queries: run_trial(run_dir, client, options.url, qps, queries),
+            search["low_qps"],
+            search["high_qps"],
+            rows_path=run_dir / "job" / "find_target_qps.jsonl",
+            resolution=search.get("resolution", 0.02),
+            budget_s=search.get("budget_s"),
+            full_queries=client["total_sample_count"],
+            log=lambda text: print("find_target_qps: " + text, flush=True),
+        )
+    except (SearchError, OSError, ValueError, KeyError) as error:
+        print(f"find_target_qps: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    path = run_dir / "job" / "find_target_qps.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        "find_target_qps: target_qps {target_qps} after {trials} trials, {seconds} s: {ended}".format(
+            **result
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

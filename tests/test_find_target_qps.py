@@ -1,0 +1,200 @@
+"""The search for the target QPS: against `simulate`, and with the real client and LoadGen for its plumbing."""
+
+import functools
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_loadgen_client import Server, make_run
+
+from disagg_lib import find_target_qps as search
+from disagg_lib.find_target_qps import find_target_qps
+from disagg_lib.serving.lengths import built_in_lengths
+from disagg_lib.serving.loadgen_rules import draw_load
+from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate
+
+LENGTHS = built_in_lengths()
+LIBRARY = Path(search.__file__).parent
+
+
+def topology(contexts, generations, batch=512):
+    sizes = tuple(
+        size for size in (1, 2, 4, 8, 16, 32, 64, 96, 128, 150, 180, 192, 224, 256, 512) if size <= batch
+    )
+    return Deployment("gb200", ServerGroup(contexts, 4), ServerGroup(generations, 4, 1, batch, 512, sizes))
+
+
+TOPOLOGIES = {"4+1": topology(4, 1), "8+2": topology(8, 2), "7+1": topology(7, 1)}
+
+
+def simulated_trial(name, seed):
+    """A trial in virtual time: 8313 queries issue every sample once, fewer draw from all."""
+
+    @functools.cache
+    def trial(qps, queries):
+        load = draw_load(
+            qps, seed, min_duration_s=0.001, min_query_count=queries, equal_issue=queries == 8313
+        )
+        run = simulate(TOPOLOGIES[name], load, LENGTHS)
+        ttft, tpot = search.share_of_limit(run.ttft_ms, 4500), search.share_of_limit(run.tpot_ms, 80)
+        return {
+            "valid": max(ttft, tpot) <= 1,
+            "ttft_share": ttft,
+            "tpot_share": tpot,
+            "seconds": queries / qps,
+        }
+
+    return trial
+
+
+def edge_of_full_length_trials(trial, low, high):
+    """Bisect with 8313 queries to 1 %; return (edge, queries)."""
+    queries = 0
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        queries += 8313
+        low, high = (middle, high) if trial(middle, 8313)["valid"] else (low, middle)
+    return math.sqrt(low * high), queries
+
+
+@pytest.fixture(scope="module")
+def searches():
+    """20 seeds x 3 topologies: relative error, share of the queries of a full-length bisection, is the target VALID."""
+    rows = []
+    for name, deployment in TOPOLOGIES.items():
+        low, high = (0.4 * deployment.context.count, 1.6 * deployment.context.count)
+        for seed in range(20):
+            trial = simulated_trial(name, seed)
+            edge, queries = edge_of_full_length_trials(trial, low, high)
+            found = find_target_qps(trial, low, high)
+            valid = trial(found["target_qps"], 8313)["valid"]
+            rows.append((found["edge_qps"] / edge - 1, found["total_queries"] / queries, valid))
+    return np.array(rows)
+
+
+def test_search_ends_near_the_edge_of_full_length_trials(searches):
+    errors = np.abs(searches[:, 0])
+    assert np.median(errors) < 0.03 and np.quantile(errors, 0.9) < 0.08, errors
+
+
+def test_search_takes_less_than_a_third_of_the_queries(searches):
+    assert searches[:, 1].mean() < 1 / 3, searches[:, 1]
+
+
+def test_target_passes_at_full_length_nearly_always(searches):
+    assert searches[:, 2].mean() > 0.8
+
+
+def test_early_stopping_allows_what_loadgen_allows():
+    counts = [458, 459, 8313, 16626, 24939, 33252, 99756]
+    assert [search.allowed_over_limit(count) for count in counts] == [-1, 0, 62, 136, 213, 290, 924]
+
+
+def line(edge, steepness=3.0, calls=None):
+    """A trial without chance: the share is a power of the QPS."""
+
+    def trial(qps, queries):
+        if calls is not None:
+            calls.append((qps, queries))
+        share = (qps / edge) ** steepness
+        return {"valid": share <= 1, "ttft_share": share, "tpot_share": 0.1, "seconds": queries / qps}
+
+    return trial
+
+
+@pytest.mark.parametrize("edge", [0.2, 1.0, 3.85, 9.9])
+@pytest.mark.parametrize("steepness", [1.0, 3.0, 12.0])
+def test_edge_is_found_wherever_it_lies(edge, steepness):
+    assert find_target_qps(line(edge, steepness), 1.0, 10.0)["edge_qps"] == pytest.approx(edge, rel=0.04)
+
+
+def test_target_is_below_the_edge():
+    found = find_target_qps(line(3.85), 1.0, 10.0)
+    assert 0.97 * found["edge_qps"] < found["target_qps"] <= found["edge_qps"]
+
+
+def test_interrupted_search_repeats_no_trial(tmp_path):
+    path, calls = tmp_path / "rows.jsonl", []
+    whole = find_target_qps(line(3.85, calls=calls), 1.0, 10.0, rows_path=path)
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == len(calls) == whole["trials"]
+    path.write_text("".join(lines[:2]) + lines[2][:20])  # killed while it wrote the third row
+    again = []
+    assert find_target_qps(line(3.85, calls=again), 1.0, 10.0, rows_path=path) == whole
+    assert again == calls[2:]
+
+
+def test_no_trial_begins_that_passes_the_time_budget():
+    found = find_target_qps(line(3.85), 1.0, 10.0, budget_s=2000)
+    assert found["seconds"] <= 2000 and found["ended"] == "time budget"
+    assert found["edge_qps"] == pytest.approx(3.85, rel=0.1)
+
+
+def test_bound_that_passes_is_said():
+    found = find_target_qps(line(50.0), 1.0, 4.0)
+    assert found["ended"] == "high_qps is VALID" and found["edge_qps"] == 4.0
+
+
+def test_servers_that_never_pass_end_the_search():
+    def trial(qps, queries):
+        return {"valid": False, "ttft_share": None, "tpot_share": None, "seconds": 1.0}
+
+    with pytest.raises(search.SearchError, match="a 16th of low_qps, is INVALID too"):
+        find_target_qps(trial, 1.0, 4.0)
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (2, 1), (-1, 2)])
+def test_bounds_that_make_no_sense_are_refused(low, high):
+    with pytest.raises(search.SearchError, match="needed is 0 < low_qps < high_qps"):
+        find_target_qps(line(1.0), low, high)
+
+
+def run_search(run, url):
+    command = [sys.executable, run / "job/find_target_qps.py", "--run-dir", run, "--url", url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A run folder with both scripts copied into it, as a job has them; nothing of the package beside them."""
+    run = make_run(tmp_path / "a run", total_sample_count=500)
+    for name in ("find_target_qps.py", "loadgen_client.py"):
+        shutil.copy(LIBRARY / name, run / "job" / name)
+    settings = json.loads((run / "job/settings.json").read_text())
+    settings["find_target_qps"] = {"low_qps": 200, "high_qps": 400}
+    (run / "job/settings.json").write_text(json.dumps(settings))
+    return run
+
+
+def test_search_runs_real_trials_keeps_their_rows_and_resumes(job):
+    with Server(step_s=0.001) as server:
+        done = run_search(job, server.url)
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(row) for row in (job / "job/find_target_qps.jsonl").read_text().splitlines()]
+        asked = server.asked
+        again = run_search(job, server.url)
+    result = json.loads((job / "job/find_target_qps.json").read_text())
+    assert result["trials"] == len(rows) >= 2 and asked == sum(row["queries"] for row in rows) == server.asked
+    assert result["ended"] == "high_qps is VALID" and again.returncode == 0
+    assert all(0 < row["ttft_share"] < 0.5 and row["valid"] for row in rows)
+    assert (job / "job/trials/01/mlperf/performance/mlperf_log_summary.txt").exists()
+    assert (job / "job/progress.jsonl").exists()
+
+
+def test_failed_requests_make_a_trial_invalid(job):
+    with Server(lambda n: "500" if n % 50 == 0 else "ok", step_s=0.001) as server:
+        row = search.run_trial(
+            job, json.loads((job / "job/settings.json").read_text())["client"], server.url, 300, 459
+        )
+    assert not row["valid"] and row["ttft_share"] is None and row["failed"] == 10
+
+
+def test_servers_that_are_gone_end_the_search_and_leave_no_row(job):
+    done = run_search(job, "http://127.0.0.1:9")
+    assert done.returncode == 1 and "the client ended with status 2" in done.stderr
+    assert not (job / "job/find_target_qps.jsonl").exists()
