@@ -1,0 +1,211 @@
+"""Accuracy of known answers: hand-worked cases, rouge-score itself, and accuracy.txt as the checker reads it."""
+
+import hashlib
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from disagg_lib import evaluate as e
+from disagg_lib.mlperf_logs import read_accuracy_txt
+
+A, B = "01234567-89ab-cdef-0123-456789abcdef", "ffffffff-ffff-ffff-ffff-ffffffffffff"
+
+
+@pytest.mark.parametrize(
+    "reference, answer, percent",
+    [
+        (A, f"it is {A}.", 100.0),
+        (A, "no id at all", 0.0),
+        (A, A.upper(), 100.0),
+        # 32 hex digits and 4 dashes: of B's characters only f and - are asked, all of them are in A
+        (B, A, 100.0),
+        # of A's 36 characters f (twice) and - (four times) occur in B
+        (A, B, round(6 / 36 * 100, 2)),
+        (f"{A} {B}", A, 100.0),
+        (A, f"{A} {B}", 50.0),
+        ("none", A, 0.0),
+    ],
+)
+def test_needle_score_counts_characters_of_the_reference(reference, answer, percent):
+    assert e.niah_em(reference, answer) == percent
+
+
+@pytest.mark.parametrize(
+    "reference, answer, percent",
+    [
+        ("Paris|The City of Light", "Answer: Paris", 100.0),
+        ("Paris|The City of Light", "It is the CITY of\nlight.", 100.0),
+        ("Paris", "Answer: Lyon Answer: Paris", 100.0),
+        ("Paris", "Answer: Paris Answer: Lyon", 0.0),
+        ("Paris", "Par", 100.0),  # part of the reference
+        ("Paris", "par", 0.0),
+        ("Paris", "", 100.0),  # the reference evaluation counts an empty answer as right
+    ],
+)
+def test_answer_score_follows_the_reference_evaluation(reference, answer, percent):
+    assert e.qa_em(reference, answer) == percent
+
+
+def test_rouge_is_rouge_scores_stemmed_rouge_l():
+    # 3 of 4 words in order, of 5: precision 3/5, recall 3/4; "cats" and "cat" share their stem
+    assert e.rouge("the cats sat down", "the cat sat and slept") == pytest.approx(100 * 2 * 0.6 * 0.75 / 1.35)
+    assert e.rouge("a b c", "a b c") == 100.0
+
+
+def test_rouge_equals_the_package_on_random_texts():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    draw = np.random.RandomState(7)
+    words = np.array(
+        [
+            "running",
+            "runs",
+            "the",
+            "a",
+            "cat",
+            "cats",
+            "dog",
+            "slept",
+            "sleeping",
+            "quickly,",
+            "and.",
+            "(or)",
+            "42",
+        ]
+    )
+    for _ in range(50):
+        reference, answer = (" ".join(draw.choice(words, draw.randint(1, 30))) for _ in range(2))
+        expected = RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"].fmeasure
+        assert e.rouge(reference, answer) == pytest.approx(100 * expected)
+
+
+WORDS = ["<end>", "the", "cats", "sat", "down", "cat", "and", "slept", "Answer:", "Paris", "Lyon", "."]
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<end>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<end>"])
+    (tmp_path / "model").mkdir()
+    tokenizer.save(str(tmp_path / "model/tokenizer.json"))
+    return tmp_path / "model"
+
+
+def ids(text):
+    return [WORDS.index(word) for word in text.split()]
+
+
+ANSWERS = {0: ids("the cat sat and slept <end>"), 1: ids("Answer: Lyon Answer: Paris"), 2: ids("Lyon . the")}
+REFERENCES = pd.DataFrame(
+    {"gt_output": ["the cats sat down", "Paris", "Paris"], "metric": ["rouge", "qa_em", "qa_em"]}
+)
+
+
+def write_log(run, answers):
+    entries = [
+        {
+            "seq_id": n,
+            "qsl_idx": index,
+            "data": np.array(answer, "<i4").tobytes().hex().upper(),
+            "token_count": len(answer),
+        }
+        for n, (index, answer) in enumerate(answers)
+    ]
+    (run / "mlperf/accuracy").mkdir(parents=True)
+    path = run / "mlperf/accuracy/mlperf_log_accuracy.json"
+    path.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n")
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = tmp_path / "run"
+    # in completion order; the second answer to sample 1 does not count
+    write_log(run, [(1, ANSWERS[1]), (0, ANSWERS[0]), (2, ANSWERS[2]), (1, ids("Answer: Lyon"))])
+    return run
+
+
+@pytest.fixture
+def pickle(tmp_path):
+    path = tmp_path / "data.pkl"
+    REFERENCES.to_pickle(path)
+    return path
+
+
+def test_run_is_scored_and_accuracy_txt_holds_scores_and_hash(run, pickle, tokenizer_dir):
+    seen = []
+    result = e.evaluate(
+        run, pickle, tokenizer_dir, trust=True, processes=2, progress=lambda *at: seen.append(at)
+    )
+    assert result["rougeL"] == pytest.approx(100 * 2 * 0.6 * 0.75 / 1.35)
+    assert result["exact_match"] == 50.0
+    assert (result["gen_num"], result["gen_tok_len"], result["tokens_per_sample"]) == (3, 13, 4.3)
+    assert seen[-1] == (3, 3)
+    written = read_accuracy_txt(run / "mlperf/accuracy/accuracy.txt")
+    assert written.get("rougeL") == result["rougeL"] and written.get("tokens_per_sample") == 4.3
+    log = run / "mlperf/accuracy/mlperf_log_accuracy.json"
+    assert written.sha256 == hashlib.sha256(log.read_bytes()).hexdigest()
+
+
+def test_accuracy_txt_has_the_lines_of_published_ones(run, pickle, tokenizer_dir):
+    e.evaluate(run, pickle, tokenizer_dir, trust=True, processes=1)
+    lines = (run / "mlperf/accuracy/accuracy.txt").read_text().splitlines()
+    assert (
+        lines[:3] == ["", "Results", ""]
+        and lines[3].startswith("{'rougeL': ")
+        and lines[4].startswith("hash=")
+    )
+    assert "np.float64" not in lines[3]
+
+
+def test_run_without_references_has_token_counts_only(run):
+    result = e.evaluate(run)
+    assert result["tokens_per_sample"] == 4.3 and "rougeL" not in result
+    assert "rougeL and exact_match do not exist" in result["notes"][0]
+    assert not (run / "mlperf/accuracy/accuracy.txt").exists()
+
+
+def test_failed_requests_are_not_scored_as_empty_answers(tmp_path):
+    write_log(tmp_path / "run", [(0, ANSWERS[0]), (1, [])])
+    with pytest.raises(e.EvaluationError, match="1 samples have no answer .first: 1.: requests failed"):
+        e.evaluate(tmp_path / "run")
+
+
+def test_pickle_is_not_opened_unless_known_or_trusted(run, pickle, tokenizer_dir):
+    digest = hashlib.sha256(pickle.read_bytes()).hexdigest()
+    with pytest.raises(e.EvaluationError, match=f"runs code.*{digest}"):
+        e.evaluate(run, pickle, tokenizer_dir)
+    with pytest.raises(e.EvaluationError, match="another or a damaged file"):
+        e.evaluate(run, pickle, tokenizer_dir, sha256="0" * 64, trust=True)
+    assert e.evaluate(run, pickle, tokenizer_dir, sha256=digest, processes=1)["exact_match"] == 50.0
+
+
+@pytest.mark.parametrize(
+    "frame, message",
+    [
+        (REFERENCES.rename(columns={"metric": "kind"}), "no column metric"),
+        (REFERENCES[:2], "2 samples, but the log answers sample 2"),
+        (REFERENCES.assign(metric="bleu"), "metric bleu: known are rouge, niah_em, qa_em"),
+    ],
+)
+def test_data_set_that_does_not_fit_is_refused(run, tmp_path, tokenizer_dir, frame, message):
+    frame.to_pickle(tmp_path / "other.pkl")
+    with pytest.raises(e.EvaluationError, match=message):
+        e.evaluate(run, tmp_path / "other.pkl", tokenizer_dir, trust=True)
+    assert not (run / "mlperf/accuracy/accuracy.txt").exists()
+
+
+def test_missing_tokenizer_is_named(run, pickle, tmp_path):
+    with pytest.raises(e.EvaluationError, match="tokenizer.json: no such file"):
+        e.evaluate(run, pickle, tmp_path, trust=True)
+
+
+def test_decoding_tidies_blanks_as_the_tokenizers_config_says(tokenizer_dir):
+    answer = [ids("Paris . <end>")]
+    assert e.load_decoder(tokenizer_dir)(answer) == ["Paris ."]
+    (tokenizer_dir / "tokenizer_config.json").write_text('{"clean_up_tokenization_spaces": true}')
+    assert e.load_decoder(tokenizer_dir)(answer) == ["Paris."]
