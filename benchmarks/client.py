@@ -70,7 +70,10 @@ class Load:
     def __init__(self, port, per_s, seconds, tokens):
         self.port, self.tokens = port, tokens
         self.url = f"http://127.0.0.1:{port}/v1/completions"
-        self.at_s = [n / per_s for n in range(round(per_s * seconds))]
+        # Poisson, as LoadGen draws them: evenly spaced requests would make all streams send at the same moments.
+        self.at_s = np.cumsum(
+            np.random.RandomState(405).exponential(1 / per_s, round(per_s * seconds))
+        ).tolist()
         self.ids = b",".join(b"%d" % (10000 + n) for n in range(9399))
         self.first_ns, self.done_ns = [0] * len(self.at_s), [0] * len(self.at_s)
         self.counted, self.same_ids = 0, False
@@ -400,8 +403,8 @@ def run_one(name, port, per_s, seconds, tokens, same_ids=False):
     print(json.dumps(figures))
 
 
-def measure(sink, name, options):
-    """Run one client in a process of its own against a fresh sink."""
+def measure(sink, name, options, tries=3):
+    """Run one client in a process of its own against a fresh sink; again if another process took the sink's core."""
     share = 0.1 if name in SLOW else 1.0
     per_s = share * options.events_per_s / options.tokens
     with running_sink(sink, options.ttft_ms, options.tpot_ms) as port:
@@ -414,7 +417,14 @@ def measure(sink, name, options):
         )
     if done.returncode:
         raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    figures = json.loads(done.stdout.splitlines()[-1])
+    if figures["events_per_write"] > 1.02 and tries > 1:
+        print(
+            f"{name}: the sink itself was late ({figures['events_per_write']:.2f} events a write): again",
+            file=sys.stderr,
+        )
+        return measure(sink, name, options, tries - 1)
+    return figures
 
 
 def compare(sink, options):

@@ -130,19 +130,20 @@ static void flush(stream *s) {
     }
 }
 
-static void emit(stream *s) {
+static void emit(stream *s, long now) {
     if (!s->open) {               /* closed while queued */
         streams[s->fd] = streams[s->fd] == s ? NULL : streams[s->fd];
         free(s);
         return;
     }
-    if (!s->emitted++) s->first = now_ns();
+    if (!s->emitted) s->first = now_ns();
+    do {                          /* what is late goes out together */
+        s->emitted++;
+        s->due += tpot_ns;
+    } while (s->emitted < s->events && s->due <= now);
     long more = s->emitted < s->events;
     if (!s->blocked) flush(s);
-    if (more) {
-        s->due += tpot_ns;
-        push(&next_queue, s);
-    }
+    if (more) push(&next_queue, s);
 }
 
 static void answer_log(stream *s) {
@@ -225,7 +226,7 @@ int main(int argc, char **argv) {
         long now = now_ns(), wait = 100000000;
         queue *queues[] = {&first_queue, &next_queue};
         for (int q = 0; q < 2; q++) {
-            for (int n = 0; n < 64 && queues[q]->head && queues[q]->head->due <= now; n++) emit(pop(queues[q]));
+            for (int n = 0; n < 64 && queues[q]->head && queues[q]->head->due <= now; n++) emit(pop(queues[q]), now);
             if (queues[q]->head && queues[q]->head->due - now < wait) wait = queues[q]->head->due - now;
         }
         if (wait < 0) wait = 0;
