@@ -1,0 +1,163 @@
+"""Fit the serving model's two physical constants, context-step and generation-step factor, on measured runs.
+
+A factor is the ratio of a real step's time to the latency table's: kernels of another release, host overhead, clocks. Two
+constants for a stack, nothing for each row. Aggregated and disaggregated stacks are fitted apart. Without a calibration both are 1.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from disagg_lib.errors import DisaggError
+from disagg_lib.serving.lengths import built_in_lengths
+from disagg_lib.serving.loadgen_rules import Load, draw_load
+from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate, summarise, with_factors
+
+FIGURES = ("ttft_mean_ms", "ttft_p50_ms", "tpot_mean_ms", "tpot_p50_ms")
+SHIPPED = Path(__file__).resolve().parent.parent / "data" / "calibration_aggregated.yaml"
+
+
+class CalibrationError(DisaggError):
+    """Runs that cannot be fitted, or a calibration file that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A measured run: what served, what was offered, and its FIGURES in ms.
+
+    `load` is the recorded one if there is one; otherwise loads are drawn at target_qps, one for each seed.
+    """
+
+    name: str
+    deployment: Deployment
+    target_qps: float
+    figures: dict[str, float]
+    lengths: np.ndarray = field(default_factory=built_in_lengths, repr=False)
+    load: Load | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Two constants and the names of the runs that they were fitted on."""
+
+    context_factor: float = 1.0
+    generation_factor: float = 1.0
+    fitted_on: tuple[str, ...] = ()
+
+    def apply(self, deployment: Deployment) -> Deployment:
+        """The deployment with these constants."""
+        return with_factors(deployment, self.context_factor, self.generation_factor)
+
+
+def predict(run: Observed, calibration: Calibration, seeds: Iterable[int]) -> dict[str, float]:
+    """FIGURES of a run as the model has them: the median over seeds."""
+    deployment = calibration.apply(run.deployment)
+    loads = [run.load] if run.load is not None else [draw_load(run.target_qps, seed) for seed in seeds]
+    rows = [summarise(simulate(deployment, load, run.lengths)) for load in loads]
+    return {name: float(np.median([row[name] for row in rows])) for name in FIGURES}
+
+
+def relative_errors(run: Observed, calibration: Calibration, seeds: Iterable[int]) -> dict[str, float]:
+    """Predicted / measured - 1, for each of FIGURES."""
+    predicted = predict(run, calibration, seeds)
+    return {name: predicted[name] / run.figures[name] - 1 for name in FIGURES}
+
+
+def fit(runs: Sequence[Observed], seeds: Sequence[int] = range(100, 108)) -> Calibration:
+    """Least squares of the logarithmic errors of FIGURES over all runs, by Gauss-Newton in the factors' logarithms.
+
+    Raises
+    ------
+    CalibrationError : no runs, a figure missing or not positive, or aggregated and disaggregated runs together.
+    """
+    if not runs or len({run.deployment.context is None for run in runs}) != 1:
+        raise CalibrationError(
+            "fit needs at least one run, and aggregated and disaggregated runs are fitted apart."
+        )
+    for run in runs:
+        bad = [name for name in FIGURES if not run.figures.get(name, 0) > 0]
+        if bad:
+            raise CalibrationError(f"{run.name}: no {', '.join(bad)} to fit on; is the run complete?")
+
+    def errors(logs):
+        c = Calibration(*np.exp(logs))
+        return np.array([np.log1p(list(relative_errors(run, c, seeds).values())) for run in runs]).ravel()
+
+    logs, step = np.zeros(2), 0.02
+    for _ in range(12):
+        now = errors(logs)
+        slope = np.column_stack([(errors(logs + move) - now) / step for move in step * np.eye(2)])
+        change = np.clip(np.linalg.lstsq(slope, -now)[0], -0.3, 0.3)
+        logs = logs + change
+        if np.abs(change).max() < 5e-4:
+            break
+    return Calibration(float(np.exp(logs[0])), float(np.exp(logs[1])), tuple(run.name for run in runs))
+
+
+def calibrate(
+    runs: Sequence[Observed], seeds: Sequence[int] = range(100, 108), score_seeds: Sequence[int] = range(16)
+) -> tuple[Calibration, list[dict]]:
+    """Fit on all runs, and show how well constants fitted on the *other* runs predict each one.
+
+    Returns
+    -------
+    the calibration, and one row a run: name, used_in_fit (only a single run has no others), and before_/after_ + FIGURES:
+    relative errors with factors 1 and with the fitted ones, on seeds that the fit did not see.
+    """
+    rows = []
+    for run in runs:
+        others = [other for other in runs if other is not run]
+        held_out = fit(others or [run], seeds)
+        before = relative_errors(run, Calibration(), score_seeds)
+        after = relative_errors(run, held_out, score_seeds)
+        rows.append(
+            {"name": run.name, "used_in_fit": not others}
+            | {f"before_{name}": value for name, value in before.items()}
+            | {f"after_{name}": value for name, value in after.items()}
+        )
+    return fit(runs, seeds), rows
+
+
+def write_calibration(calibration: Calibration, path: Path) -> None:
+    """Write the constants and the runs that they came from; never over an existing file."""
+    content = {
+        "fitted_on": list(calibration.fitted_on),
+        "context_factor": round(calibration.context_factor, 4),
+        "generation_factor": round(calibration.generation_factor, 4),
+    }
+    with Path(path).open("x") as file:
+        yaml.safe_dump(content, file, sort_keys=False)
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+        return content if isinstance(content, dict) else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CalibrationError(f"{path}: cannot be read as a calibration ({error}).") from None
+
+
+def read_calibration(path: Path = SHIPPED) -> Calibration:
+    """Read a calibration file; the shipped one is for aggregated TensorRT engines only."""
+    content = _read(path)
+    factors = [content.get(key) for key in ("context_factor", "generation_factor")]
+    if not all(isinstance(f, int | float) and 0 < f < 100 for f in factors) or not content.get("fitted_on"):
+        raise CalibrationError(
+            f"{path}: needs fitted_on, context_factor and generation_factor; found {sorted(content)}."
+        )
+    return Calibration(float(factors[0]), float(factors[1]), tuple(content["fitted_on"]))
+
+
+def published_aggregated_runs(path: Path = SHIPPED) -> dict[str, Observed]:
+    """The published aggregated runs that the shipped calibration was fitted on and scored against."""
+    runs = {}
+    for name, entry in _read(path)["runs"].items():
+        group = ServerGroup(
+            entry["servers"], entry["tp"], max_batch_size=entry["batch"], max_num_tokens=entry["tokens"]
+        )
+        deployment = Deployment(entry["system"], None, group, reserve_output_tokens=None)
+        runs[name] = Observed(name, deployment, entry["target_qps"], {key: entry[key] for key in FIGURES})
+    return runs
