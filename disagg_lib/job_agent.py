@@ -13,6 +13,7 @@ import json
 import os
 import re
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from pathlib import Path
 JOB = Path(__file__).resolve().parent
 RUN = JOB.parent
 POLL_S = 0.25
+HARNESS_QUIET_S = 1200  # NVIDIA's harness loads its data set and retries for minutes before its first query
 PORT_STEP, PORT_TRIES = 50, 400  # a local job moves all its ports by a multiple of this
 
 
@@ -54,6 +56,8 @@ def admit():
     """Refuse a folder that was used before; a job that Slurm started again says so in its phases."""
     seen = phases()
     if not seen:
+        # Room for the last word, should the disk be full by then.
+        (JOB / "reserve").write_bytes(b" " * 65536)
         return
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     reason = f"refused: this run folder was used before (phase {seen[-1]['phase']}; restart {restarts}). Make a new run"
@@ -73,17 +77,47 @@ def give_reason(text):
         path.write_text(text + "\n")
 
 
+def slurm_says(*command):
+    """Words of a Slurm command, or none: in an ending job it has little time to answer."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, universal_newlines=True, timeout=3)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.split()
+
+
 def signal_reason(name):
+    """Why a signal came: a failed node, a requeue, the time limit, or somebody's scancel."""
     limit_s = settings()["time_limit_s"]
-    elapsed_s = time.time() - phases()[0]["time_s"] if phases() else 0.0
-    during = next((p["phase"] for p in reversed(phases()) if p["phase"] != "teardown"), "start")
-    if "SLURM_JOB_ID" in os.environ and elapsed_s > limit_s - 180:
-        return f"time limit: {elapsed_s:.0f} s of {limit_s} s gone during {during}. Raise time_limit"
-    return f"cancelled (signal {name}) during {during}, after {elapsed_s:.0f} s"
+    seen = phases()
+    elapsed_s = time.time() - seen[0]["time_s"] if seen else 0.0
+    during = seen[-1]["phase"] if seen else "start"
+    when = f"during {during}, after {elapsed_s:.0f} s"
+    job = os.environ.get("SLURM_JOB_ID")
+    if job:
+        words = slurm_says("scontrol", "--oneliner", "show", "job", job)
+        state = next((word[9:] for word in words if word.startswith("JobState=")), "")
+        nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+        down = slurm_says("sinfo", "--noheader", "--Node", "--nodes=" + nodes, "--states=down", "--format=%N")
+        if state == "NODE_FAIL" or down:
+            return f"node failure {when}: {', '.join(sorted(set(down))) or 'node unknown'} is down. Submit a new run"
+        if state in ("PENDING", "REQUEUED"):
+            return f"requeued {when}. Jobs are not restarted in a used folder: make a new run"
+        if (
+            state in ("RUNNING", "TIMEOUT", "COMPLETING")
+            and elapsed_s > limit_s - 180
+            and not (JOB / "cancelled").exists()
+        ):
+            return f"time limit {when}: time_limit is {limit_s} s, and teardown begins 120 s before. Raise time_limit"
+        if state == "PREEMPTED":
+            return f"preempted {when} by a job of higher priority"
+    return f"cancelled (signal {name}) {when}"
 
 
 def finish(status):
     """The last line of phases.jsonl, and the job's exit status."""
+    if (JOB / "reserve").exists():
+        (JOB / "reserve").unlink()
     reason = JOB / "reason.txt"
     if status == 0 and not reason.exists():
         phase("done")
@@ -352,10 +386,31 @@ def last_progress():
     return json.loads(lines[-1]) if lines and lines[-1].startswith(b"{") else None
 
 
+def harness_progress(mode):
+    """NVIDIA's harness reports nothing while it runs: that the servers' iteration log grows stands for tokens."""
+    log = RUN / "logs/output_workers.log"
+    size = log.stat().st_size if log.exists() else 0
+    return {"mode": mode, "done": 0, "tokens": size, "outstanding": 1}
+
+
+def collect(mode):
+    """Copy the harness's LoadGen files, unedited, to where ours would be."""
+    found = sorted((JOB / ("harness_" + mode)).rglob("mlperf_log_detail.txt"))
+    if len(found) != 1:
+        raise Failed(
+            f"{len(found)} LoadGen logs below job/harness_{mode}, needed 1: see logs/mlperf_benchmark_{mode}.log"
+        )
+    target = RUN / "mlperf" / mode
+    target.mkdir(parents=True)
+    for path in sorted(found[0].parent.glob("mlperf_log_*")) + sorted(found[0].parent.glob("accuracy.txt")):
+        shutil.copy2(path, target)
+
+
 def watch(mode):
     """Follow the client of one test mode to its end; a stall or a dead server ends the job."""
     s = settings()
-    stall_s = s["stall_timeout_s"]
+    ours = s["client"]["kind"] == "loadgen"
+    stall_s = s["stall_timeout_s"] if ours else max(s["stall_timeout_s"], HARNESS_QUIET_S)
     moved, seen = time.monotonic(), None
     while True:
         status = exit_status("client_" + mode)
@@ -365,7 +420,7 @@ def watch(mode):
                 raise Failed(f"the {mode} client ended with status {status}: {last_lines(log)}")
             return
         refuse_dead_servers()
-        progress = last_progress()
+        progress = last_progress() if ours else harness_progress(mode)
         if progress is not None and progress["mode"] == mode:
             counts = (progress["done"], progress["tokens"])
             if counts != seen or not progress["outstanding"]:
@@ -454,6 +509,8 @@ def main(arguments):
             ready()
         elif command == "watch":
             watch(rest[0])
+        elif command == "collect":
+            collect(rest[0])
         elif command == "ranks":
             return ranks(int(rest[0]), rest[1], rest[2:])
         elif command == "reason":

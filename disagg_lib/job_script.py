@@ -34,6 +34,20 @@ def _environment_variables(e: Experiment) -> list[tuple[str, str]]:
             variables.append(("TRTLLM_MNNVL_AR_ENABLED", "1"))
     if e.container == "pyxis":
         variables.append(("ENROOT_ALLOW_DEV", "yes"))
+        if e.work_dir:  # the v5.1 image's TensorRT-LLM lives in the mounted tree
+            variables.append(("PYTHONPATH", f"{e.work_dir}/.llm_aarch64/lib/python3.12/site-packages"))
+    if e.client == "nvidia_harness":
+        variables += [
+            ("SYSTEM_NAME", e.system_name or ""),
+            ("MLPERF_SCRATCH_PATH", e.scratch_dir),
+            ("ENV", "dev"),
+            ("BUILD_CONTEXT", "aarch64-Grace"),
+            ("CUDA_VER", "12.9"),
+            ("TRT_VER", "10.11.0.33"),
+            ("INSTALL_RGAT_DEPS", "0"),
+            ("INSTALL_TRTLLM", ""),
+            ("INSTALL_LOADGEN", ""),
+        ]
     return variables
 
 
@@ -55,7 +69,9 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
         comment_end_string="##}",
     )
     # shlex.quote leaves commas bare, which reads like an array of another language.
-    environment.filters["sh"] = lambda text: f"'{text}'" if "," in text and "'" not in text else shlex.quote(text)
+    environment.filters["sh"] = lambda text: (
+        f"'{text}'" if "," in text and "'" not in text else shlex.quote(text)
+    )
     ours = e.engine == "rehearsal" or e.launcher == "local"
 
     def gpus(server: Server) -> str:

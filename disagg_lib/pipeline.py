@@ -248,14 +248,17 @@ def main():
 @click.option("--run-dir", default="", help="The run folder to make; default: a new one in results/.")
 def run(params, given, run_dir):
     """Run all notebooks, headless, with the params files PARAMS (default: params/rehearsal.yaml)."""
-    params = [_from_here(name) for name in params] or DEFAULT_PARAMS_FILES
-    run_chain(params, _pairs(given), str(Path(run_dir).absolute()) if run_dir else "")
+    run_chain(_params_files(params), _pairs(given), str(Path(run_dir).absolute()) if run_dir else "")
 
 
-def _from_here(name: str) -> str:
-    """A params file is looked for from here, then from the repository's root."""
-    here = Path(name).expanduser().absolute()
-    return str(here) if here.exists() and not (REPOSITORY / name).exists() else name
+def _params_files(names: Sequence[str]) -> list[str]:
+    """The params files of a command line: looked for from here, then from the repository's root."""
+    here = [Path(name).expanduser().absolute() for name in names]
+    found = [
+        str(path) if path.exists() and not (REPOSITORY / name).exists() else name
+        for path, name in zip(here, names, strict=True)
+    ]
+    return found or list(DEFAULT_PARAMS_FILES)
 
 
 @main.command()
@@ -283,6 +286,21 @@ def results(folders, csv_file):
     click.echo(tables.format_table(table))
     if (table["error"].fillna("") != "").any():
         sys.exit(1)
+
+
+@main.command()
+@params_argument
+@given_option
+def check(params, given):
+    """Check PARAMS against every rule before the queue; exit status 1 if an error is found."""
+    from . import preflight
+
+    checks = preflight.check_experiment(load_experiment(_params_files(params), _pairs(given)))
+    click.echo(preflight.checks_text(checks))
+    errors = sum(not c.ok and c.level == "error" for c in checks)
+    warnings = sum(not c.ok and c.level == "warning" for c in checks)
+    click.echo(f"{len(checks)} rules: {errors} errors, {warnings} warnings")
+    sys.exit(1 if errors else 0)
 
 
 @main.command("attach")

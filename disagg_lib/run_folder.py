@@ -87,6 +87,7 @@ def settings_of(e: Experiment) -> dict:
             for s in e.servers
         ],
         "client": {
+            "kind": e.client,
             "endpoint": "/v1/completions",
             "model": "meta-llama/Llama-3.1-405B-Instruct",
             "model_key": "llama3_1-405b-interactive",

@@ -40,6 +40,8 @@ CASES = {
         "container": "none",
         "endpoint_url": "http://10.0.0.7:8000",
     },
+    "v5.1_nvidia_harness": SITE
+    | {"client": "nvidia_harness", "system_name": "GB200-NVL72_x20", "harness_dir": "/code"},
     "odd_paths_slurm": SITE
     | {"container_image": '/im ages/$(id)\'s; "x".sqsh', "scratch_dir": "/scr atch/`id`"},
 }

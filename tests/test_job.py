@@ -114,7 +114,7 @@ def test_cancel_tears_down_and_says_so(tmp_path):
     launch.submit(run)
     wait(run, until=lambda state: state.phase == "performance" or state.ended)
     state = launch.cancel(run)
-    assert re.match(r"cancelled \(signal TERM\) during performance", state.reason)
+    assert state.reason.startswith("cancelled (signal TERM) during performance"), state
     assert [line["phase"] for line in read_json_lines(run / "job/phases.jsonl")][-2] == "teardown"
     assert no_process_left(run)
 
@@ -181,7 +181,7 @@ def test_a_killed_job_script_is_lost_and_its_servers_end_by_themselves(tmp_path)
     psutil.Process(int(job)).kill()
     state = wait(run)
     assert state.state == "lost"
-    assert "gone without a last word" in state.reason
+    assert state.reason.startswith("the job script is gone during performance, without a last word: ")
     assert no_process_left(run, within_s=20)
 
 

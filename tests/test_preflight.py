@@ -1,0 +1,112 @@
+"""Every rule before the queue can fail, and says what it prevents and what to do."""
+
+import subprocess
+import sys
+
+import pytest
+
+from disagg_lib import preflight
+from disagg_lib.experiment import REPOSITORY, load_experiment
+
+CLUSTER = {"engine": "trtllm", "launcher": "slurm", "container": "pyxis"}
+
+
+def unmet(experiment):
+    return {check.rule: check for check in preflight.experiment_checks(experiment) if not check.ok}
+
+
+@pytest.fixture
+def site(tmp_path):
+    """Site values whose image, mounts and model are there."""
+    image = tmp_path / "image.sqsh"
+    image.write_bytes(b"hsqs")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    return CLUSTER | {
+        "container_image": str(image),
+        "container_mounts": f"{tmp_path}:/scratch",
+        "model_dir": str(model),
+    }
+
+
+def test_the_twenty_gpu_file_passes_with_a_site(site):
+    assert unmet(load_experiment(["params/gb200_20gpu.yaml"], site)) == {}
+
+
+def test_it_tells_how_many_mean_requests_fit(site):
+    checks = preflight.experiment_checks(load_experiment(["params/gb200_20gpu.yaml"], site))
+    assert "about 198 of 512 mean requests" in next(c.found for c in checks if c.rule == "generation_memory")
+
+
+@pytest.mark.parametrize(
+    ("given", "rule", "level"),
+    [
+        ({"num_gen_servers": 3, "gen_tp_size": 2, "trtllm_dialect": "1.x"}, "gpu_arithmetic", "warning"),
+        ({"ctx_tp_size": 8}, "tp_over_nodes", "warning"),
+        ({"gen_tp_size": 1, "num_gen_servers": 4}, "generation_memory", "error"),
+        ({"ctx_tp_size": 1}, "context_memory", "error"),
+        ({"gen_batch_size": 513}, "gen_max_num_tokens", "error"),
+        ({"max_seq_len": 20000}, "max_seq_len", "error"),
+        ({"max_seq_len": 16384}, "transfer_buffer", "error"),
+        ({"time_limit": "1:00:00"}, "walltime", "error"),
+        ({"time_limit": "0:03:00"}, "teardown_time", "warning"),
+        ({"container_image": "/nowhere/image.sqsh"}, "container_image", "error"),
+        ({"container_mounts": "/nowhere:/scratch"}, "container_mounts", "error"),
+        ({"container_mounts": "/tmp"}, "container_mounts", "error"),
+        ({"model_dir": "/nowhere"}, "model_folder", "error"),
+        ({"container_mounts": "/tmp:/hf_abcdefghijklmnopqrstu"}, "secrets", "error"),
+        ({"client": "nvidia_harness"}, "harness_dir", "error"),
+        ({"client": "nvidia_harness", "system_name": "x20"}, "harness_config", "error"),
+    ],
+)
+def test_each_rule_can_fail(site, given, rule, level):
+    found = unmet(load_experiment(["params/gb200_20gpu.yaml"], site | given))
+    assert rule in found
+    assert found[rule].level == level
+    assert found[rule].prevents
+    assert found[rule].fix
+
+
+def test_a_harness_with_its_configuration_passes(site, tmp_path):
+    (tmp_path / "Makefile").touch()
+    config = tmp_path / "configs/x20/Interactive/llama3_1-405b.py"
+    config.parent.mkdir(parents=True)
+    config.touch()
+    given = {"client": "nvidia_harness", "system_name": "x20", "harness_dir": str(tmp_path)}
+    assert unmet(load_experiment(["params/gb200_20gpu.yaml"], site | given)) == {}
+
+
+def test_warnings_do_not_stop_a_submission_and_errors_do(site):
+    preflight.require(preflight.experiment_checks(load_experiment([], site | {"ctx_tp_size": 8})))
+    with pytest.raises(preflight.PreflightError, match="time_limit covers loading"):
+        preflight.require(preflight.experiment_checks(load_experiment([], site | {"time_limit": "0:10:00"})))
+
+
+def test_without_slurm_one_sentence_hints_at_the_local_launcher(site, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    checks = preflight.cluster_checks(load_experiment([], site), "")
+    assert [(c.rule, c.ok) for c in checks] == [("slurm", False)]
+    assert "sbatch, srun, squeue, scontrol, sinfo not on PATH" in checks[0].found
+    assert "launcher: local" in checks[0].fix
+
+
+def check(*words):
+    command = [sys.executable, "-m", "disagg_lib", "check", *words]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_the_command_exits_0_for_the_rehearsal_and_1_for_an_error():
+    assert check("params/rehearsal.yaml").returncode == 0
+    bad = check("params/rehearsal.yaml", "-p", "time_limit", "0:01:00")
+    assert bad.returncode == 1
+    assert "to do:    set time_limit to at least 0:30:00" in bad.stdout
+
+
+def test_the_walltime_advice_is_enough(site):
+    advised = next(
+        c.fix
+        for c in unmet(load_experiment([], site | {"time_limit": "1:00:00"})).values()
+        if c.rule == "walltime"
+    )
+    assert "walltime" not in unmet(load_experiment([], site | {"time_limit": advised.split()[-1]}))
