@@ -1,23 +1,43 @@
-"""The checkpoint: a small synthetic one for rehearsals, and the verification that it and the real one pass.
+"""The checkpoint: download, digests, verification; and a small synthetic one for rehearsals.
 
 The layout is that of `nvidia/Llama-3.1-405B-Instruct-FP4`: config.json, hf_quant_config.json (ModelOpt NVFP4
-with an FP8 KV cache), model.safetensors.index.json, shards, tokenizer.json.
+with an FP8 KV cache), model.safetensors.index.json, shards, tokenizer.json. Beside the folder stands
+`<folder>.manifest.json` with the repository, its commit and every file's digest: runs cite it.
+
+A token comes from the environment or the hub library's own store, never through a parameter.
 """
 
+import collections
+import contextlib
+import datetime
+import errno
+import fnmatch
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import sys
 import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
 
+import filelock
+import httpx2
+import huggingface_hub
 import numpy as np
 import safetensors
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session, hf_raise_for_status
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from .errors import DisaggError
-from .preflight import Check
+from .preflight import Check, _existing_parent
 
 BYTES = {"bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "uint8": 1}  # of one element
 QUANT_ALGO, KV_QUANT_ALGO = "NVFP4", "FP8"
@@ -25,6 +45,35 @@ QUANT_ALGO, KV_QUANT_ALGO = "NVFP4", "FP8"
 
 class ModelError(DisaggError):
     """The checkpoint is absent, damaged or another one than the experiment assumes."""
+
+
+LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a read token"
+FIXES = {
+    "gated": f"Open the repository's page on the hub, accept its terms, wait for the approval. {LOG_IN} of that account",
+    "no token": f"It is private or does not exist. Check hf_repo. {LOG_IN} of an account that may see it",
+    "token refused": f"It is expired or revoked. {LOG_IN}",
+    "forbidden": "The token may not read this repository: make one with read access to it",
+    "missing repository": f"Check hf_repo; a private one needs a token. {LOG_IN}",
+    "missing revision": "Set hf_revision to a commit of this repository, or leave it out",
+    "too many requests": f"Try again later; a token raises the limit. {LOG_IN}",
+    "proxy": "Check HTTPS_PROXY and NO_PROXY, or run this where no proxy is needed",
+    "offline": "Unset HF_HUB_OFFLINE, or copy the checkpoint and its manifest here",
+    "no network": "Run this where there is network (a login or transfer node); behind a proxy set HTTPS_PROXY; "
+    "for a mirror set HF_ENDPOINT",
+    "hub error": "Try again later: what has come is kept",
+    "disk full": "Free some, or set scratch_dir (or model_dir) to a larger file system: what has come is kept",
+    "locked": "Wait for it, then run this again: a complete folder is found as it is",
+    "damaged twice": "A proxy may change files on the way: try without it",
+    "foreign files": "Set model_dir to another folder, or hf_revision to the commit that is there, or remove the files",
+}
+
+
+class HubError(ModelError):
+    """The hub, the way to it or the place for it does not do; `kind` is a key of FIXES."""
+
+    def __init__(self, kind: str, where: object, found: str):
+        super().__init__(f"{where}: {kind}: {found}. {FIXES[kind]}")
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -236,3 +285,501 @@ def verify_checkpoint(folder: Path, shape: ModelShape, max_seq_len: int) -> list
         found, ok = str(error), False
     checks.append(Check("the tokenizer loads", found, ok, "download tokenizer.json again"))
     return checks
+
+
+# -- digests
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """One file as the hub describes it: large ones by SHA-256, small ones by git's SHA-1 of the blob."""
+
+    size: int  # bytes
+    sha256: str | None
+    git_sha1: str | None
+
+    def fits(self, sha256: str, git_sha1: str | None) -> bool:
+        return sha256 == self.sha256 if self.sha256 else git_sha1 == self.git_sha1
+
+
+class _Stopped(Exception):
+    """Another thread failed, or the user interrupted: this one ends."""
+
+
+class Progress:
+    """How far a download or a verification has come; `note` says what just happened, else it is empty."""
+
+    def __init__(self, what: str, files: int, bytes: int, report: "Report"):
+        self.what, self.files, self.bytes, self.note = what, files, bytes, ""
+        self.files_done = self.bytes_done = 0
+        self._report, self._lock, self.stop = report, threading.RLock(), threading.Event()
+        self._history = collections.deque([(time.monotonic(), 0)], maxlen=20)  # 10 s
+
+    @property
+    def bytes_per_s(self) -> float:
+        (then, before), now = self._history[0], time.monotonic()
+        return max(0.0, (self.bytes_done - before) / (now - then)) if now > then else 0.0
+
+    @property
+    def eta_s(self) -> float:
+        return (self.bytes - self.bytes_done) / self.bytes_per_s if self.bytes_per_s else math.inf
+
+    def __str__(self):
+        eta = "?" if math.isinf(self.eta_s) else str(datetime.timedelta(seconds=round(self.eta_s)))
+        return (
+            f"{self.what}: {self.files_done}/{self.files} files, {self.bytes_done / 1e9:.2f}/{self.bytes / 1e9:.2f} GB, "
+            f"{self.bytes_per_s / 1e6:.0f} MB/s, {eta} left"
+        )
+
+    def add(self, bytes: int, files: int = 0) -> None:
+        if self.stop.is_set():
+            raise _Stopped
+        with self._lock:
+            self.bytes_done += bytes
+            self.files_done += files
+
+    def say(self, note: str = "") -> None:
+        with self._lock:
+            self.note = note
+            self._history.append((time.monotonic(), self.bytes_done))
+            self._report(self)
+
+    def run(self, work: Callable, items: Iterable, workers: int) -> None:
+        """work(item) in threads, with a report twice a second; the first error ends all, as Ctrl-C does."""
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(work, item) for item in items]
+            try:
+                self.say()
+                while (state := wait(futures, 0.5, FIRST_EXCEPTION)).not_done:
+                    self.say()
+                    if any(future.exception() for future in state.done):
+                        break
+            finally:
+                self.stop.set()
+                pool.shutdown(cancel_futures=True)
+        self.say()
+        raised = [error for f in futures if not f.cancelled() and (error := f.exception())]
+        for error in sorted(raised, key=lambda error: isinstance(error, _Stopped)):
+            raise error
+
+
+Report = Callable[[Progress], None]
+
+
+def print_progress(every_s: float = 10.0) -> Report:
+    """A report that prints: one line that renews itself on a terminal, a line every `every_s` elsewhere."""
+    said_at = -math.inf
+
+    def report(p: Progress) -> None:
+        nonlocal said_at
+        terminal, finished = sys.stdout.isatty(), p.files_done == p.files
+        renew = "\r\x1b[K" if terminal else ""
+        if p.note:
+            print(renew + p.note)
+        if terminal or finished or time.monotonic() - said_at >= every_s:
+            print(f"{renew}{p}", end="" if terminal and not finished else "\n", flush=True)
+            said_at = time.monotonic()
+
+    return report
+
+
+def _hash_file(path: Path, add: Callable[[int], None], git: bool) -> tuple[str, str | None]:
+    """SHA-256 and, if asked for, git's SHA-1 of the blob. hashlib lets other threads run meanwhile."""
+    sums = [hashlib.sha256()]
+    if git:
+        sums.append(hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            for each in sums:
+                each.update(buffer[:count])
+            add(count)
+    return sums[0].hexdigest(), sums[1].hexdigest() if git else None
+
+
+def manifest_path(folder: Path) -> Path:
+    """Where the manifest of a checkpoint's folder stands."""
+    return folder.with_name(folder.name + ".manifest.json")
+
+
+class _Manifest:
+    """The manifest as it grows: with it a first verification can be resumed, and a second reads only what changed."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path = folder, manifest_path(folder)
+        self.lock, self.saved_at = threading.Lock(), 0.0
+        self.new = not self.path.exists()
+        value = {} if self.new else _read_json(self.path)
+        self.repo, self.revision, self.digest = (value.get(key) for key in ("repo", "revision", "digest"))
+        self.expected = {name: HubFile(**file) for name, file in value.get("expected", {}).items()}
+        self.files: dict[str, dict] = value.get("files", {})
+
+    def unchanged(self, name: str) -> bool:
+        """Whether the file has the size and time that it had when it was hashed."""
+        path, entry = self.folder / name, self.files.get(name)
+        return bool(entry) and path.exists() and _size_and_time(path) == (entry["size"], entry["mtime_ns"])
+
+    def record(self, name: str, sha256: str, ok: bool) -> None:
+        size, mtime_ns = _size_and_time(self.folder / name)
+        with self.lock:
+            self.files[name] = {"size": size, "mtime_ns": mtime_ns, "sha256": sha256, "ok": ok}
+            if time.monotonic() - self.saved_at > 1.0:
+                self.save()
+
+    def save(self, complete: bool = False) -> None:
+        lines = "".join(f"{entry['sha256']}  {name}\n" for name, entry in sorted(self.files.items()))
+        self.digest = hashlib.sha256(lines.encode()).hexdigest() if complete else None
+        value = {key: getattr(self, key) for key in ("repo", "revision", "digest")} | {
+            "format": 1,
+            "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "expected": {name: asdict(file) for name, file in self.expected.items()},
+            "files": dict(sorted(self.files.items())),
+        }
+        draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            draft.write_text(json.dumps(value, indent=1) + "\n")
+            draft.replace(self.path)
+        except OSError as error:
+            raise _disk_full(error, self.path.parent) or ModelError(
+                f"{self.path}: cannot be written ({error.strerror}). If the checkpoint is someone else's, make a folder of your "
+                f"own with links to its files (cp -rs) and set model_dir to it"
+            ) from None
+        self.saved_at = time.monotonic()
+
+    def hash_files(self, names: Iterable[str], report: Report) -> list[str]:
+        """Hash those of the files that are there and have changed; returns the names that differ from the hub's."""
+        names = [name for name in names if (self.folder / name).is_file()]
+        sizes = {name: (self.folder / name).stat().st_size for name in names if not self.unchanged(name)}
+
+        def one(name: str) -> None:
+            expected = self.expected.get(name)
+            sums = _hash_file(self.folder / name, progress.add, bool(expected) and not expected.sha256)
+            self.record(name, sums[0], expected is None or expected.fits(*sums))
+            progress.add(0, files=1)
+
+        if sizes:  # the largest first, so that all threads end together
+            progress = Progress("verify", len(sizes), sum(sizes.values()), report)
+            progress.run(one, sorted(sizes, key=sizes.get, reverse=True), _cores())
+        return [name for name in names if not self.files[name]["ok"]]
+
+    def difference(self, name: str) -> str:
+        """How a file differs from what the hub has."""
+        expected, entry = self.expected[name], self.files.get(name)
+        if not (self.folder / name).exists():
+            return f"{name}: absent"
+        if entry["size"] != expected.size:
+            return f"{name}: {entry['size']} bytes, the hub has {expected.size}"
+        hub = f"SHA-256 {expected.sha256[:12]}" if expected.sha256 else f"git SHA-1 {expected.git_sha1[:12]}"
+        return f"{name}: SHA-256 {entry['sha256'][:12]}, the hub has {hub}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _cores() -> int:
+    """SHA-256 is what limits, so one thread a core; 32 are enough for any file system."""
+    return min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def verify_digests(folder: Path, report: Report | None = None) -> list[Check]:
+    """Hash every file, compare with the hub's metadata where the manifest has it, and write the manifest.
+
+    A file whose size and time have not changed is not read again; a verification that was killed goes on.
+
+    Raises
+    ------
+    ModelError : the folder is not there, or the manifest cannot be read or written.
+    """
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder}: not there. Needed: the checkpoint; run 01_model_download, or set model_dir"
+        )
+    manifest = _Manifest(folder)
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    there = {str(PurePosixPath(p)) for p in paths if not any(part.startswith(".") for part in p.parts)}
+    names = sorted(manifest.expected or there)
+    bad = manifest.hash_files(names, report or print_progress())
+    bad += [name for name in names if name not in there]
+    manifest.files = {name: manifest.files[name] for name in names if name in there}
+    manifest.save(complete=bool(names) and not bad)
+    size_gb = sum(entry["size"] for entry in manifest.files.values()) / 1e9
+    source = (
+        f"{manifest.repo} at {manifest.revision}"
+        if manifest.expected
+        else "not from a hub: nothing to compare with"
+    )
+    return [
+        Check(
+            "every file has the hub's digest" if manifest.expected else "every file's digest is recorded",
+            "; ".join(map(manifest.difference, bad)) or f"{len(names)} files, {size_gb:.2f} GB ({source})",
+            bool(names) and not bad,
+            "run 01_model_download again: it fetches the named files anew",
+        )
+    ]
+
+
+def cite_model(folder: Path) -> dict | None:
+    """What a run's manifest says of the checkpoint; None if it has no manifest yet. Reads no file's content.
+
+    Raises
+    ------
+    ModelError : the checkpoint was not verified whole, or has changed since.
+    """
+    if not manifest_path(folder).exists():
+        return None
+    manifest = _Manifest(folder)
+    changed = [name for name in manifest.files if not manifest.unchanged(name)]
+    if changed or not manifest.digest:
+        what = f"{changed[0]} has changed since it was verified" if changed else "not verified whole"
+        raise ModelError(f"{folder}: {what}. Run 01_model_download again")
+    cited = {"repo": manifest.repo, "revision": manifest.revision, "digest": manifest.digest}
+    return {"manifest": str(manifest.path), **cited, "files": len(manifest.files)}
+
+
+# -- download
+
+MAX_PATIENCE_S = 300  # the longest wait that the hub may ask for
+PASSING = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
+HUB_FAULTS = (httpx2.HTTPError, hub_errors.OfflineModeIsEnabled, hub_errors.HFValidationError)
+
+
+def _redact(error: Exception) -> str:
+    """What an error says, on one line, without tokens, signatures (the query of a URL) and proxy passwords."""
+    text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+    if token := huggingface_hub.get_token():
+        text = text.replace(token, "***")
+    text = re.sub(r"hf_\w+|(?<=://)[^/@\s]+(?=@)", "***", text)
+    return " ".join(re.sub(r"\?\S*=\S*", "", text).split())[:300]
+
+
+def _status(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _named(error: Exception, where: str) -> HubError:
+    """The hub library's error as one of ours."""
+    status = _status(error)
+    if isinstance(error, hub_errors.GatedRepoError):
+        kind = "gated"
+    elif isinstance(error, hub_errors.RevisionNotFoundError):
+        kind = "missing revision"
+    elif status == 401:
+        kind = "token refused" if huggingface_hub.get_token() else "no token"
+    elif status == 404 or isinstance(error, hub_errors.HFValidationError):
+        kind = "missing repository"
+    elif status == 407 or isinstance(error, httpx2.ProxyError):
+        kind = "proxy"
+    elif isinstance(error, hub_errors.OfflineModeIsEnabled):
+        kind = "offline"
+    else:
+        kind = {403: "forbidden", 429: "too many requests", None: "no network"}.get(status, "hub error")
+    return HubError(kind, where, f"{status} {_redact(error)}" if status else _redact(error))
+
+
+def _disk_full(error: OSError, folder: Path, needed: int = 0) -> HubError | None:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return None
+    free = shutil.disk_usage(_existing_parent(folder)).free
+    return HubError("disk full", folder, f"found {free / 1e9:.2f} GB free, needed {needed / 1e9:.2f} GB more")
+
+
+def _pause_s(error: Exception, failures: int) -> float | None:
+    """Seconds to wait before the next try; None: another try is of no use."""
+    status = _status(error)
+    if failures > 5 or not (isinstance(error, PASSING) or status in (408, 416, 429, 500, 502, 503, 504)):
+        return None
+    asked = error.response.headers.get("Retry-After", "") if status else ""
+    wait_s = float(asked) if asked.isdigit() else 2.0 ** (failures - 1)
+    return wait_s if wait_s <= MAX_PATIENCE_S else None
+
+
+def hub_listing(
+    repo: str, revision: str | None = None, endpoint: str | None = None
+) -> tuple[str, dict[str, HubFile]]:
+    """The commit that a revision (None: the main branch) stands for now, and its files by name.
+
+    Raises
+    ------
+    HubError
+    """
+    api = huggingface_hub.HfApi(endpoint=endpoint, library_name="disagg_lib")
+    for failures in range(1, 7):
+        try:
+            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=60)
+            break
+        except HUB_FAULTS as error:
+            wait_s = _pause_s(error, failures)
+            if wait_s is None or isinstance(error, httpx2.ConnectError):
+                raise _named(error, f"{repo} at {api.endpoint}") from None
+        time.sleep(wait_s)
+    files = {}
+    for f in info.siblings:
+        path = PurePosixPath(f.rfilename)
+        if path.is_absolute() or ".." in path.parts:
+            raise ModelError(f"{repo} lists {f.rfilename!r}, outside its folder. Do not use this repository")
+        if not f.rfilename.startswith("."):
+            files[f.rfilename] = HubFile(
+                f.size, f.lfs.sha256 if f.lfs else None, None if f.lfs else f.blob_id
+            )
+    return info.sha, files
+
+
+@contextlib.contextmanager
+def _locked(folder: Path):
+    lock = folder.with_name(f".{folder.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with WeakFileLock(lock, timeout=0.5):
+            yield
+    except filelock.Timeout:
+        raise HubError("locked", folder, f"another download is writing it (it holds {lock.name})") from None
+
+
+def download_checkpoint(
+    folder: Path,
+    repo: str,
+    revision: str | None = None,
+    *,
+    names: Sequence[str] = ("*",),
+    endpoint: str | None = None,
+    workers: int = 8,
+    margin_bytes: int = 5_000_000_000,
+    report: Report | None = None,
+) -> str:
+    """Make the folder hold the repository's files at one commit; returns that commit.
+
+    Goes on where an earlier one ended, to the byte; a file gets its name after its digest was found right.
+    Without a revision the branch's commit is looked up once and kept in the manifest: later calls stay with
+    it, and a complete folder needs no network.
+
+    Parameters
+    ----------
+    names : patterns of the files wanted.
+    workers : files that are fetched at a time.
+    margin_bytes : room to be left on the file system.
+
+    Raises
+    ------
+    HubError : its `kind` says what: gated, no token, no network, disk full, locked, ...
+    """
+    report = report or print_progress()
+    with _locked(folder):
+        manifest = _Manifest(folder)
+        if manifest.repo != repo or revision not in (None, manifest.revision):
+            manifest.revision, files = hub_listing(repo, revision, endpoint)
+            wanted = [name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in names)]
+            manifest.repo, manifest.expected, manifest.files = (
+                repo,
+                {name: files[name] for name in wanted},
+                {},
+            )
+        bad = manifest.hash_files(manifest.expected, report)
+        if bad and manifest.new:
+            raise HubError("foreign files", folder, f"not fetched by this: {manifest.difference(bad[0])}")
+        folder.mkdir(exist_ok=True)
+        manifest.save()
+        absent = [name for name in manifest.expected if not (folder / name).is_file()]
+        if bad or absent:
+            _Fetch(manifest, endpoint, report).run(bad, absent, workers, margin_bytes)
+        manifest.save(complete=True)
+    return manifest.revision
+
+
+class _Fetch:
+    """Fetches files into `.<folder>.parts`, each named by its digest, and from there to its place."""
+
+    def __init__(self, manifest: _Manifest, endpoint: str | None, report: Report):
+        self.manifest, self.report = manifest, report
+        self.endpoint = endpoint or huggingface_hub.constants.ENDPOINT
+        self.parts = manifest.folder.with_name(f".{manifest.folder.name}.parts")
+
+    def part(self, name: str) -> Path:
+        file = self.manifest.expected[name]
+        return self.parts / (file.sha256 or file.git_sha1)
+
+    def run(self, bad: Sequence[str], absent: Sequence[str], workers: int, margin_bytes: int) -> None:
+        # Small files first: a wrong config.json shows before 230 GB have come.
+        sizes = {name: self.manifest.expected[name].size for name in (*bad, *absent)}
+        there = sum(min(size, _size(self.part(name))) for name, size in sizes.items())
+        self.parts.mkdir(exist_ok=True)
+        needed = sum(sizes.values()) - there + margin_bytes
+        if shutil.disk_usage(self.parts).free < needed:
+            raise _disk_full(OSError(errno.ENOSPC, ""), self.manifest.folder, needed)
+        self.progress = Progress("download", len(sizes), sum(sizes.values()), self.report)
+        self.progress.add(there)
+        for name in bad:
+            self.progress.say(f"{self.manifest.difference(name)}: fetched again")
+        try:
+            self.progress.run(self.one, sorted(sizes, key=sizes.get), workers)
+        finally:
+            self.manifest.save()
+        shutil.rmtree(self.parts)
+
+    def one(self, name: str) -> None:
+        part, target, file = self.part(name), self.manifest.folder / name, self.manifest.expected[name]
+        for again in (False, True):
+            self.rest(name, part, file.size)
+            sums = _hash_file(part, lambda _: self.progress.add(0), git=not file.sha256)
+            if file.fits(*sums):
+                break
+            if again:
+                raise HubError("damaged twice", name, f"SHA-256 {sums[0]}, the hub has {part.name}")
+            self.progress.say(f"{name}: arrived damaged (SHA-256 {sums[0][:12]}): fetched again")
+            self.progress.add(-_size(part))
+            part.unlink()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.replace(target)
+        self.manifest.record(name, sums[0], ok=True)
+        self.progress.add(0, files=1)
+
+    def rest(self, name: str, part: Path, size: int) -> None:
+        """Fetch what a file lacks; passing faults are waited out, without end as long as bytes keep coming."""
+        failures = 0
+        while not part.exists() or _size(part) != size:
+            before = _size(part)
+            try:
+                self.stream(name, part, size)
+            except (*HUB_FAULTS, OSError) as error:
+                if full := isinstance(error, OSError) and _disk_full(error, part.parent, size - _size(part)):
+                    raise full from None
+                if not isinstance(error, HUB_FAULTS):
+                    raise
+                failures = 1 if _size(part) > before else failures + 1
+                wait_s = _pause_s(error, failures)
+                if wait_s is None:
+                    raise _named(error, f"{self.manifest.repo} at {self.endpoint}: {name}") from None
+                self.progress.say(f"{name}: {_redact(error)}: going on in {wait_s:.0f} s")
+                self.progress.stop.wait(wait_s)
+
+    def stream(self, name: str, part: Path, size: int) -> None:
+        """One request for the rest of a file. (The hub library's own download begins anew in a new process.)"""
+        url = huggingface_hub.hf_hub_url(
+            self.manifest.repo, name, revision=self.manifest.revision, endpoint=self.endpoint
+        )
+        at = _size(part)
+        headers = build_hf_headers(library_name="disagg_lib") | {"Accept-Encoding": "identity"}
+        headers |= {"Range": f"bytes={at}-"} if at else {}
+        timeout = huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with (
+            part.open("ab") as out,
+            get_session().stream("GET", url, headers=headers, timeout=timeout) as response,
+        ):
+            if at and response.status_code in (200, 416):
+                # The server does not do ranges, or the part is longer than the file: begin anew.
+                out.truncate(0)
+                self.progress.add(-at)
+            hf_raise_for_status(response)
+            for chunk in response.iter_raw():
+                out.write(chunk)
+                self.progress.add(len(chunk))
+        if _size(part) > size:
+            self.progress.add(-_size(part))
+            part.unlink()
+        if _size(part) != size:
+            raise httpx2.RemoteProtocolError(f"the answer ended elsewhere than at {size} bytes")

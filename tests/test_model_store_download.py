@@ -1,0 +1,437 @@
+"""Download and digests, with the real huggingface_hub client against a hub on this machine that does wrong on purpose."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import huggingface_hub
+import pytest
+from hub_server import Fault, HubServer
+
+from disagg_lib import model_store
+from disagg_lib.model_store import (
+    HubError,
+    ModelError,
+    cite_model,
+    download_checkpoint,
+    hub_listing,
+    make_rehearsal_checkpoint,
+    manifest_path,
+    verify_digests,
+)
+
+REPO = "nvidia/Llama-3.1-405B-Instruct-FP4"
+SHARD = "model-00001-of-00002.safetensors"
+CANARY = "hf_" + "canary" * 5  # joined here, so that no tracked file holds what looks like a token
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory):
+    """The synthetic checkpoint's files, with one shard of 3 MB."""
+    folder = make_rehearsal_checkpoint(tmp_path_factory.mktemp("hub") / "model")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files["model-00001-of-00002.safetensors"] = bytes(range(256)) * 12000
+    files[".gitattributes"] = b"*.safetensors filter=lfs\n"
+    return files
+
+
+@pytest.fixture
+def hub(contents, monkeypatch):
+    for name in (
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "http_proxy",
+        "https_proxy",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    huggingface_hub.close_session()  # it reads the proxy's variables once
+    with HubServer({REPO: dict(contents)}) as server:
+        yield server
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def fetch(hub, tmp_path):
+    """fetch(**more): download into tmp_path/model; the progress notes are in fetch.notes."""
+
+    def call(folder=tmp_path / "model", **more):
+        def report(p):
+            if p.note:
+                call.notes.append(p.note)
+
+        return download_checkpoint(
+            folder, REPO, endpoint=hub.endpoint, **{"margin_bytes": 0, "report": report, **more}
+        )
+
+    call.notes = []
+    return call
+
+
+def visible(contents):
+    return {name: content for name, content in contents.items() if not name.startswith(".")}
+
+
+def read(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_test_hub_serves_the_hub_librarys_own_download(hub, contents, tmp_path):
+    huggingface_hub.snapshot_download(
+        REPO, local_dir=tmp_path / "its", endpoint=hub.endpoint, cache_dir=tmp_path / "c"
+    )
+    for name, content in visible(contents).items():
+        assert (tmp_path / "its" / name).read_bytes() == content
+
+
+def test_a_download_makes_the_folder_and_a_manifest_with_the_commit(fetch, hub, contents, tmp_path):
+    commit = fetch()
+    assert read(tmp_path / "model") == visible(contents)
+    manifest = json.loads(manifest_path(tmp_path / "model").read_text())
+    assert (manifest["revision"], manifest["repo"]) == (commit, REPO) == (hub.commits[REPO], REPO)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".model.lock", "model", "model.manifest.json"]
+
+
+def test_every_file_is_asked_for_by_commit_and_the_cdn_sees_no_token(fetch, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    hub.token = CANARY
+    fetch()
+    resolved = [s for s in hub.seen if "/resolve/" in s.path]
+    assert resolved and all(f"/resolve/{hub.commits[REPO]}/" in s.path for s in resolved)
+    assert [s.authorization for s in hub.seen if s.path.startswith("/cdn/")] == [None, None]
+
+
+def test_a_complete_folder_needs_no_network(fetch, hub):
+    fetch()
+    before = len(hub.seen)
+    fetch()
+    assert len(hub.seen) == before
+
+
+def test_a_moved_branch_does_not_move_a_folder_that_has_its_commit(fetch, hub):
+    commit = fetch()
+    hub.commits[REPO] = "f" * 40
+    assert fetch() == commit
+
+
+def test_a_connection_cut_in_the_middle_goes_on_with_no_byte_twice(fetch, hub, contents, tmp_path):
+    hub.faults = [
+        Fault(rf"/cdn/.*{SHARD}", cut_after=1_000_001),
+        Fault(rf"/cdn/.*{SHARD}", cut_after=500_000),
+    ]
+    fetch()
+    assert hub.bytes_sent(SHARD) == len(contents[SHARD])
+    firsts = [s.first_byte for s in hub.seen if s.path.startswith("/cdn/") and SHARD in s.path]
+    assert firsts == [0, 1_000_001, 1_500_001]
+    assert (tmp_path / "model" / SHARD).read_bytes() == contents[SHARD]
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from disagg_lib.model_store import download_checkpoint
+download_checkpoint(Path(sys.argv[1]), sys.argv[2], endpoint=sys.argv[3], margin_bytes=0)
+"""
+
+
+def child(hub, folder, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder), REPO, hub.endpoint],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_until(condition, timeout_s=30):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def part_sizes(tmp_path):
+    return [path.stat().st_size for path in (tmp_path / ".model.parts").glob("*")]
+
+
+def test_a_killed_process_is_gone_on_from_to_the_byte(fetch, hub, contents, tmp_path):
+    hub.faults = [Fault(rf"/cdn/.*{SHARD}", bytes_per_s=1_000_000)]
+    process = child(hub, tmp_path / "model")
+    wait_until(lambda: max(part_sizes(tmp_path), default=0) > 500_000)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    kept = max(part_sizes(tmp_path))
+    fetch()
+    again = [s for s in hub.seen if s.path.startswith("/cdn/") and SHARD in s.path][-1]
+    assert (again.first_byte, again.sent) == (kept, len(contents[SHARD]) - kept)
+    assert read(tmp_path / "model") == visible(contents)
+
+
+def test_a_second_download_at_once_is_refused_with_the_lock_named(fetch, hub, contents, tmp_path):
+    hub.faults = [Fault(rf"/cdn/.*{SHARD}", bytes_per_s=2_000_000)]
+    process = child(hub, tmp_path / "model")
+    wait_until(lambda: part_sizes(tmp_path))
+    with pytest.raises(HubError, match="another download is writing it .it holds .model.lock") as caught:
+        fetch()
+    assert caught.value.kind == "locked"
+    said, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, said
+    assert read(tmp_path / "model") == visible(contents)
+
+
+def test_a_byte_flipped_on_the_way_is_found_named_and_fetched_again(fetch, hub, contents, tmp_path):
+    hub.faults = [Fault(rf"/cdn/.*{SHARD}", flip=1234)]
+    fetch()
+    assert [note for note in fetch.notes if SHARD in note and "arrived damaged" in note]
+    assert (tmp_path / "model" / SHARD).read_bytes() == contents[SHARD]
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json"])
+def test_a_file_that_arrives_damaged_twice_ends_the_download(fetch, hub, tmp_path, name):
+    hub.faults = [Fault(rf"/(cdn|resolve)/.*{name}", times=9, flip=7)]
+    with pytest.raises(HubError, match=f"{name}: damaged twice"):
+        fetch()
+    assert not (tmp_path / "model" / name).exists()
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json"])
+def test_a_byte_flipped_on_disk_is_found_named_and_fetched_again(fetch, hub, contents, tmp_path, name):
+    fetch()
+    path = tmp_path / "model" / name
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    (check,) = verify_digests(tmp_path / "model", lambda p: None)
+    assert not check.ok and check.found.startswith(f"{name}: SHA-256 ")
+    before = len(hub.seen)
+    fetch()
+    assert read(tmp_path / "model") == visible(contents)
+    assert {s.path.split("?")[0].rsplit("/", 1)[1] for s in hub.seen[before:]} == {name}
+    assert verify_digests(tmp_path / "model", lambda p: None)[0].ok
+
+
+def test_a_file_that_is_gone_is_named_and_fetched(fetch, contents, tmp_path):
+    fetch()
+    (tmp_path / "model/tokenizer.json").unlink()
+    assert verify_digests(tmp_path / "model", lambda p: None)[0].found == "tokenizer.json: absent"
+    fetch()
+    assert read(tmp_path / "model") == visible(contents)
+
+
+def test_files_that_another_hand_put_there_are_taken_if_they_are_the_hubs(fetch, hub, contents, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / SHARD).write_bytes(contents[SHARD])
+    fetch()
+    assert hub.bytes_sent(SHARD) == 0
+    assert read(tmp_path / "model") == visible(contents)
+
+
+def test_files_that_another_hand_put_there_are_never_overwritten(fetch, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    with pytest.raises(HubError, match="config.json: 2 bytes, the hub has") as caught:
+        fetch()
+    assert caught.value.kind == "foreign files"
+    assert (tmp_path / "model/config.json").read_text() == "{}"
+
+
+def test_a_server_without_ranges_is_read_from_the_start(fetch, hub, contents, tmp_path, monkeypatch):
+    from hub_server import _Handler
+
+    whole = _Handler._file
+
+    def without_range(self, *arguments):
+        self.seen.range = None
+        whole(self, *arguments)
+
+    monkeypatch.setattr(_Handler, "_file", without_range)
+    hub.faults = [Fault(rf"/cdn/.*{SHARD}", cut_after=1_000_000)]
+    fetch()
+    assert read(tmp_path / "model") == visible(contents)
+
+
+API = r"^/api/models/"
+NAMED = [
+    (
+        "gated",
+        API,
+        Fault("", status=403, body={"error": "restricted"}, headers={"X-Error-Code": "GatedRepo"}),
+        CANARY,
+    ),
+    ("gated", API, Fault("", status=401, headers={"X-Error-Code": "GatedRepo"}), None),
+    ("no token", API, Fault("", status=401), None),
+    ("token refused", API, Fault("", status=401), CANARY),
+    ("forbidden", API, Fault("", status=403), CANARY),
+    ("forbidden", "/cdn/", Fault("", times=99, status=403), None),
+    ("missing repository", API, Fault("", status=404, headers={"X-Error-Code": "RepoNotFound"}), None),
+    ("missing repository", "/resolve/", Fault("", times=99, status=404), None),
+    ("missing revision", API, Fault("", status=404, headers={"X-Error-Code": "RevisionNotFound"}), None),
+    ("too many requests", API, Fault("", status=429, headers={"Retry-After": "3600"}), None),
+    ("too many requests", "/cdn/", Fault("", times=99, status=429, headers={"Retry-After": "3600"}), None),
+    ("hub error", API, Fault("", status=501), None),
+    ("proxy", API, Fault("", status=407), None),
+]
+
+
+@pytest.mark.parametrize(("kind", "path", "fault", "token"), NAMED)
+def test_each_refusal_has_its_name_and_its_fix(fetch, hub, monkeypatch, kind, path, fault, token):
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    hub.faults = [Fault(**{**vars(fault), "path": path})]
+    with pytest.raises(HubError) as caught:
+        fetch()
+    assert caught.value.kind == kind
+    assert str(caught.value).endswith(model_store.FIXES[kind])
+
+
+@pytest.mark.parametrize("path", [API, "/resolve/", "/cdn/"])
+def test_a_short_retry_after_is_waited_out(fetch, hub, contents, tmp_path, path):
+    hub.faults = [Fault(path, times=2, status=429, headers={"Retry-After": "1"})]
+    began = time.monotonic()
+    fetch(workers=1)
+    assert 2 <= time.monotonic() - began < 12
+    assert read(tmp_path / "model") == visible(contents)
+
+
+def test_no_network_is_named_at_once(hub, tmp_path, monkeypatch):
+    began = time.monotonic()
+    with pytest.raises(HubError) as caught:
+        download_checkpoint(tmp_path / "model", REPO, endpoint="http://127.0.0.1:1")
+    assert caught.value.kind == "no network" and time.monotonic() - began < 5
+
+
+def test_a_proxy_that_refuses_is_named_without_its_password(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", f"http://user:{CANARY}@127.0.0.1:{hub.port}")
+    with pytest.raises(HubError) as caught:
+        download_checkpoint(tmp_path / "model", REPO, endpoint="https://hub.invalid")
+    assert caught.value.kind == "proxy" and CANARY not in str(caught.value)
+
+
+def test_a_repository_name_that_is_none_is_refused(hub, tmp_path):
+    with pytest.raises(HubError) as caught:
+        download_checkpoint(tmp_path / "model", "no/such/name", endpoint=hub.endpoint)
+    assert caught.value.kind == "missing repository"
+
+
+def test_a_file_name_that_leaves_the_folder_is_refused(hub, tmp_path):
+    hub.repos[REPO]["../outside"] = b"x"
+    with pytest.raises(ModelError, match="outside its folder"):
+        download_checkpoint(tmp_path / "model", REPO, endpoint=hub.endpoint)
+    assert not (tmp_path / "outside").exists()
+
+
+def test_too_little_room_is_refused_before_the_first_byte(fetch, hub):
+    with pytest.raises(HubError, match="disk full: found .* GB free, needed") as caught:
+        fetch(margin_bytes=10**18)
+    assert caught.value.kind == "disk full" and hub.bytes_sent(SHARD) == 0
+
+
+def test_a_disk_that_fills_up_is_named_and_what_came_is_kept(hub, contents, tmp_path):
+    """On a real file system of 4 MB, in a mount namespace of its own."""
+    place = tmp_path / "small"
+    place.mkdir()
+    script = textwrap.dedent(f"""
+        import os, subprocess, sys
+        from pathlib import Path
+        from disagg_lib.model_store import HubError, download_checkpoint
+        place = Path({str(place)!r})
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], check=True)
+        filler = place / "filler"
+        def fill(p):  # called before the first byte: another user takes the room
+            filler.exists() or filler.write_bytes(bytes(2_500_000))
+        def fetch(report):
+            return download_checkpoint(place / "model", {REPO!r}, endpoint={hub.endpoint!r}, margin_bytes=0, report=report)
+        try:
+            fetch(fill)
+        except HubError as error:
+            print(error.kind, error)
+        kept = sum(p.stat().st_size for p in place.glob(".model.parts/*"))
+        filler.unlink()
+        print("kept", kept, "then", len(fetch(lambda p: None)))
+    """)
+    command = ["unshare", "--map-root-user", "--mount", sys.executable, "-c", script]
+    if shutil.which("unshare") is None or subprocess.run([*command[:-2], "-c", ""]).returncode:
+        pytest.skip("no mount namespaces for this user: nowhere to make a small file system")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().splitlines()
+    assert first.startswith("disk full ")
+    kept = int(second.split()[1])
+    assert kept > 100_000 and second.endswith("then 40")
+    last = [s for s in hub.seen if s.path.startswith("/cdn/") and SHARD in s.path][-1]
+    assert last.first_byte + last.sent == len(contents[SHARD])
+
+
+def test_the_manifest_is_what_runs_cite(fetch, hub, tmp_path):
+    folder = tmp_path / "model"
+    assert cite_model(folder) is None
+    fetch()
+    cited = cite_model(folder)
+    assert (cited["repo"], cited["revision"], len(cited["digest"])) == (REPO, hub.commits[REPO], 64)
+    os.utime(folder / "config.json")
+    with pytest.raises(ModelError, match="config.json has changed since it was verified"):
+        cite_model(folder)
+    verify_digests(folder, lambda p: None)
+    assert cite_model(folder)["digest"] == cited["digest"]
+
+
+def test_a_verification_reads_only_what_changed(fetch, tmp_path, monkeypatch):
+    fetch()
+    os.utime(tmp_path / "model/config.json")
+    hashed = []
+    monkeypatch.setattr(
+        model_store,
+        "_hash_file",
+        lambda path, add, git, real=model_store._hash_file: hashed.append(path.name) or real(path, add, git),
+    )
+    verify_digests(tmp_path / "model", lambda p: None)
+    assert hashed == ["config.json"]
+
+
+def test_a_synthetic_checkpoint_gets_a_manifest_that_says_it_is_from_no_hub(tmp_path):
+    folder = make_rehearsal_checkpoint(tmp_path / "model")
+    (check,) = verify_digests(folder, lambda p: None)
+    assert check.ok and "not from a hub" in check.found
+    assert cite_model(folder)["repo"] is None
+
+
+def test_only_the_wanted_names_are_fetched(fetch, tmp_path):
+    fetch(names=("config.json", "tokenizer*"))
+    assert sorted(read(tmp_path / "model")) == ["config.json", "tokenizer.json"]
+
+
+def test_progress_on_no_terminal_is_few_whole_lines(fetch, capsys):
+    fetch(report=None)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith("download: 6/6 files") and "\r" not in "".join(lines)
+    assert len(lines) <= 3
+
+
+def test_no_token_appears_anywhere(hub, tmp_path, monkeypatch):
+    """The canary: in the output of success and failure, and in every file left; from a server that echoes it, too."""
+    hub.token = CANARY
+    echo = {
+        "status": 403,
+        "body": {"error": f"token {CANARY} may not"},
+        "headers": {"X-Error-Message": CANARY},
+    }
+    texts = []
+    for faults in ([Fault(API, **echo)], [Fault("/cdn/", times=2, **echo)], []):
+        hub.faults = faults
+        process = child(hub, tmp_path / "model", HF_TOKEN=CANARY, HF_HUB_VERBOSITY="debug", HF_DEBUG="1")
+        texts.append(process.communicate(timeout=60)[0])
+    assert "forbidden" in texts[0] and "forbidden" in texts[1] and process.returncode == 0
+    texts += [p.read_bytes().decode("latin-1") for p in tmp_path.rglob("*") if p.is_file()]
+    assert [text for text in texts if CANARY in text] == []
+    assert any("Bearer" in (s.authorization or "") for s in hub.seen)
+
+
+def test_the_listing_says_what_the_hub_says(hub):
+    commit, files = hub_listing(REPO, None, hub.endpoint)
+    assert commit == hub.commits[REPO]
+    assert files[SHARD].sha256 and not files["config.json"].sha256 and files["config.json"].git_sha1
