@@ -1,0 +1,467 @@
+"""Which topology for N GPUs: screen all of them with a formula, simulate the best, rank by the highest QPS that stays VALID.
+
+The screening formula (Kingman's waits for the context servers, a fixed point for the generation batch) only decides what is
+simulated; every figure of the ranking comes from `simulate`.
+"""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from disagg_lib.errors import DisaggError
+from disagg_lib.serving import rules
+from disagg_lib.serving.calibrate import Calibration
+from disagg_lib.serving.latency import read_table, server_shapes
+from disagg_lib.serving.lengths import built_in_lengths
+from disagg_lib.serving.loadgen_rules import draw_load
+from disagg_lib.serving.simulate import (
+    INTERACTIVE_LIMITS_MS,
+    Deployment,
+    ServerGroup,
+    simulate,
+    summarise,
+)
+
+CONTEXT_TOKENS = (2048, 4096, 8192)
+GENERATION_BATCHES = (256, 512)
+# Captured sizes of the original up to 512: see the facts on TensorRT-LLM's config.
+GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 150, 180, 192, 224, 256, 288, 352, 416, 480, 512)
+QPS_ERROR, QUICK_QPS_ERROR = 0.008, 0.03
+
+
+class PlanError(DisaggError):
+    """No topology fits, or a QPS is beyond what a topology can serve."""
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One ranked topology. QPS figures are queries/s over the planning seeds; ms and rates are medians at recommended_qps.
+
+    `recommended_qps` is the lowest highest-VALID QPS of the planning seeds; `p_valid` is the share of other seeds that are VALID
+    there. `without_*` is the median highest-VALID QPS with one server of that kind less: what a lost tray costs at the most.
+    """
+
+    deployment: Deployment
+    gpus: int
+    gpus_idle: int
+    target_qps: float
+    target_qps_low: float
+    target_qps_high: float
+    recommended_qps: float
+    p_valid: float
+    completed_tokens_per_s: float
+    tokens_per_s_per_gpu: float
+    ttft_p99_ms: float
+    tpot_p99_ms: float
+    binds: str
+    context_utilisation: float
+    without_context_server_qps: float
+    without_generation_server_qps: float
+    source: str = "simulated"
+
+    @property
+    def layout(self) -> str:
+        """E.g. `14 x TP4 ctx + 4 x TP4 gen`, or `18 x TP4 aggregated`."""
+        generation = _shape(self.deployment.generation)
+        if self.deployment.context is None:
+            return f"{generation} aggregated"
+        return f"{_shape(self.deployment.context)} ctx + {generation} gen"
+
+    def as_dict(self) -> dict:
+        """The row for a table: layout, settings, figures."""
+        row = asdict(self)
+        d = row.pop("deployment")
+        settings = {
+            f"{prefix}_{key}": d[group][key]
+            for prefix, group in (("ctx", "context"), ("gen", "generation"))
+            if d[group]
+            for key in ("count", "tp", "pp", "max_batch_size", "max_num_tokens")
+        }
+        return {"layout": self.layout, **settings, **row}
+
+    def params(self) -> dict[str, int | float]:
+        """The keys of a params file that make this topology (disaggregated ones only)."""
+        context, generation = self.deployment.context, self.deployment.generation
+        if context is None:
+            raise PlanError(
+                f"{self.layout}: an aggregated server has no params file; it answers only whether to disaggregate."
+            )
+        return {
+            "num_ctx_servers": context.count,
+            "ctx_tp_size": context.tp,
+            "ctx_pp_size": context.pp,
+            "ctx_batch_size": context.max_batch_size,
+            "ctx_max_num_tokens": context.max_num_tokens,
+            "num_gen_servers": generation.count,
+            "gen_tp_size": generation.tp,
+            "gen_batch_size": generation.max_batch_size,
+            "gen_max_num_tokens": generation.max_num_tokens,
+            "server_target_qps": math.floor(self.recommended_qps * 100) / 100,
+        }
+
+
+def _shape(group: ServerGroup) -> str:
+    stages = f" PP{group.pp}" if group.pp > 1 else ""
+    return f"{group.count} x TP{group.tp}{stages}"
+
+
+def deployment_of(experiment, system: str = "gb200") -> Deployment:
+    """The deployment that an Experiment describes."""
+    from disagg_lib.trtllm_config import cuda_graph_sizes
+
+    e = experiment
+    context = ServerGroup(
+        e.num_ctx_servers, e.ctx_tp_size, e.ctx_pp_size, e.ctx_batch_size, e.ctx_max_num_tokens,
+        kv_fraction=e.ctx_gpu_memory_fraction,
+    )  # fmt: skip
+    generation = ServerGroup(
+        e.num_gen_servers, e.gen_tp_size, 1, e.gen_batch_size, e.gen_max_num_tokens, tuple(cuda_graph_sizes(e.gen_batch_size)),
+        kv_fraction=e.gen_gpu_memory_fraction,
+    )  # fmt: skip
+    return Deployment(system, context, generation)
+
+
+# Screening
+
+
+@cache
+def _prompt_seconds(system: str, tp: int, pp: int, max_num_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompt lengths (a grid) and the seconds that one such prompt keeps the first stage of an idle server busy."""
+    t = read_table(system, tp, pp)
+    grid = np.arange(200, 20_200, 200)
+    seconds = []
+    for length in grid:
+        done, total = 0, 0.0
+        while done < length:
+            chunk = min(int(length) - done, max_num_tokens)
+            total += rules.context_step_ms(
+                t.context_tokens, t.context_ms, t.attention_new, t.attention_past, t.attention_ms, [chunk], [done], 1
+            )  # fmt: skip
+            done += chunk
+        seconds.append(total / 1e3)
+    return grid, np.array(seconds)
+
+
+def _context_qps(d: Deployment, inputs: np.ndarray, ttft_limit_s: float) -> float:
+    """QPS at which the formula sees 0.75 % of first tokens over the limit (what early stopping allows of 8313)."""
+    group = d.context
+    grid, seconds = _prompt_seconds(d.system, group.tp, group.pp, group.max_num_tokens)
+    whole = np.interp(inputs, grid, seconds) * d.context_factor
+    service = whole / group.pp
+    mean, variation = service.mean(), service.var() / service.mean() ** 2
+    room = np.maximum(ttft_limit_s - 0.15 - whole, 0.0)
+    low, high = 0.0, 1.0
+    for _ in range(24):
+        rho = (low + high) / 2
+        wait = (1 / group.count + variation) / 2 * rho / (1 - rho) * mean
+        late = np.mean(np.where(room > 0, rho * np.exp(-room * rho / max(wait, 1e-9)), 1.0))
+        low, high = (rho, high) if late < 0.0075 else (low, rho)
+    return low / mean * group.count
+
+
+def _generation_qps(d: Deployment, mean_input: float, mean_output: float, tpot_limit_ms: float) -> float:
+    """QPS of the largest batch that KV cache, slots and the limit allow, with room for its fluctuation."""
+    group = d.generation
+    t = read_table(d.system, group.tp, group.pp)
+    capacity = t.kv_capacity_tokens(group.kv_fraction, group.max_num_tokens)
+    reserved = max(mean_output, d.reserve_output_tokens or 0)
+    most = min(group.max_batch_size * group.pp, capacity / (mean_input + reserved))
+    best = 0.0
+    for batch in range(1, int(most) + 1, 1 + int(most) // 64):
+        peak = batch + 2.5 * math.sqrt(batch)
+        if peak > most:
+            break
+        step, top = (
+            d.generation_factor
+            * rules.generation_step_ms(
+                t.generation_batch, t.generation_ms, t.kv_batch, t.kv_length, t.kv_ms, b / group.pp,
+                mean_input + mean_output / 2, group.cuda_graph_sizes, group.cuda_graph_padding, rules.EAGER_FLOOR_MS,
+            )
+            for b in (batch, peak)
+        )  # fmt: skip
+        if top > tpot_limit_ms:
+            break
+        best = max(best, batch / (mean_output * step / 1e3))
+    return best * group.count
+
+
+def _candidates(
+    system: str, gpus: int, gpus_per_node: int, pp: Sequence[int], calibration
+) -> list[Deployment]:
+    """Every topology within the budget that no further context server would fit into, in rank order on whole nodes."""
+    found = []
+    shapes = server_shapes(system)
+    for ctx_tp, ctx_pp in shapes:
+        for gen_tp, gen_pp in shapes:
+            if ctx_pp not in pp or gen_pp > 1:
+                continue  # params files have no PP for generation servers
+            ctx_gpus, gen_gpus = ctx_tp * ctx_pp, gen_tp * gen_pp
+            for servers in range(1, (gpus - ctx_gpus) // gen_gpus + 1):
+                count = (gpus - servers * gen_gpus) // ctx_gpus
+                # A generation server begins where the context servers end: it must not straddle a node for that.
+                if (count * ctx_gpus) % min(gpus_per_node, gen_gpus):
+                    count -= 1
+                if count < 1:
+                    continue
+                found += [
+                    calibration.apply(
+                        Deployment(
+                            system,
+                            ServerGroup(count, ctx_tp, ctx_pp, 128, tokens),
+                            ServerGroup(
+                                servers,
+                                gen_tp,
+                                gen_pp,
+                                batch,
+                                batch,
+                                tuple(n for n in GRAPH_SIZES if n <= batch),
+                            ),
+                        )
+                    )
+                    for tokens in CONTEXT_TOKENS
+                    for batch in GENERATION_BATCHES
+                ]
+    return found
+
+
+def screen(
+    gpus: int,
+    system: str = "gb200",
+    lengths: np.ndarray | None = None,
+    limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
+    gpus_per_node: int = 4,
+    calibration: Calibration | None = None,
+    pp: Sequence[int] = (1, 2),
+) -> list[tuple[float, Deployment]]:
+    """All layouts within the budget with the formula's QPS, best first; of each layout the best chunk and batch.
+
+    Raises
+    ------
+    PlanError : nothing fits; says the smallest budget that does.
+    """
+    lengths = built_in_lengths() if lengths is None else lengths
+    candidates = _candidates(system, gpus, gpus_per_node, pp, calibration or Calibration())
+    if not candidates:
+        least = sum(2 * [min(tp * pp for tp, pp in server_shapes(system))])
+        raise PlanError(
+            f"no topology fits {gpus} GPUs of {system}: one context and one generation server need at least {least}"
+            " (the weights do not fit on fewer GPUs). Plan for that many."
+        )
+    inputs = lengths["input_tokens"][::10].astype(float)
+    mean_input, mean_output = float(lengths["input_tokens"].mean()), float(lengths["output_tokens"].mean())
+    context_qps, generation_qps = {}, {}
+    scored = []
+    for d in candidates:
+        context = context_qps.get(d.context)
+        if context is None:
+            context = context_qps[d.context] = _context_qps(d, inputs, limits_ms[0] / 1e3)
+        generation = generation_qps.get(d.generation)
+        if generation is None:
+            generation = generation_qps[d.generation] = _generation_qps(
+                d, mean_input, mean_output, limits_ms[1]
+            )
+        scored.append((min(context, generation), d))
+    scored.sort(key=lambda pair: (-pair[0], pair[1].gpus, pair[1].generation.max_batch_size))
+    best = {}
+    for qps, d in scored:
+        best.setdefault((_shape(d.context), _shape(d.generation)), (qps, d))
+    return list(best.values())
+
+
+# Simulation
+
+
+def highest_valid_qps(
+    deployment: Deployment,
+    lengths: np.ndarray,
+    seed: int,
+    limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
+    guess: float = 4.0,
+    error: float = QPS_ERROR,
+) -> float:
+    """The highest target QPS at which this seed's run is VALID, to a relative `error`; 0 if none above 0.01 is.
+
+    The seed's arrivals are the same at every QPS, only stretched, so that the search is on one curve.
+    """
+
+    def valid(qps: float) -> bool:
+        return summarise(simulate(deployment, draw_load(qps, seed), lengths), limits_ms)["valid"]
+
+    low = high = max(guess, 0.01)
+    factor = 1.06  # bracket with growing steps: the guess is near, or it is nowhere near
+    if valid(low):
+        while valid(high := high * factor):
+            low, factor = high, factor**1.7
+    else:
+        while not valid(low := low / factor):
+            if low < 0.01:
+                return 0.0
+            high, factor = low, factor**1.7
+    while high / low > 1 + error:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if valid(middle) else (low, middle)
+    return low
+
+
+def qps_over_seeds(
+    deployment: Deployment,
+    lengths: np.ndarray | None = None,
+    seeds: Sequence[int] = range(12),
+    limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
+    guess: float = 4.0,
+    error: float = QPS_ERROR,
+) -> np.ndarray:
+    """Highest VALID QPS of each seed, shape (seeds,)."""
+    lengths = built_in_lengths() if lengths is None else lengths
+    found = []
+    for seed in seeds:
+        found.append(
+            highest_valid_qps(
+                deployment, lengths, seed, limits_ms, found[-1] if found and found[-1] else guess
+            )
+        )
+    return np.array(found)
+
+
+def check_saturation(deployment: Deployment, target_qps: float, lengths: np.ndarray | None = None) -> None:
+    """Refuse a QPS that the context servers cannot keep up with however long the run.
+
+    Raises
+    ------
+    PlanError : names the QPS at which they are busy all the time.
+    """
+    lengths = built_in_lengths() if lengths is None else lengths
+    group = deployment.context
+    if group is None:
+        return
+    grid, seconds = _prompt_seconds(deployment.system, group.tp, group.pp, group.max_num_tokens)
+    service = np.interp(lengths["input_tokens"], grid, seconds).mean() * deployment.context_factor / group.pp
+    most = group.count / service
+    if target_qps > most:
+        raise PlanError(
+            f"target_qps {target_qps:g} is beyond saturation: {_shape(group)} context servers need {service:.3f} s for a mean"
+            f" prompt, so they are always busy from {most:.2f} queries/s. Choose less than {0.9 * most:.2f}."
+        )
+
+
+def _one_less(d: Deployment, role: str) -> Deployment | None:
+    group = getattr(d, role)
+    return replace(d, **{role: replace(group, count=group.count - 1)}) if group and group.count > 1 else None
+
+
+def _row(d: Deployment, budget: int, lengths, seeds, limits_ms, qps: np.ndarray) -> PlanRow:
+    recommended = float(qps.min())
+    others = range(1000, 1000 + len(seeds))
+    runs = [simulate(d, draw_load(recommended, seed), lengths) for seed in others]
+    rows = [summarise(run, limits_ms) for run in runs]
+    median = {key: float(np.median([row[key] for row in rows])) for key in
+              ("completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms")}  # fmt: skip
+    less = {}
+    for role in ("context", "generation"):
+        smaller = _one_less(d, role)
+        guess = 0.9 * float(np.median(qps))
+        less[role] = (
+            float(np.median(qps_over_seeds(smaller, lengths, seeds[:2], limits_ms, guess, QUICK_QPS_ERROR)))
+            if smaller
+            else 0.0
+        )
+    binding = [row["binds"] for row in rows]
+    return PlanRow(
+        deployment=d,
+        gpus=d.gpus,
+        gpus_idle=budget - d.gpus,
+        target_qps=float(np.median(qps)),
+        target_qps_low=recommended,
+        target_qps_high=float(qps.max()),
+        recommended_qps=recommended,
+        p_valid=float(np.mean([row["valid"] for row in rows])),
+        tokens_per_s_per_gpu=median["completed_tokens_per_s"] / budget,
+        binds=max(set(binding), key=binding.count),
+        context_utilisation=float(np.mean([run.context_busy[:, 20:200].mean() for run in runs])),
+        without_context_server_qps=less["context"],
+        without_generation_server_qps=less["generation"],
+        **median,
+    )
+
+
+def plan(
+    gpus: int,
+    system: str = "gb200",
+    lengths: np.ndarray | None = None,
+    limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
+    seeds: Sequence[int] = range(8),
+    gpus_per_node: int = 4,
+    calibration: Calibration | None = None,
+    pp: Sequence[int] = (1, 2),
+    simulated: int = 16,
+    ranked: int = 6,
+) -> list[PlanRow]:
+    """Rank topologies for a GPU budget by the median highest VALID QPS.
+
+    The formula picks `simulated` layouts out of all; two seeds each pick `ranked` of those, and the chunk size of the first three; these
+    get all seeds. `pp` are the pipeline depths that context servers may have.
+
+    Raises
+    ------
+    PlanError : nothing fits the budget, or nothing that fits can meet the limits at any QPS.
+    """
+    lengths = built_in_lengths() if lengths is None else lengths
+    scored = screen(gpus, system, lengths, limits_ms, gpus_per_node, calibration, pp)[:simulated]
+    with ThreadPoolExecutor(2) as pool:  # the simulation's loops hold no lock
+
+        def quick(pairs):
+            """(median QPS over two seeds, deployment) of each, best first; those that are never VALID are left out."""
+
+            def one(pair):
+                qps = qps_over_seeds(
+                    pair[1], lengths, seeds[:2], limits_ms, max(pair[0], 0.05), QUICK_QPS_ERROR
+                )
+                return float(np.median(qps)) if qps.min() > 0 else 0.0, pair[1]
+
+            return sorted((p for p in pool.map(one, pairs) if p[0] > 0), key=lambda p: (-p[0], p[1].gpus))
+
+        best = quick(scored)[:ranked]
+        if not best:
+            raise PlanError(
+                f"no topology of {gpus} GPUs of {system} meets {limits_ms[0]:g} ms TTFT and {limits_ms[1]:g} ms TPOT at any"
+                " QPS; the slowest prompts alone are over the limit. Give more GPUs to one server, or other limits."
+            )
+        other_chunks = [
+            (qps, replace(d, context=replace(d.context, max_num_tokens=tokens)))
+            for qps, d in best[:3]
+            for tokens in CONTEXT_TOKENS
+            if tokens != d.context.max_num_tokens
+        ]
+        layouts = {}
+        for qps, d in sorted(best + quick(other_chunks), key=lambda p: -p[0]):
+            layouts.setdefault((_shape(d.context), _shape(d.generation)), (qps, d))
+
+        def full(pair):
+            qps = qps_over_seeds(pair[1], lengths, seeds, limits_ms, pair[0])
+            return _row(pair[1], gpus, lengths, seeds, limits_ms, qps)
+
+        rows = list(pool.map(full, layouts.values()))
+    return sorted(rows, key=lambda row: -row.target_qps)
+
+
+def aggregated_alternative(
+    gpus: int,
+    system: str = "gb200",
+    tp: int = 4,
+    lengths: np.ndarray | None = None,
+    limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
+    seeds: Sequence[int] = range(8),
+    calibration: Calibration | None = None,
+) -> PlanRow:
+    """The same budget with aggregated servers (256 sequences, 2048 tokens a step): does disaggregation pay?"""
+    lengths = built_in_lengths() if lengths is None else lengths
+    if gpus < tp:
+        raise PlanError(f"{gpus} GPUs hold no TP{tp} server; {tp} are needed.")
+    group = ServerGroup(gpus // tp, tp, max_batch_size=256, max_num_tokens=2048)
+    d = (calibration or Calibration()).apply(Deployment(system, None, group, reserve_output_tokens=None))
+    qps = qps_over_seeds(d, lengths, seeds, limits_ms, 0.15 * group.count)
+    return _row(d, gpus, lengths, seeds, limits_ms, qps)
