@@ -121,6 +121,13 @@ def edge_of(rows):
     return estimate, low and low["qps"], high and high["qps"]
 
 
+def stages(full_queries, resolution):
+    """Return (queries of a trial, how near the estimate must be) of each stage; a short full run is the only one."""
+    if full_queries < 2 * 459:
+        return [(full_queries, max(STAGES[-1][1], resolution / 2))]
+    return [(max(int(round(share * full_queries)), 459), max(near, resolution / 2)) for share, near in STAGES]
+
+
 def find_target_qps(
     trial,
     low_qps,
@@ -151,8 +158,7 @@ def find_target_qps(
     if not 0 < low_qps < high_qps:
         raise SearchError(f"low_qps {low_qps!r}, high_qps {high_qps!r}: needed is 0 < low_qps < high_qps")
     rows, point, placed, ended = Rows(rows_path), low_qps, None, "resolution reached"
-    for share, near in STAGES:
-        queries = max(int(round(share * full_queries)), min(459, full_queries))
+    for queries, near in stages(full_queries, resolution):
         used = []
         while len(used) < MAX_TRIALS:
             point = float(f"{min(max(point, low_qps / 16), high_qps):.4g}")

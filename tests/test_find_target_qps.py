@@ -1,16 +1,20 @@
 """The search for the target QPS: against `simulate`, and with the real client and LoadGen for its plumbing."""
 
+import csv
 import functools
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_loadgen_client import Server, make_run
+from test_rehearsal import v51_job
 
 from disagg_lib import find_target_qps as search
 from disagg_lib.find_target_qps import find_target_qps
@@ -166,7 +170,7 @@ def job(tmp_path):
     for name in ("find_target_qps.py", "loadgen_client.py"):
         shutil.copy(LIBRARY / name, run / "job" / name)
     settings = json.loads((run / "job/settings.json").read_text())
-    settings["find_target_qps"] = {"low_qps": 200, "high_qps": 400}
+    settings["find_target_qps"] = {"low_qps": 100, "high_qps": 150}
     (run / "job/settings.json").write_text(json.dumps(settings))
     return run
 
@@ -198,3 +202,32 @@ def test_servers_that_are_gone_end_the_search_and_leave_no_row(job):
     done = run_search(job, "http://127.0.0.1:9")
     assert done.returncode == 1 and "the client ended with status 2" in done.stderr
     assert not (job / "job/find_target_qps.jsonl").exists()
+
+
+def test_short_search_on_the_rehearsal_server(job):
+    """One search against real rehearsal processes at a tenth of their time; interrupted, it goes on from its rows."""
+    with open(job / "job/lengths.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("input_tokens", "output_tokens"), *[(4000, 8)] * 500])
+    settings = json.loads((job / "job/settings.json").read_text())
+    settings["find_target_qps"] = {"low_qps": 60, "high_qps": 240, "resolution": 0.5}
+    (job / "job/settings.json").write_text(json.dumps(settings))
+    (job / "servers").mkdir()
+    with v51_job(job / "servers", environment={"REHEARSAL_TIME_SCALE": "0.1"}) as servers:
+        url = f"http://127.0.0.1:{servers.port}"
+        command = [sys.executable, job / "job/find_target_qps.py", "--run-dir", job, "--url", url]
+        first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        rows = job / "job/find_target_qps.jsonl"
+        deadline = time.monotonic() + 90
+        while not rows.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        first.terminate()
+        assert first.wait(20) == 128 + signal.SIGTERM
+        kept = rows.read_text()
+        done = run_search(job, url)
+    assert done.returncode == 0, done.stderr
+    assert rows.read_text().startswith(kept)
+    result = json.loads((job / "job/find_target_qps.json").read_text())
+    trials = [json.loads(row) for row in rows.read_text().splitlines()]
+    assert result["trials"] == len(trials) >= 2
+    assert 4 < result["target_qps"] < 240
