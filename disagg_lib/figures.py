@@ -112,13 +112,7 @@ def _draw_distribution(axis, name: str, run, values: np.ndarray | None, limit_ms
         value = getattr(run, f"{name}_{key}_ms")
         share = 50 if key == "p50" else 99
         axis.plot(
-            [value],
-            [share],
-            marker,
-            color=INK,
-            markersize=5,
-            label=f"{key} {value:.4g} ms",
-            linestyle="",
+            [value], [share], marker, color=INK, markersize=5, label=f"{key} {value:.4g} ms", linestyle=""
         )
     if limit_ms is not None:
         axis.axvline(
@@ -222,7 +216,7 @@ def figure_timeline(run_dir: Path | str) -> Figure:
     axes[0].set_xlim(0, max(end, 1))
     _title(
         figure,
-        f"Timeline of {run_dir.name}",
+        "Timeline of the job",
         folder_source(run_dir),
         "tokens/s between two lines of progress.jsonl",
     )

@@ -15,21 +15,11 @@ import pandas as pd
 import yaml
 
 from .errors import DisaggError
-from .figures import (
-    figure_interactivity,
-    figure_latency_distributions,
-    figure_timeline,
-    figure_topology,
-)
+from .figures import figure_interactivity, figure_latency_distributions, figure_timeline, figure_topology
 from .mlperf_logs import DETAIL, NAN, LogError, MlperfRun, read_accuracy_txt, read_run
 from .validity import Claim, Verdict, judge, limits_ms, load_rules, model_of
 
-__all__ = [
-    "figure_interactivity",
-    "figure_latency_distributions",
-    "figure_timeline",
-    "figure_topology",
-]
+__all__ = ["figure_interactivity", "figure_latency_distributions", "figure_timeline", "figure_topology"]
 
 SOURCES = ("measured", "rehearsed", "simulated", "published")
 #: columns in order; a row always has all of them
@@ -110,7 +100,7 @@ def find_logs(folder: Path | str) -> RunFiles:
         base=base,
         performance=performance,
         accuracy=accuracy,
-        parameters=_parameters(base / "experiment.yaml"),
+        parameters=read_parameters(base / "experiment.yaml"),
         settings=_json(base / "job/settings.json") or {},
         origin=origin,
         system=_json(base / "system.json") or {},
@@ -137,7 +127,7 @@ def _json(path: Path) -> dict | None:
     return found if isinstance(found, dict) else {}
 
 
-def _parameters(path: Path) -> dict[str, object]:
+def read_parameters(path: Path) -> dict[str, object]:
     """`parameters.<name>.value` of an experiment.yaml; empty if the file is absent."""
     if not path.is_file():
         return {}
@@ -182,7 +172,9 @@ def folder_source(run_dir: Path | str) -> str:
     """Source of a run folder whose job may have left no logs yet."""
     base = Path(run_dir)
     settings = _json(base / "job/settings.json") or {}
-    files = RunFiles(base, base, None, None, _parameters(base / "experiment.yaml"), settings, {}, {}, None)
+    files = RunFiles(
+        base, base, None, None, read_parameters(base / "experiment.yaml"), settings, {}, {}, None
+    )
     return source_of(files)
 
 
@@ -266,9 +258,9 @@ def read_result(folder: Path | str, source: str | None = None, claim: Claim | No
         read_run(files.accuracy) if files.accuracy and files.accuracy != files.performance else None
     )
     run = read_run(files.performance) if files.performance else accuracy_run
-    scores = None
-    if files.accuracy and (files.accuracy / "accuracy.txt").is_file():
-        scores = read_accuracy_txt(files.accuracy / "accuracy.txt")
+    # ours lies in tables/, because nothing is written beside LoadGen's files
+    written = [folder / "accuracy.txt" for folder in (files.accuracy, files.base / "tables") if folder]
+    scores = next((read_accuracy_txt(path) for path in written if path.is_file()), None)
     claim = claim or claim_of(files, run, source)
     verdict = judge(run, claim, scores, accuracy_run, files.client)
     return RunResult(files, run, accuracy_run, verdict, scores.scores if scores else {})
@@ -343,6 +335,52 @@ def _whole(value: object) -> float:
         return NAN
 
 
+def write_outputs(run_dir: Path | str, dest: Path | str | None = None) -> list[Path]:
+    """Write a run's tables and figures from its raw logs: tables/run_<source>.csv, figures/<name>_<source>.png.
+
+    The same logs give the same bytes wherever the run folder lies, so that `recompute` can compare digests.
+
+    Parameters
+    ----------
+    dest : where tables/ and figures/ go; the run folder itself if not given.
+
+    Raises
+    ------
+    LogError : the run cannot be read. A figure that this run cannot have (no token latencies, no job) is left out.
+    """
+    run_dir = Path(run_dir)
+    dest = Path(dest) if dest else run_dir
+    for name in ("tables", "figures"):
+        (dest / name).mkdir(parents=True, exist_ok=True)
+    row = run_row(run_dir)
+    row["folder"] = run_dir.resolve().name
+    row["log_path"] = Path(row["log_path"]).resolve().relative_to(run_dir.resolve()).as_posix()
+    paths = [dest / "tables" / f"run_{row['source']}.csv"]
+    as_table([row]).to_csv(paths[0], index=False)
+    for name, draw in FIGURES.items():
+        try:
+            figure = draw(run_dir)
+        except LogError:
+            continue
+        paths.append(dest / "figures" / f"{name}_{row['source']}.png")
+        figure.savefig(paths[-1], dpi=120, metadata={"Software": None})
+    return paths
+
+
+#: the figures of one run, by the name of their file
+FIGURES = {
+    "latency": figure_latency_distributions,
+    "timeline": figure_timeline,
+    "topology": figure_topology,
+}
+
+
+def as_table(rows: list[dict]) -> pd.DataFrame:
+    """Rows as a table with COLUMNS; counts whole, NaN where there is none."""
+    whole = dict.fromkeys(_WHOLE, "Int64")
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"valid": bool, "submittable": bool, **whole})
+
+
 def runs_table(folders: Iterable[Path | str], source: str | None = None) -> pd.DataFrame:
     """One row a folder, in the order given; a folder that cannot be read is a row with its `error`.
 
@@ -356,9 +394,7 @@ def runs_table(folders: Iterable[Path | str], source: str | None = None) -> pd.D
             rows.append(run_row(folder, source))
         except DisaggError as error:
             rows.append({**empty_row(folder), "error": str(error)})
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype(
-        {"valid": bool, "submittable": bool, **dict.fromkeys(_WHOLE, "Int64")}
-    )
+    return as_table(rows)
 
 
 def verdict_of(run_dir: Path | str, source: str | None = None) -> Verdict:

@@ -1,0 +1,761 @@
+"""Runs leave the site: HTML pages, an RO-Crate, a submission tree; and their tables rebuilt from raw logs alone.
+
+What is shared is a redacted copy: the run folder itself is never changed. LoadGen's files go into a submission unedited
+or not at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from . import results
+from .errors import DisaggError
+from .mlperf_logs import ACCURACY, DETAIL, SUMMARY, LogError
+from .redaction import Redactor, SecretError, collect_names
+
+LARGEST_MIB = 50  # the checker's bound on a file, and a crate nobody minds to download
+
+
+class ExportError(DisaggError):
+    """A run cannot be shared in the wanted form: why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What was written, what was replaced in it, and what is not in it."""
+
+    path: Path
+    replaced: tuple[dict, ...]  # file, placeholder, times
+    left_out: tuple[str, ...]  # file: why
+    missing: tuple[str, ...] = ()  # of a submission: what the checker wants besides
+
+    def text(self) -> str:
+        """A few lines for a person."""
+        counts: dict[str, int] = {}
+        for item in self.replaced:
+            counts[item["placeholder"]] = counts.get(item["placeholder"], 0) + item["times"]
+        lines = [
+            f"Wrote {self.path}",
+            f"Replaced: {', '.join(f'{k} x {n}' for k, n in sorted(counts.items())) or 'nothing'}",
+        ]
+        lines += [f"Left out: {item}" for item in self.left_out]
+        return "\n".join(lines + [f"Still missing: {item}" for item in self.missing])
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run folder read for sharing."""
+
+    folder: Path
+    texts: Mapping[str, str]
+    pictures: Mapping[str, bytes]
+    left_out: tuple[str, ...]
+    redactor: Redactor
+
+
+def _gather(run_dir: Path | str) -> _Run:
+    """Read every file of a run; what is no text and no picture stays here."""
+    folder = Path(run_dir)
+    if not (folder / "experiment.yaml").is_file():
+        raise ExportError(f"{folder}: found no experiment.yaml; needed a run folder. Give results/<run>")
+    texts, pictures, left_out = {}, {}, []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            left_out.append(f"{name}: a link, which may lead out of the run")
+        elif path.is_dir() or any(part.startswith(".") for part in Path(name).parts):
+            continue
+        elif path.stat().st_size > LARGEST_MIB * 2**20:
+            left_out.append(f"{name}: larger than {LARGEST_MIB} MiB")
+        elif path.suffix == ".png":
+            pictures[name] = path.read_bytes()
+        elif (text := _text(path)) is not None:
+            texts[name] = text
+        else:
+            left_out.append(f"{name}: no text, cannot be searched for names")
+    # pages hold minified scripts in which anything looks like a name; their notebooks hold the same words
+    searched = {name: _without_pictures(text) for name, text in texts.items() if not name.endswith(".html")}
+    names = collect_names(folder, searched, results.read_parameters(folder / "experiment.yaml"))
+    return _Run(
+        folder,
+        texts,
+        pictures,
+        tuple(left_out),
+        Redactor(names, own={str(folder.resolve()), str(Path.cwd())}),
+    )
+
+
+def _text(path: Path) -> str | None:
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    return None if "\0" in text else text
+
+
+def _without_pictures(text: str) -> str:
+    return re.sub(r"[A-Za-z0-9+/=]{200,}", "", text)
+
+
+def _write_into(dest: Path | str, write: Callable[[Path], None], redactor: Redactor) -> Path:
+    """Let `write` fill a draft folder; it becomes `dest` only if no secret is in it. Nothing is overwritten."""
+    dest = Path(dest)
+    if dest.exists():
+        raise ExportError(
+            f"{dest}: is already there; needed a new folder. Nothing is overwritten: give another name"
+        )
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=".export-", dir=dest.parent))
+    try:
+        write(draft)
+        for path in sorted(p for p in draft.rglob("*") if p.is_file()):
+            redactor.refuse_rest(path.read_bytes(), path.relative_to(draft).as_posix())
+            redactor.refuse_rest(path.relative_to(draft).as_posix().encode(), "a file's name")
+        draft.chmod(0o755)
+        draft.replace(dest)
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
+    return dest
+
+
+def _put(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+# -- HTML
+
+
+def export_html(run_dir: Path | str, dest: Path | str) -> Shared:
+    """One self-contained page per executed notebook, and index.html of the run, which needs none of them.
+
+    Pages load nothing from anywhere: pictures are inside, scripts are taken out.
+
+    Raises
+    ------
+    ExportError : no run folder, or `dest` exists. SecretError : a secret would be in a page.
+    """
+    run = _gather(run_dir)
+    notebooks = sorted(name for name in run.texts if name.endswith(".ipynb"))
+
+    def write(draft: Path) -> None:
+        pages = []
+        for name in notebooks:
+            page = f"{Path(name).stem}.html"
+            _put(draft / page, _page_of(run.redactor.text(run.texts[name], name)))
+            pages.append(page)
+        _put(draft / "index.html", _index(run, pages))
+
+    path = _write_into(dest, write, run.redactor)
+    return Shared(path, tuple(run.redactor.listed()), run.left_out)
+
+
+def _page_of(notebook: str) -> str:
+    """An executed notebook as one static page."""
+    import nbformat
+    from nbconvert import HTMLExporter
+    from traitlets.config import Config
+
+    hide = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["parameters"]}})
+    body, _ = HTMLExporter(config=hide, embed_images=True).from_notebook_node(nbformat.reads(notebook, 4))
+    return _static(body)
+
+
+def _static(page: str) -> str:
+    """Without scripts and without anything that a browser would fetch."""
+    page = re.sub(r"<script\b.*?</script\s*>", "", page, flags=re.DOTALL | re.IGNORECASE)
+    return re.sub(r"<link\b[^>]*>", "", page, flags=re.IGNORECASE)
+
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+pre, table { font: 13px/1.45 ui-monospace, monospace; overflow-x: auto; }
+td, th { text-align: left; padding: 0 1.2em 0 0; vertical-align: top; }
+figure { margin: 1rem 0; } img { max-width: 100%; background: white; }
+.source { border: 1px solid; border-radius: 4px; padding: 0 .4em; }
+"""
+
+
+def _index(run: _Run, pages: list[str]) -> str:
+    """The run on one page: verdict, table, figures, what was run, how to repeat it, what was replaced."""
+    say = lambda text: html.escape(run.redactor.text(text, "index.html"))  # noqa: E731  a word used in every line below
+    name = say(run.folder.resolve().name)
+    source = results.folder_source(run.folder)
+    parts = [f"<h1>{name} <span class='source'>{source}</span></h1>"]
+    try:
+        verdict = results.verdict_text(run.folder)
+        table = results.runs_table([run.folder])
+        parts += [
+            f"<pre>{say(verdict)}</pre>",
+            "<h2>Figures</h2>",
+            f"<pre>{say(results.format_table(table))}</pre>",
+        ]
+    except LogError as error:
+        parts.append(f"<p>No verdict: {say(str(error))}</p>")
+    for title, draw in results.FIGURES.items():
+        try:
+            picture = io.BytesIO()
+            draw(run.folder).savefig(picture, format="png", dpi=110)
+        except LogError as error:
+            parts.append(f"<p>No figure of {title}: {say(str(error))}</p>")
+            continue
+        data = base64.b64encode(picture.getvalue()).decode()
+        parts.append(
+            f"<figure><img alt='{title} of this run, {source}' src='data:image/png;base64,{data}'></figure>"
+        )
+    given = _given(run.folder)
+    rows = "".join(f"<tr><td>{say(n)}<td>{say(str(v))}<td>{say(w)}" for n, v, w in given)
+    parts += [
+        "<h2>What was run</h2>",
+        f"<table><tr><th>parameter<th>value<th>from{rows}</table>" if given else "",
+    ]
+    manifest = json.loads(run.texts.get("manifest.json", "{}"))
+    versions = {**manifest.get("versions", {}), "commit": (manifest.get("git") or {}).get("commit")}
+    parts.append(f"<p>{say(', '.join(f'{k} {v}' for k, v in versions.items() if v))}</p>")
+    parts += ["<h2>How to repeat it</h2>", f"<pre>{say(_repeat(given))}</pre>"]
+    links = "".join(f"<li><a href='{page}'>{page}</a>" for page in pages)
+    parts.append(f"<h2>Notebooks</h2><ul>{links}</ul>" if pages else "")
+    marks = sorted({item["placeholder"] for item in run.redactor.listed()})
+    parts.append(
+        f"<p>Names and paths of the site are replaced by {html.escape(', '.join(marks) or 'nothing')}.</p>"
+    )
+    return (
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style>"
+        + "\n".join(parts)
+    )
+
+
+def _given(folder: Path) -> list[tuple[str, object, str]]:
+    """Parameters that are not defaults: name, value, where from."""
+    recorded = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))["parameters"]
+    return [(n, e["value"], str(e["from"])) for n, e in recorded.items() if e.get("from") != "default"]
+
+
+def _repeat(given: list[tuple[str, object, str]]) -> str:
+    """The command of this run: its params files, then what was given by hand."""
+    files = list(dict.fromkeys(where for _, _, where in given if where.endswith((".yaml", ".yml"))))
+    by_hand = [f" -p {name} {json.dumps(value)}" for name, value, where in given if where == "given"]
+    return "python -m disagg_lib run " + " ".join(files or ["params/rehearsal.yaml"]) + "".join(by_hand)
+
+
+# -- RO-Crate
+
+
+_PROFILES = {
+    "https://w3id.org/ro/wfrun/process/0.5": ("Process Run Crate", "0.5"),
+    "https://w3id.org/ro/wfrun/workflow/0.5": ("Workflow Run Crate", "0.5"),
+    "https://w3id.org/workflowhub/workflow-ro-crate/1.0": ("Workflow RO-Crate", "1.0"),
+}
+_INPUTS = ("experiment.yaml", "config.yaml", "user.conf", "job/settings.json", "job/lengths.csv")
+
+
+def export_crate(run_dir: Path | str, dest: Path | str) -> Shared:
+    """A redacted copy of the run as an RO-Crate 1.1 with the Workflow Run profile: job.sh made the logs from the inputs.
+
+    Raises
+    ------
+    ExportError : no run folder, no job.sh, or `dest` exists. SecretError : a secret would be in it.
+    """
+    run = _gather(run_dir)
+    if "job.sh" not in run.texts:
+        raise ExportError(
+            f"{run.folder}: found no job.sh; needed the workflow of the crate. Write it with 03_configuration"
+        )
+
+    def write(draft: Path) -> None:
+        for name, text in run.texts.items():
+            if name.endswith(".html"):
+                text = _static(text)
+            _put(draft / run.redactor.text(name, name), run.redactor.text(text, name))
+        for name, picture in run.pictures.items():
+            _put(draft / run.redactor.text(name, name), picture)
+        _put(draft / "README.md", _crate_readme(run))
+        _put(draft / "redaction.json", json.dumps(run.redactor.listed(), indent=1) + "\n")
+        _describe(run, draft)
+
+    path = _write_into(dest, write, run.redactor)
+    return Shared(path, tuple(run.redactor.listed()), run.left_out)
+
+
+def _crate_readme(run: _Run) -> str:
+    """README.md of a crate: the verdict, or why there is none, and the command."""
+    try:
+        words = results.verdict_text(run.folder)
+    except LogError as error:
+        words = f"No verdict: {error}"
+    name = run.folder.resolve().name
+    lines = [f"# {name}", "", words, "", "Repeat with:", "", f"    {_repeat(_given(run.folder))}", ""]
+    return run.redactor.text("\n".join(lines), "README.md")
+
+
+def _describe(run: _Run, draft: Path) -> None:
+    """Write ro-crate-metadata.json: every file, the workflow, and the action that made the logs."""
+    from rocrate.model.computerlanguage import ComputerLanguage
+    from rocrate.model.contextentity import ContextEntity
+    from rocrate.rocrate import ROCrate
+
+    source = results.folder_source(run.folder)
+    title = run.redactor.text(run.folder.resolve().name, "ro-crate-metadata.json")
+    crate = ROCrate(version="1.1")
+    crate.name = f"MLPerf Inference run {title} ({source})"
+    crate.description = (
+        f"Llama-3.1-405B on disaggregated TensorRT-LLM, LoadGen's Server scenario; source: {source}. "
+        "Names and paths of the site are replaced; redaction.json counts the replacements."
+    )
+    crate.license = crate.add(
+        ContextEntity(
+            crate,
+            "https://spdx.org/licenses/Apache-2.0",
+            {"@type": "CreativeWork", "name": "Apache License 2.0"},
+        )
+    )
+    profiles = [
+        crate.add(ContextEntity(crate, url, {"@type": "CreativeWork", "name": name, "version": version}))
+        for url, (name, version) in _PROFILES.items()
+    ]
+    crate.root_dataset["conformsTo"] = profiles
+    agent = crate.add(
+        ContextEntity(
+            crate, "#site", {"@type": "Organization", "name": "the site that ran it (name withheld)"}
+        )
+    )
+    crate.root_dataset["author"] = crate.root_dataset["publisher"] = agent
+    bash = crate.add(
+        ComputerLanguage(
+            crate,
+            "#bash",
+            {"name": "Bash", "alternateName": "bash", "url": {"@id": "https://www.gnu.org/software/bash/"}},
+        )
+    )
+    crate.add(
+        ContextEntity(crate, "https://www.gnu.org/software/bash/", {"@type": "WebSite", "name": "GNU Bash"})
+    )
+    job = crate.add_workflow(
+        draft / "job.sh",
+        "job.sh",
+        main=True,
+        lang=bash,
+        properties={
+            "name": "job.sh: servers, orchestrator, LoadGen",
+            "encodingFormat": "application/x-sh",
+            "version": hashlib.sha256((draft / "job.sh").read_bytes()).hexdigest()[:12],
+            "conformsTo": {"@id": "https://bioschemas.org/profiles/ComputationalWorkflow/1.0-RELEASE"},
+        },
+    )
+    files = {}
+    for path in sorted(p for p in draft.rglob("*") if p.is_file() and p.name != "job.sh"):
+        name = path.relative_to(draft).as_posix()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        properties = {
+            "name": name,
+            "contentSize": str(path.stat().st_size),
+            "sha256": digest,
+            "encodingFormat": _format(path),
+        }
+        if name == "README.md":
+            properties["about"] = {"@id": "./"}
+        files[name] = crate.add_file(path, name, properties=properties)
+    inputs = [name for name in _INPUTS if name in files]
+    outputs = [
+        name
+        for name in files
+        if name.startswith(("mlperf/", "logs/", "job/progress", "job/phases", "job/client", "job/queries"))
+    ]
+    for kind, names in (("input", inputs), ("output", outputs)):
+        parameters = []
+        for name in names:
+            slot = {
+                "@type": "FormalParameter",
+                "name": name,
+                "additionalType": "File",
+                "conformsTo": {"@id": "https://bioschemas.org/profiles/FormalParameter/1.0-RELEASE"},
+            }
+            parameter = crate.add(
+                ContextEntity(crate, f"#{kind}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}", slot)
+            )
+            files[name]["exampleOfWork"] = parameter
+            parameters.append(parameter)
+        job[kind] = parameters
+    crate.root_dataset["mentions"] = crate.add(
+        _action(crate, run, job, agent, [files[n] for n in inputs], [files[n] for n in outputs])
+    )
+    crate.metadata.write(draft)
+
+
+def _action(crate, run: _Run, job, agent, objects: list, made: list):
+    """The run as a CreateAction, with the times and the end of its phases."""
+    from datetime import UTC, datetime
+
+    from rocrate.model.contextentity import ContextEntity
+
+    phases = [
+        json.loads(line) for line in run.texts.get("job/phases.jsonl", "").splitlines() if line.endswith("}")
+    ]
+    done = bool(phases) and phases[-1]["phase"] == "done"
+    action = {
+        "name": "run of job.sh",
+        "instrument": job,
+        "agent": agent,
+        "object": objects,
+        "result": made,
+        "actionStatus": f"http://schema.org/{'Completed' if done else 'Failed'}ActionStatus",
+        "description": "LoadGen's runs, with the servers that job.sh started and ended.",
+    }
+    if phases:
+        times = [
+            datetime.fromtimestamp(phases[place]["time_s"], UTC).isoformat(timespec="seconds")
+            for place in (0, -1)
+        ]
+        action |= {"startTime": times[0], "endTime": times[1]}
+    if not done:
+        action["error"] = run.redactor.text(
+            str(phases[-1]["phase"]) if phases else "the job never began", "ro-crate-metadata.json"
+        )
+    entity = ContextEntity(crate, "#run", {"@type": "CreateAction"})
+    for key, value in action.items():
+        entity[key] = value
+    return entity
+
+
+def _format(path: Path) -> str:
+    formats = {
+        ".json": "application/json",
+        ".ipynb": "application/x-ipynb+json",
+        ".yaml": "application/yaml",
+        ".csv": "text/csv",
+    }
+    formats |= {
+        ".html": "text/html",
+        ".png": "image/png",
+        ".py": "text/x-python",
+        ".jsonl": "application/jsonl",
+    }
+    return formats.get(path.suffix, "text/plain")
+
+
+# -- submission
+
+
+#: fields of systems/<system>.json that must be there and say something, then those that may be empty; v5.1
+SYSTEM_FIELDS = (
+    *(
+        "division",
+        "submitter",
+        "system_type",
+        "status",
+        "system_name",
+        "number_of_nodes",
+        "host_processor_model_name",
+    ),
+    *(
+        "host_processors_per_node",
+        "host_processor_core_count",
+        "host_memory_capacity",
+        "host_memory_configuration",
+    ),
+    *("host_storage_capacity", "host_storage_type", "host_networking", "host_network_card_count"),
+    *(
+        "host_networking_topology",
+        "accelerators_per_node",
+        "accelerator_model_name",
+        "accelerator_memory_capacity",
+    ),
+    *(
+        "accelerator_host_interconnect",
+        "accelerator_memory_configuration",
+        "accelerator_interconnect",
+        "cooling",
+    ),
+    *("framework", "operating_system", "other_software_stack"),
+)
+SYSTEM_FIELDS_EMPTY = (
+    *(
+        "host_processor_frequency",
+        "host_processor_caches",
+        "host_processor_interconnect",
+        "accelerator_frequency",
+    ),
+    *(
+        "accelerator_interconnect_topology",
+        "accelerator_on-chip_memories",
+        "hw_notes",
+        "sw_notes",
+        "system_type_detail",
+    ),
+)
+MEASUREMENTS = {
+    "input_data_types": "int32",
+    "retraining": "No",
+    "starting_weights_filename": "nvidia/Llama-3.1-405B-Instruct-FP4",
+    "weight_data_types": "fp4",
+    "weight_transformations": "quantization",
+}
+_TEST06_LINES = ("First token check pass", "EOS check pass", "Sample length check pass")
+
+
+def export_submission(run_dir: Path | str, dest: Path | str, system: Path | str) -> Shared:
+    """Write a run as the tree of an MLPerf v5.1 submission; `missing` says what the checker still wants.
+
+    Parameters
+    ----------
+    dest : new folder; it gets <division>/<submitter>/...
+    system : YAML file of the systems JSON's fields (params/system.example.yaml), with `system_id`, the folder's name,
+        and optionally `calibration` (text or a file beside it) and `measurements`.
+
+    Raises
+    ------
+    ExportError : the run is rehearsed, simulated, published or INVALID, or `system` lacks fields.
+    SecretError : one of LoadGen's files, which go unedited or not at all, holds a name or a token.
+
+    Source: facts of this project on the tree, found with the official checker of v5.1.1.
+    """
+    run = _gather(run_dir)
+    result = results.read_result(run.folder)
+    verdict = result.verdict
+    if verdict.claim.source != "measured":
+        raise ExportError(
+            f"{run.folder}: its source is {verdict.claim.source}; needed: measured. Only a run on the system itself is a submission"
+        )
+    if not verdict.valid:
+        raise ExportError(f"{run.folder}: the run is INVALID; needed a VALID one. {verdict.text()}")
+    fields = _system_fields(Path(system))
+    missing: list[str] = []
+
+    def write(draft: Path) -> None:
+        missing.extend(
+            _write_tree(draft / fields["division"] / fields["submitter"], run, result, fields, Path(system))
+        )
+
+    path = _write_into(dest, write, run.redactor)
+    return Shared(path, tuple(run.redactor.listed()), run.left_out, tuple(missing))
+
+
+def _system_fields(path: Path) -> dict:
+    """The fields of a system description, checked as the checker does."""
+    if not path.is_file():
+        raise ExportError(
+            f"{path}: no such file; needed the system description. Copy params/system.example.yaml and fill it in"
+        )
+    fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(fields, dict):
+        raise ExportError(f"{path}: found {type(fields).__name__}; needed `field: value` lines")
+    empty = [name for name in ("system_id", *SYSTEM_FIELDS) if not str(fields.get(name) or "").strip()]
+    bad = [
+        f"{name}: {fields[name]}"
+        for name in ("division", "submitter", "system_id")
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(fields.get(name) or "x"))
+    ]
+    bad += (
+        [f"division: {fields['division']}"]
+        if fields.get("division") not in (None, "", "closed", "open", "network")
+        else []
+    )
+    bad += (
+        [f"status: {fields['status']}"]
+        if fields.get("status") not in (None, "", "available", "preview", "rdi")
+        else []
+    )
+    if empty or bad:
+        found = f"empty {', '.join(empty)}" if empty else f"unusable {'; '.join(bad)}"
+        raise ExportError(
+            f"{path}: found {found}; needed a word for each (division closed, open or network; names without blanks)"
+        )
+    return fields
+
+
+def _write_tree(root: Path, run: _Run, result: results.RunResult, fields: dict, system: Path) -> list[str]:
+    """Everything below <division>/<submitter>; returns what is missing."""
+    missing = []
+    model, scenario, name = (
+        result.verdict.claim.model,
+        result.verdict.claim.scenario,
+        str(fields["system_id"]),
+    )
+    clean = run.redactor.text
+    described = {key: fields.get(key, "") for key in SYSTEM_FIELDS + SYSTEM_FIELDS_EMPTY}
+    _put(root / "systems" / f"{name}.json", clean(json.dumps(described, indent=4) + "\n", "system"))
+    place = root / "results" / name / model / scenario
+    for part, source, files in (
+        ("performance/run_1", result.files.performance, (SUMMARY, DETAIL)),
+        ("accuracy", result.files.accuracy, (SUMMARY, DETAIL)),
+    ):
+        for file in files:
+            if source and (source / file).is_file():
+                _put(place / part / file, _unedited(run, source / file))
+            else:
+                missing.append(
+                    f"results/{name}/{model}/{scenario}/{part}/{file}: make the {part.split('/')[0]} run"
+                )
+    missing += _put_accuracy(place / "accuracy", run, result)
+    measured = root / "measurements" / name / model / scenario
+    _put(measured / "user.conf", clean(run.texts.get("user.conf", ""), "user.conf"))
+    if not run.texts.get("user.conf"):
+        missing.append("user.conf: the run folder has none")
+    _put(measured / "README.md", clean(_tree_readme(run, result), "README.md"))
+    values = {**MEASUREMENTS, **(fields.get("measurements") or {})}
+    _put(measured / f"{name}_{scenario}.json", json.dumps(values, indent=4) + "\n")
+    code = root / "code" / model
+    for file in (
+        "config.yaml",
+        "config.ctx.yaml",
+        "config.gen.yaml",
+        "job.sh",
+        "experiment.yaml",
+        "job/settings.json",
+        "job/job_agent.py",
+        "job/loadgen_client.py",
+    ):
+        if file in run.texts:
+            _put(code / file, clean(run.texts[file], file))
+    _put(code / "README.md", clean(_tree_readme(run, result), "README.md"))
+    missing += _put_test06(root / "compliance" / name / model / scenario / "TEST06", run, fields["division"])
+    calibration = fields.get("calibration")
+    if calibration:
+        beside = system.parent / str(calibration)
+        text = (
+            beside.read_text(encoding="utf-8")
+            if len(str(calibration)) < 200 and beside.is_file()
+            else str(calibration)
+        )
+        _put(root / "calibration.md", clean(text.rstrip() + "\n", "calibration.md"))
+    elif fields["division"] == "closed":
+        missing.append("calibration.md: give `calibration`, a text or a file, in the system description")
+    if fields["division"] == "closed" and scenario != "Offline":
+        missing.append(
+            f"results/{name}/{model}/Offline: closed wants Offline beside {scenario}; open does not"
+        )
+    return missing
+
+
+def _unedited(run: _Run, path: Path) -> bytes:
+    """LoadGen's file as it is; refused if redaction would change it."""
+    raw = path.read_bytes()
+    before = dict(run.redactor.replaced)
+    if run.redactor.text(raw.decode("utf-8", "replace"), path.name) != raw.decode("utf-8", "replace"):
+        marks = sorted(
+            mark
+            for (file, mark), n in run.redactor.replaced.items()
+            if file == path.name and n > before.get((file, mark), 0)
+        )
+        raise SecretError(
+            f"{path.relative_to(run.folder)}: found {', '.join(marks)} in LoadGen's own file, which must go unedited; "
+            "needed none. Measure again without that name in LoadGen's settings"
+        )
+    return raw
+
+
+def truncate_accuracy_log(raw: bytes) -> bytes:
+    """First and last 4096 bytes, as MLCommons' truncation script leaves them; a log of 10 kB or less stays whole."""
+    return raw if len(raw) <= 10 * 1024 else raw[:4096] + b"\n\n...\n\n" + raw[-4096:]
+
+
+def _put_accuracy(place: Path, run: _Run, result: results.RunResult) -> list[str]:
+    """Truncated accuracy log, and accuracy.txt with the hash of the whole one."""
+    folder = result.files.accuracy
+    if not folder or not (folder / ACCURACY).is_file():
+        return [f"accuracy/{ACCURACY}: make the accuracy run"]
+    raw = (folder / ACCURACY).read_bytes()
+    _put(place / ACCURACY, truncate_accuracy_log(raw))
+    written = [
+        path for path in (folder / "accuracy.txt", run.folder / "tables/accuracy.txt") if path.is_file()
+    ]
+    if not written:
+        return ["accuracy/accuracy.txt: evaluate the accuracy run (python -m disagg_lib evaluate RUN)"]
+    text, digest = written[0].read_text(encoding="utf-8"), hashlib.sha256(raw).hexdigest()
+    named = re.search(r"(?m)^hash=([0-9a-f]{64})", text)
+    if named and named[1] != digest:
+        raise ExportError(
+            f"{written[0]}: found hash={named[1][:12]}..., but {ACCURACY} has {digest[:12]}...; needed the scores of this log. "
+            "Evaluate again"
+        )
+    _put(
+        place / "accuracy.txt",
+        run.redactor.text(text if named else f"{text.rstrip()}\n\nhash={digest}\n", "accuracy.txt"),
+    )
+    return []
+
+
+def _put_test06(place: Path, run: _Run, division: str) -> list[str]:
+    """The TEST06 slot: the verification's words, and the log it judged."""
+    verified = next(
+        (n for n in ("mlperf/test06/verify_accuracy.txt", "tables/verify_accuracy.txt") if n in run.texts),
+        None,
+    )
+    if verified is None:
+        return (
+            ["compliance/.../TEST06/verify_accuracy.txt: run test mode test06, then verify it"]
+            if division == "closed"
+            else []
+        )
+    text = run.texts[verified]
+    _put(place / "verify_accuracy.txt", run.redactor.text(text, verified))
+    log = run.folder / "mlperf/test06" / ACCURACY
+    if log.is_file():
+        _put(place / "accuracy" / ACCURACY, truncate_accuracy_log(log.read_bytes()))
+    lacking = [line for line in _TEST06_LINES if not re.search(rf"(?m)^{line}: (?:True|Skipped)", text)]
+    return [f"TEST06 has no line `{line}: True`" for line in lacking]
+
+
+def _tree_readme(run: _Run, result: results.RunResult) -> str:
+    """README.md of the measurements: what ran, by which command, with what verdict."""
+    lines = [
+        f"# {result.verdict.claim.model}, {result.verdict.claim.scenario}",
+        "",
+        result.verdict.text(),
+        "",
+    ]
+    return "\n".join([*lines, "Repeat with:", "", f"    {_repeat(_given(run.folder))}", ""])
+
+
+# -- rebuilt
+
+
+def recompute(run_dir: Path | str) -> pd.DataFrame:
+    """Rebuild every table and figure of a run from its raw logs alone and compare digests. The run is not changed.
+
+    Returns
+    -------
+    One row a file of tables/ and figures/: file, was, now (SHA-256, "" if absent), word: `same`, `differs`,
+    `absent before`, or `not rebuilt` for what was not made from the logs (accuracy.txt).
+
+    Raises
+    ------
+    LogError : the raw logs cannot be read.
+    """
+    run_dir = Path(run_dir)
+    with tempfile.TemporaryDirectory() as name:
+        built = Path(name)
+        results.write_outputs(run_dir, built)
+        now, was = _digests(built), _digests(run_dir)
+    rows = []
+    for file in sorted(now | was):
+        word = "same" if now.get(file) == was.get(file) else "differs"
+        word = "absent before" if file not in was else "not rebuilt" if file not in now else word
+        rows.append({"file": file, "was": was.get(file, ""), "now": now.get(file, ""), "word": word})
+    return pd.DataFrame(rows, columns=["file", "was", "now", "word"])
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files in tables/ and figures/."""
+    files = [
+        path for part in ("tables", "figures") for path in sorted((folder / part).glob("*")) if path.is_file()
+    ]
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
