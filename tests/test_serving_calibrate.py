@@ -9,6 +9,7 @@ from disagg_lib.serving.calibrate import (
     Observed,
     calibrate,
     fit,
+    observe,
     predict,
     published_aggregated_runs,
     read_calibration,
@@ -89,3 +90,41 @@ def test_a_bad_calibration_file_is_refused(tmp_path, text):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(CalibrationError, match="c.yaml"):
         read_calibration(tmp_path / "c.yaml")
+
+
+HEADER = "sample_index,issue_s,late_ms,ttft_ms,latency_ms,input_tokens,output_tokens,status\n"
+
+
+def recorded(folder, text):
+    (folder / "job").mkdir()
+    (folder / "job" / "queries_performance.csv").write_text(HEADER + text)
+    return folder
+
+
+def test_a_recorded_run_keeps_its_arrivals_and_lengths_whatever_the_order_and_pace(tmp_path):
+    rows = "5,2.0,0,100,300,900,11,ok\n3,1.001,1.0,50,150,800,5,ok\n"
+    run = observe(recorded(tmp_path, rows), DISAGGREGATED, 1.0, time_scale=0.5)
+    assert run.load.arrivals_s == pytest.approx([0.0, 2.0])
+    assert run.lengths[run.load.samples]["input_tokens"].tolist() == [800, 900]
+    assert run.figures["ttft_mean_ms"] == pytest.approx((100 + 51) / 2 / 0.5)
+    assert run.figures["tpot_mean_ms"] == pytest.approx((20 + 25) / 2 / 0.5)
+    assert set(relative_errors(run, Calibration(), names=("ttft_p90_ms", "tpot_p99_ms"))) == {
+        "ttft_p90_ms",
+        "tpot_p99_ms",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "0 of 0"),
+        ("1,0,0,,5,9,0,timeout\n", "1 of 1 requests failed"),
+        ("1,0,0,5\n", "1 of 1"),
+        ("1,x,0,5,9,9,9,ok\n", "cannot be read"),
+    ],
+)
+def test_an_incomplete_record_is_not_compared(tmp_path, text, word):
+    with pytest.raises(CalibrationError, match=word):
+        observe(recorded(tmp_path, text), DISAGGREGATED, 1.0)
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        observe(tmp_path / "none", DISAGGREGATED, 1.0)

@@ -4,6 +4,7 @@ A factor is the ratio of a real step's time to the latency table's: kernels of a
 constants for a stack, nothing for each row. Aggregated and disaggregated stacks are fitted apart. Without a calibration both are 1.
 """
 
+import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,8 @@ import numpy as np
 import yaml
 
 from disagg_lib.errors import DisaggError
-from disagg_lib.serving.lengths import built_in_lengths
-from disagg_lib.serving.loadgen_rules import Load, draw_load
+from disagg_lib.serving.lengths import LENGTHS, built_in_lengths
+from disagg_lib.serving.loadgen_rules import Load, draw_load, percentile
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate, summarise, with_factors
 
 FIGURES = ("ttft_mean_ms", "ttft_p50_ms", "tpot_mean_ms", "tpot_p50_ms")
@@ -52,18 +53,59 @@ class Calibration:
         return with_factors(deployment, self.context_factor, self.generation_factor)
 
 
-def predict(run: Observed, calibration: Calibration, seeds: Iterable[int]) -> dict[str, float]:
-    """FIGURES of a run as the model has them: the median over seeds."""
+def observe(run_dir: Path, deployment: Deployment, target_qps: float, time_scale: float = 1.0) -> Observed:
+    """A run of the project's own client, with the arrivals and lengths that it recorded in job/queries_performance.csv.
+
+    Times are divided by `time_scale`, so that a rehearsal at another pace compares in the model's time.
+
+    Raises
+    ------
+    CalibrationError : no such record, one that is cut short, or one with failed requests.
+    """
+    path = Path(run_dir) / "job" / "queries_performance.csv"
+    try:
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file)]
+        failed = sum(row["status"] != "ok" for row in rows)
+        if failed or not rows:
+            raise CalibrationError(
+                f"{path}: {failed} of {len(rows)} requests failed; only a complete run can be compared."
+            )
+        columns = ("issue_s", "late_ms", "ttft_ms", "latency_ms", "input_tokens", "output_tokens")
+        issue, late, ttft, latency, inputs, outputs = np.array(
+            [[float(row[c] or 0) for c in columns] for row in rows]
+        ).T
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise CalibrationError(
+            f"{path}: cannot be read as the client's record of queries ({error!r})."
+        ) from None
+    lengths = np.empty(len(rows), LENGTHS)
+    lengths["input_tokens"], lengths["output_tokens"] = inputs, outputs
+    arrivals = issue - late / 1e3
+    order = np.argsort(arrivals, kind="stable")
+    load = Load(target_qps, (arrivals - arrivals.min())[order] / time_scale, order)
+    values = {"ttft": (ttft + late) / time_scale, "tpot": (latency - ttft) / (outputs - 1) / time_scale}
+    figures = {f"{name}_mean_ms": float(v.mean()) for name, v in values.items()}
+    figures |= {f"{name}_p{p}_ms": percentile(v, p / 100) for name, v in values.items() for p in (50, 90, 99)}
+    return Observed(Path(run_dir).name, deployment, target_qps, figures, lengths, load)
+
+
+def predict(
+    run: Observed, calibration: Calibration, seeds: Iterable[int] = (0,), names: Sequence[str] = FIGURES
+) -> dict[str, float]:
+    """Figures of a run as the model has them: the median over seeds (one recorded load needs no seeds)."""
     deployment = calibration.apply(run.deployment)
     loads = [run.load] if run.load is not None else [draw_load(run.target_qps, seed) for seed in seeds]
     rows = [summarise(simulate(deployment, load, run.lengths)) for load in loads]
-    return {name: float(np.median([row[name] for row in rows])) for name in FIGURES}
+    return {name: float(np.median([row[name] for row in rows])) for name in names}
 
 
-def relative_errors(run: Observed, calibration: Calibration, seeds: Iterable[int]) -> dict[str, float]:
-    """Predicted / measured - 1, for each of FIGURES."""
-    predicted = predict(run, calibration, seeds)
-    return {name: predicted[name] / run.figures[name] - 1 for name in FIGURES}
+def relative_errors(
+    run: Observed, calibration: Calibration, seeds: Iterable[int] = (0,), names: Sequence[str] = FIGURES
+) -> dict[str, float]:
+    """Predicted / measured - 1, for each name."""
+    predicted = predict(run, calibration, seeds, names)
+    return {name: predicted[name] / run.figures[name] - 1 for name in names}
 
 
 def fit(runs: Sequence[Observed], seeds: Sequence[int] = range(100, 108)) -> Calibration:

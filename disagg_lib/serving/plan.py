@@ -20,6 +20,7 @@ from disagg_lib.serving.lengths import built_in_lengths
 from disagg_lib.serving.loadgen_rules import draw_load
 from disagg_lib.serving.simulate import (
     INTERACTIVE_LIMITS_MS,
+    MAX_OUTPUT_TOKENS,
     Deployment,
     ServerGroup,
     simulate,
@@ -122,7 +123,9 @@ def deployment_of(experiment, system: str = "gb200") -> Deployment:
         e.num_gen_servers, e.gen_tp_size, 1, e.gen_batch_size, e.gen_max_num_tokens, tuple(cuda_graph_sizes(e.gen_batch_size)),
         kv_fraction=e.gen_gpu_memory_fraction,
     )  # fmt: skip
-    return Deployment(system, context, generation)
+    # With the synthetic data set a request's max_tokens is its own length; with MLPerf's it is the cap.
+    reserve = MAX_OUTPUT_TOKENS if e.dataset_path or e.engine != "rehearsal" else None
+    return Deployment(system, context, generation, reserve_output_tokens=reserve)
 
 
 # Screening
