@@ -25,6 +25,7 @@ from pathlib import Path
 JOB = Path(__file__).resolve().parent
 RUN = JOB.parent
 POLL_S = 0.25
+REASON_ROOM = 4096  # bytes
 HARNESS_QUIET_S = 1200  # NVIDIA's harness loads its data set and retries for minutes before its first query
 PORT_STEP, PORT_TRIES = 50, 400  # a local job moves all its ports by a multiple of this
 
@@ -56,8 +57,9 @@ def admit():
     """Refuse a folder that was used before; a job that Slurm started again says so in its phases."""
     seen = phases()
     if not seen:
-        # Room for the last word, should the disk be full by then.
-        (JOB / "reserve").write_bytes(b" " * 65536)
+        # Room for the reason and the last word, should the disk be full by then.
+        for name, size in (("reason.txt", REASON_ROOM), ("reserve", 65536)):
+            (JOB / name).write_bytes(b" " * size)
         return
     restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
     reason = f"refused: this run folder was used before (phase {seen[-1]['phase']}; restart {restarts}). Make a new run"
@@ -70,11 +72,16 @@ def ended(seen):
     return bool(seen) and (seen[-1]["phase"] == "done" or seen[-1]["phase"].startswith("failed"))
 
 
+def reason():
+    path = JOB / "reason.txt"
+    return path.read_text().strip() if path.exists() else ""
+
+
 def give_reason(text):
     """Keep the first reason: later ones are its consequences."""
-    path = JOB / "reason.txt"
-    if not path.exists():
-        path.write_text(text + "\n")
+    if not reason():
+        with (JOB / "reason.txt").open("r+") as file:
+            file.write(text[:REASON_ROOM] + "\n")
 
 
 def slurm_says(*command):
@@ -86,45 +93,61 @@ def slurm_says(*command):
     return done.stdout.split()
 
 
-def signal_reason(name):
-    """Why a signal came: a failed node, a requeue, the time limit, or somebody's scancel."""
-    limit_s = settings()["time_limit_s"]
+def outside_cause(when):
+    """What Slurm did to the job, if anything: a node failed, it was requeued, preempted or cancelled."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        return None
+    words = slurm_says("scontrol", "--oneliner", "show", "job", job)
+    state = next((word[9:] for word in words if word.startswith("JobState=")), "")
+    nodes = "--nodes=" + os.environ.get("SLURM_JOB_NODELIST", "")
+    down = slurm_says("sinfo", "--noheader", "--Node", nodes, "--states=down", "--format=%N")
+    if state == "NODE_FAIL" or down:
+        return (
+            f"node failure {when}: {', '.join(sorted(set(down))) or 'node unknown'} is down. Submit a new run"
+        )
+    restarts = next((word[9:] for word in words if word.startswith("Restarts=")), "0")
+    if state in ("PENDING", "REQUEUED") or restarts != os.environ.get("SLURM_RESTART_COUNT", "0"):
+        return f"requeued {when}. Jobs are not restarted in a used folder: make a new run"
+    if state == "PREEMPTED":
+        return f"preempted {when} by a job of higher priority"
+    return f"cancelled {when}" if state == "CANCELLED" else None
+
+
+def moment():
+    """('during <phase>, after <n> s', seconds since the first phase)."""
     seen = phases()
     elapsed_s = time.time() - seen[0]["time_s"] if seen else 0.0
-    during = seen[-1]["phase"] if seen else "start"
-    when = f"during {during}, after {elapsed_s:.0f} s"
-    job = os.environ.get("SLURM_JOB_ID")
-    if job:
-        words = slurm_says("scontrol", "--oneliner", "show", "job", job)
-        state = next((word[9:] for word in words if word.startswith("JobState=")), "")
-        nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-        down = slurm_says("sinfo", "--noheader", "--Node", "--nodes=" + nodes, "--states=down", "--format=%N")
-        if state == "NODE_FAIL" or down:
-            return f"node failure {when}: {', '.join(sorted(set(down))) or 'node unknown'} is down. Submit a new run"
-        if state in ("PENDING", "REQUEUED"):
-            return f"requeued {when}. Jobs are not restarted in a used folder: make a new run"
-        if (
-            state in ("RUNNING", "TIMEOUT", "COMPLETING")
-            and elapsed_s > limit_s - 180
-            and not (JOB / "cancelled").exists()
-        ):
-            return f"time limit {when}: time_limit is {limit_s} s, and teardown begins 120 s before. Raise time_limit"
-        if state == "PREEMPTED":
-            return f"preempted {when} by a job of higher priority"
-    return f"cancelled (signal {name}) {when}"
+    names = [line["phase"] for line in seen if line["phase"] != "teardown"]
+    return f"during {names[-1] if names else 'start'}, after {elapsed_s:.0f} s", elapsed_s
+
+
+def signal_reason(name):
+    """Why a signal came: what Slurm did, the time limit, or somebody's scancel."""
+    when, elapsed_s = moment()
+    limit_s = settings()["time_limit_s"]
+    cause = outside_cause(when)
+    if (
+        cause is None
+        and "SLURM_JOB_ID" in os.environ
+        and elapsed_s > limit_s - 180
+        and not (JOB / "cancelled").exists()
+    ):
+        return f"time limit {when}: time_limit is {limit_s} s, and teardown begins 120 s before. Raise time_limit"
+    return cause or f"cancelled (signal {name}) {when}"
 
 
 def finish(status):
     """The last line of phases.jsonl, and the job's exit status."""
     if (JOB / "reserve").exists():
         (JOB / "reserve").unlink()
-    reason = JOB / "reason.txt"
-    if status == 0 and not reason.exists():
-        phase("done")
-        return 0
-    text = reason.read_text().strip() if reason.exists() else f"the job script ended with status {status}"
-    phase("failed: " + text)
-    return status or 1
+    if status in (129, 130, 143):  # a signal reached our own process before the script's trap
+        give_reason(signal_reason("TERM"))
+    text = reason() or (
+        outside_cause(moment()[0]) or f"the job script ended with status {status}" if status else ""
+    )
+    phase("failed: " + text if text else "done")
+    return status or int(bool(text))
 
 
 # -- the nodes of the job
@@ -268,7 +291,8 @@ def refuse_dead_servers():
     for path in sorted((JOB / "exit").glob("*"), key=lambda p: p.stat().st_mtime):
         status = exit_status(path.name)
         if status is not None and not path.name.startswith(("client_", "container")):
-            raise Failed(death(path.name, status))
+            # Slurm ends the steps of a job that it takes away: then the servers' end is no cause.
+            raise Failed(outside_cause(moment()[0]) or death(path.name, status))
 
 
 def await_step(name):

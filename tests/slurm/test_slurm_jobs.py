@@ -106,7 +106,10 @@ def test_a_server_on_the_wrong_node_fails(make_run):
         )
     )
     launch.submit(run)
-    assert re.match(r"the orchestrator ended with status \d+: .*gb01", until_ended(run).reason)
+    assert re.match(
+        r"the orchestrator ended with status \d+: .*cannot listen: this step runs on gb\d+",
+        until_ended(run).reason,
+    )
 
 
 # -- one run, one job
@@ -232,7 +235,7 @@ def test_scancel_is_named_and_teardown_ran(cluster, make_run):
     run = long_run(make_run)
     cluster.run("scancel", launch.job_state(run).job_id)
     state = until_ended(run)
-    assert state.reason.startswith("cancelled (signal TERM) during performance"), state.reason
+    assert state.reason.startswith("cancelled"), state.reason
     assert "teardown" in phase_names(run)
     assert nodes_are_free(cluster)
 
@@ -294,7 +297,7 @@ def test_a_requeued_job_refuses_the_used_folder(cluster, make_run):
     cluster.run("scontrol", "update", f"jobid={job}", "requeue=1")
     cluster.run("scontrol", "requeue", job)
     state = until_ended(run, 60)
-    assert re.match(r"(requeued|cancelled|refused)", state.reason), state.reason
+    assert state.reason.startswith("requeued during performance"), state.reason
     cluster.wait(
         "the restart ended", lambda: cluster.run("squeue", "-h", "-j", job, check=False).strip() == "", 150
     )

@@ -97,7 +97,7 @@ step() {
 agent phase container
 
 agent phase bind
-agent bind || exit 1
+agent bind || exit
 
 agent phase workers
 # One step a server; the first of its nodes leads it.
@@ -134,16 +134,16 @@ start orchestrator logs/output_server.log step "$(node 0)" 1 - \
 
 # Ready: the orchestrator says 200, and completions have come back through every server.
 agent phase ready
-attend agent ready || exit 1
+attend agent ready || exit
 
 agent phase performance
 start client_performance logs/mlperf_benchmark_performance.log step "$(node 0)" 1 - \
   /project/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode performance --url "http://$(node 0):$(port orchestrator)"
-attend agent watch performance || exit 1
+attend agent watch performance || exit
 
 agent phase accuracy
 start client_accuracy logs/mlperf_benchmark_accuracy.log step "$(node 0)" 1 - \
   /project/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode accuracy --url "http://$(node 0):$(port orchestrator)"
-attend agent watch accuracy || exit 1
+attend agent watch accuracy || exit
 
 exit 0

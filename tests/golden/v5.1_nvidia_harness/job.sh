@@ -137,10 +137,10 @@ step() {
 
 agent phase container
 start container logs/container.log srun --ntasks-per-node=1 --ntasks=5 "${CONTAINER[@]}" true
-attend agent await container || exit 1
+attend agent await container || exit
 
 agent phase bind
-agent bind || exit 1
+agent bind || exit
 
 agent phase workers
 # One MPI world: ranks follow the nodes in order, context servers first.
@@ -155,7 +155,7 @@ start orchestrator logs/output_server.log step "$(node 0)" 1 - \
 
 # Ready: the orchestrator says 200, and completions have come back through every server.
 agent phase ready
-attend agent ready || exit 1
+attend agent ready || exit
 
 # harness MODE TEST_MODE: NVIDIA's harness measures, from its own tree; its LoadGen files are copied unedited
 harness() {
@@ -166,12 +166,12 @@ harness() {
 
 agent phase performance
 harness performance PerformanceOnly
-attend agent watch performance || exit 1
-agent collect performance || exit 1
+attend agent watch performance || exit
+agent collect performance || exit
 
 agent phase accuracy
 harness accuracy AccuracyOnly
-attend agent watch accuracy || exit 1
-agent collect accuracy || exit 1
+attend agent watch accuracy || exit
+agent collect accuracy || exit
 
 exit 0
