@@ -69,6 +69,7 @@ LAST_BYTES = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 STATUSES = ("ok",) + KINDS
 FIRST_ID, END_ID = 10000, 99999  # synthetic prompts: all ids have five digits, inside Llama 3's 128256
 LAG_PERIOD_S = 0.02
+NO_IDS = array.array("i")
 # MLPerf's compliance test of token ids (mlcommons/inference compliance/TEST06), as LoadGen reads it.
 TEST06 = """*.*.mode = 2
 *.*.accuracy_log_rng_seed = 720381539243781796
@@ -100,9 +101,6 @@ def failure_of(error):
     if isinstance(error, AnswerError):
         return error
     return AnswerError("protocol", "%s: %s" % (type(error).__name__, error))
-
-
-# ---- answers: HTTP/1.1 and server-sent events, as bytes -------------------------------------------------
 
 
 def dechunk(raw, out):
@@ -230,19 +228,6 @@ class Answer:
     may append to `reads` without `feed`, unless the read could hold the end of the body.
     """
 
-    __slots__ = [
-        "close",
-        "ended",
-        "first",
-        "framing",
-        "left",
-        "payload",
-        "reads",
-        "scanned",
-        "settled",
-        "status",
-    ]
-
     def __init__(self):
         self.reads, self.payload = [], []  # not yet decoded, decoded
         self.status = self.left = self.scanned = 0
@@ -330,23 +315,8 @@ class Answer:
         return read_answer(payload)
 
 
-# ---- the streaming path -------------------------------------------------------------------------------
-
-
 class Request:
     """One LoadGen sample on its way. Times are time.perf_counter() in s."""
-
-    __slots__ = [
-        "connection",
-        "first_s",
-        "index",
-        "issue_s",
-        "query_id",
-        "seen",
-        "seen_s",
-        "sent_s",
-        "start_s",
-    ]
 
     def __init__(self, query_id, index, issue_s):
         self.query_id, self.index, self.issue_s = query_id, index, issue_s
@@ -430,22 +400,23 @@ class Client:
         self.flushed = False
         self.total, self.tasks = None, set()
 
-    # -- connections
-
     async def open_connections(self, count):
         """Open count idle connections before the run; ClientError if the endpoint refuses."""
         for _ in range(count):
             try:
-                self.put_idle(await self._connect())
+                connection = await self._connect()
             except OSError as error:
                 where = "%s:%d" % (self.target.host, self.target.port)
                 text = "%s does not accept connections: %s. Is the server up?" % (where, error)
                 raise ClientError(text) from None
+            self.target.address = connection.transport.get_extra_info("peername")[0]  # one name look-up a run
+            self.put_idle(connection)
 
     async def _connect(self):
         target = self.target
+        name = target.host if target.ssl else None
         _, connection = await self.loop.create_connection(
-            lambda: Connection(self), target.host, target.port, ssl=target.ssl
+            lambda: Connection(self), target.address, target.port, ssl=target.ssl, server_hostname=name
         )
         self.connections.add(connection)
         return connection
@@ -493,8 +464,6 @@ class Client:
             connection.transport.abort()
         return None
 
-    # -- LoadGen's side
-
     def issue(self, samples):
         """LoadGen's callback, in its thread: must return at once and must not raise."""
         now_s = time.perf_counter()
@@ -538,18 +507,12 @@ class Client:
         if self.token_latencies:
             if self.mode == "test06" and not ids and self.encode:
                 ids = self.encode(text)[:1]  # TEST06 compares the first id; it judges no times
-            self._first_token(request, ids)
+            self._tell(self.loadgen.FirstTokenComplete, request, ids)
 
-    def _first_token(self, request, buffer):
-        address, _ = buffer.buffer_info()
-        response = self.loadgen.QuerySampleResponse(request.query_id, address, 4 * len(buffer))
-        self.loadgen.FirstTokenComplete([response])
-
-    def _complete(self, request, ids, count):
-        buffer = ids or array.array("i")
-        address, _ = buffer.buffer_info()
-        response = self.loadgen.QuerySampleResponse(request.query_id, address, 4 * len(buffer), count)
-        self.loadgen.QuerySamplesComplete([response])
+    def _tell(self, call, request, ids, *count):
+        """Hand ids, array("i") or None, to one of LoadGen's two calls; the buffer lives until the call returns."""
+        address, size = (ids or NO_IDS).buffer_info()
+        call([self.loadgen.QuerySampleResponse(request.query_id, address, 4 * size, *count)])
 
     def ended(self, request, answer, error):
         """A request is over, well or not."""
@@ -558,6 +521,8 @@ class Client:
         if error is None:
             try:
                 count, ids, text = answer.result(self.want_ids)
+                if not request.first_s:
+                    raise AnswerError("empty", "usage says %d tokens, no content came" % count)
             except BAD_ANSWER as failure:
                 error = failure_of(failure)
         if error is not None:
@@ -569,7 +534,7 @@ class Client:
         self._release_held()
 
     def _serve(self, request, ids, count):
-        self._complete(request, ids, count)
+        self._tell(self.loadgen.QuerySamplesComplete, request, ids, count)
         self.done += 1
         self.tokens += count
         self._record(request, count, "ok")
@@ -578,8 +543,8 @@ class Client:
         # Without FirstTokenComplete LoadGen's TTFT and TPOT of the whole run would be garbage, so it gets one;
         # the 0 tokens then leave exactly one error in LoadGen's log for each failed request.
         if self.token_latencies and not request.first_s:
-            self._first_token(request, array.array("i"))
-        self._complete(request, None, 1 if error.kind == "short" else 0)
+            self._tell(self.loadgen.FirstTokenComplete, request, None)
+        self._tell(self.loadgen.QuerySamplesComplete, request, None, 1 if error.kind == "short" else 0)
         self.kinds[error.kind] += 1
         if self.kinds[error.kind] <= 10:
             self.log("request failed: sample %d: %s: %s" % (request.index, error.kind, error.detail))
@@ -603,8 +568,6 @@ class Client:
                     self._fail(request, AnswerError("short", "%d token after the tokenizer" % len(ids)))
                 else:
                     self._serve(request, ids, len(ids))
-
-    # -- once a second
 
     def sweep(self):
         """End requests that took too long; return the counts for progress.jsonl."""
@@ -664,9 +627,6 @@ def load_tokenizer(path):
     return lambda text: array.array("i", tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-# ---- requests, prepared before the clock runs ----------------------------------------------------------
-
-
 class Target:
     """Where requests go: host, port, path, ssl context or None, from http(s)://HOST:PORT[/PREFIX]."""
 
@@ -675,7 +635,8 @@ class Target:
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ClientError("--url %s: needed is http://HOST:PORT" % url)
         self.ssl = ssl.create_default_context() if parts.scheme == "https" else None
-        self.host, self.port = parts.hostname, parts.port or (443 if self.ssl else 80)
+        self.host = self.address = parts.hostname
+        self.port = parts.port or (443 if self.ssl else 80)
         prefix = parts.path.rstrip("/")
         if prefix.endswith("/v1") and endpoint.startswith("/v1/"):
             prefix = prefix[:-3]  # base URLs are given with and without it
@@ -799,9 +760,6 @@ def prepare_samples(run_dir, settings, target, count):
             "settings.json: data_set.kind is %r; known are synthetic, pickle" % data_set["kind"]
         )
     return samples
-
-
-# ---- LoadGen -------------------------------------------------------------------------------------------
 
 
 def configure(loadgen, run_dir, settings, mode):
@@ -970,6 +928,8 @@ class Run:
         loop = asyncio.get_running_loop()
         parts = self.loadgen, self.target, self.settings, self.samples, self.mode, self.recorder.log
         client = Client(loop, *parts)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # Offline may open thousands of connections
         await client.open_connections(self.settings["connections"])
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopped, client, number)

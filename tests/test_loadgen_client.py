@@ -111,7 +111,7 @@ class Server:
             return False
         if what == "stop_listening":
             self.server.close()
-        count = {"short": 1, "empty": 0}.get(what, body["max_tokens"])
+        count = {"short": 1, "empty": 0, "claims_tokens": 0}.get(what, body["max_tokens"])
         writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" + self.HEAD + chunk(b": hello\n\n"))
         for n in range(count):
             if what in ("cut", "cut_politely", "stalled", "error_event") and n == 3:
@@ -128,7 +128,7 @@ class Server:
         if what == "error_event":
             writer.write(chunk(event({"error": {"message": "told to"}})))
         elif what != "cut_politely":
-            said = count + 1 if what == "mismatch" else count
+            said = {"mismatch": count + 1, "claims_tokens": 5}.get(what, count)
             if what != "no_usage":
                 writer.write(chunk(event({"choices": [], "usage": {"completion_tokens": said}})))
             writer.write(chunk(event(b"[DONE]")))
@@ -289,6 +289,7 @@ FAULTS = {
     "cut_politely": "cut",
     "error_event": "server_error",
     "empty": "empty",
+    "claims_tokens": "empty",
     "short": "short",
     "not_http": "protocol",
     "silent": "timeout",
@@ -299,23 +300,24 @@ FAULTS = {
 def test_counts_by_kind_equal_what_was_injected(tmp_path):
     faults = list(FAULTS)
     plan = lambda n: faults[n // 5 % len(faults)] if n % 5 == 4 else "ok"  # noqa: E731
-    run = make_run(tmp_path / "run", count=110, request_timeout_s=3, stall_timeout_s=1.0)
+    run = make_run(tmp_path / "run", count=120, request_timeout_s=3, stall_timeout_s=1.0)
     with Server(plan) as server:
         done, result = run_client(run, server.url)
     assert done.returncode == 1
     assert {kind: count for kind, count in result["kinds"].items() if count} == {
         **{kind: 2 for kind in FAULTS.values()},
         "cut": 4,
+        "empty": 4,
     }
-    assert result["done"] == 88 and result["failed"] == 22 and result["outstanding"] == 0
+    assert result["done"] == 96 and result["failed"] == 24 and result["outstanding"] == 0
     assert not result["valid_client"] and "2 requests failed: stalled" in result["reasons"]
     assert (
-        len(error_lines(run)) == 22
+        len(error_lines(run)) == 24
     )  # one in LoadGen's log for each failed request: a checker refuses the run
-    assert result["loadgen_errors"] == 22
+    assert result["loadgen_errors"] == 24
     with open(run / "job/queries_performance.csv", newline="") as file:
         statuses = [row["status"] for row in csv.DictReader(file)]
-    assert statuses.count("ok") == 88 and statuses.count("http_429") == 2
+    assert statuses.count("ok") == 96 and statuses.count("http_429") == 2
 
 
 def test_server_that_goes_away_mid_run_fails_requests_and_not_the_client(tmp_path):
