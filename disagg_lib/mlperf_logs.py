@@ -411,10 +411,14 @@ def _same(printed: str, value: object) -> bool:
     """Whether the summary's text and the detail log's value mean the same."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return printed == str(value)
+    if isinstance(value, int) and printed.isdigit():
+        return int(printed) == value
     try:
-        return math.isclose(float(printed), value, rel_tol=5e-6 if isinstance(value, float) else 0)
+        number = float(printed)
     except ValueError:
         return False
+    last_digit = 10.0 ** -len(printed.partition(".")[2])  # Server's summary rounds to two decimals
+    return math.isclose(number, value, rel_tol=5e-6, abs_tol=0.5000001 * last_digit if "." in printed else 0)
 
 
 def _figure(detail: Mapping, keys: tuple[str, ...], divisor: float) -> float:

@@ -236,6 +236,7 @@ class RunResult:
     accuracy_run: MlperfRun | None
     verdict: Verdict
     scores: Mapping[str, float]
+    accuracy_error: str  # "" or why the accuracy run's logs cannot be read; the performance run stands
 
 
 def read_result(folder: Path | str, source: str | None = None, claim: Claim | None = None) -> RunResult:
@@ -254,16 +255,33 @@ def read_result(folder: Path | str, source: str | None = None, claim: Claim | No
     files = find_logs(folder)
     if source is not None and source not in SOURCES:
         raise DisaggError(f"source: found {source!r}; needed one of {', '.join(SOURCES)}")
-    accuracy_run = (
-        read_run(files.accuracy) if files.accuracy and files.accuracy != files.performance else None
-    )
+    accuracy_run, accuracy_error = _read_accuracy_run(files)
     run = read_run(files.performance) if files.performance else accuracy_run
+    if run is None:
+        raise LogError(
+            "missing_file",
+            files.folder,
+            "no readable run",
+            "a performance run",
+            accuracy_error or "Measure again.",
+        )
     # ours lies in tables/, because nothing is written beside LoadGen's files
     written = [folder / "accuracy.txt" for folder in (files.accuracy, files.base / "tables") if folder]
     scores = next((read_accuracy_txt(path) for path in written if path.is_file()), None)
     claim = claim or claim_of(files, run, source)
-    verdict = judge(run, claim, scores, accuracy_run, files.client)
-    return RunResult(files, run, accuracy_run, verdict, scores.scores if scores else {})
+    verdict = judge(run, claim, scores, accuracy_run, files.client, accuracy_error)
+    return RunResult(files, run, accuracy_run, verdict, scores.scores if scores else {}, accuracy_error)
+
+
+def _read_accuracy_run(files: RunFiles) -> tuple[MlperfRun | None, str]:
+    """The accuracy run and "", or None and what is wrong with its logs (nothing, if it was not made)."""
+    folder = files.accuracy
+    if folder is None or folder == files.performance or not (folder / DETAIL).is_file():
+        return None, ""
+    try:
+        return read_run(folder), ""
+    except LogError as error:
+        return None, str(error)
 
 
 def run_row(run_dir: Path | str, source: str | None = None) -> dict:
@@ -283,6 +301,7 @@ def _row(result: RunResult) -> dict:
         scenario=verdict.claim.scenario,
         valid=verdict.valid,
         submittable=verdict.submittable,
+        error=result.accuracy_error,
         first_failed=verdict.failed[0].name if verdict.failed else "",
         shortened=", ".join(check.name for check in verdict.shortened),
         latency_p50_s=run.latency_p50_ms / 1e3,
@@ -434,7 +453,7 @@ TERMINAL = {
 def format_table(table: pd.DataFrame) -> str:
     """The table for a terminal: a block a run where it is narrow enough to read; errors below, in full."""
     lines = []
-    good = table[table["error"] == ""]
+    good = table[table["loadgen_scenario"] != ""]  # read; an unreadable accuracy run leaves the rest standing
     if len(good):
         folders = [Path(str(folder)).name or str(folder) for folder in good["folder"]]
         cells = [["run", *folders]]
@@ -602,3 +621,8 @@ def _noise(figure: str, base: pd.Series, difference: float, obstacle: str) -> tu
         math.exp(abs(math.log1p(difference / 100))) - 1
     )  # a fall as large as the rise that undoes it
     return band, obstacle or ("beyond the noise" if size > band else "inside the noise")
+
+
+def beside_published(table: pd.DataFrame, scenario: str = "Interactive") -> pd.DataFrame:
+    """The runs of a table, then the published v5.1 rows of a scenario; `source` keeps them apart."""
+    return pd.concat([table, published_table(scenario)], ignore_index=True)

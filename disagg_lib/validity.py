@@ -166,6 +166,7 @@ def judge(
     scores: AccuracyScores | None = None,
     accuracy_run: MlperfRun | None = None,
     client: Mapping | None = None,
+    accuracy_error: str = "",
 ) -> Verdict:
     """Judge a performance run, and its accuracy where there is one, by the rules of what it claims.
 
@@ -175,6 +176,7 @@ def judge(
     claim : model, scenario and round to judge by, and where the figures come from.
     scores : of accuracy.txt; without it accuracy reads 'not judged'.
     accuracy_run : LoadGen's own files of the accuracy run.
+    accuracy_error : why the accuracy run's logs cannot be read, if they are there and cannot.
     client : our client's job/client_performance.json; None where another client ran.
 
     Raises
@@ -198,6 +200,8 @@ def judge(
     found = [check for make in makers for check in make(run, claim, rules["rounds"][claim.round], model)]
     found += _client_checks(client)
     found += _accuracy_checks(claim, model, scores, accuracy_run)
+    if accuracy_error:
+        found.append(Check("accuracy_log", FAIL, "unreadable", "readable", "", accuracy_error))
     checks = tuple(_soften(check, claim) for check in found)
     return Verdict(claim, checks, run.loadgen_valid, _suggest(run, checks))
 
@@ -405,14 +409,15 @@ def _early_stopping(run: MlperfRun, figure: str, limit: float, own_limit: float)
 
 def _count_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> Iterator[Check]:
     """Figures that must fit each other: queries, tokens, rates."""
+    # without equal issue LoadGen draws a reserve of queries that it need not issue
+    lost = run.generated_query_count - run.query_count
     yield _check(
         "queries_completed",
-        run.query_count == run.generated_query_count
-        or run.loadgen_scenario in ("SingleStream", "MultiStream"),
+        lost == 0 if run.equal_issue else lost >= 0 or math.isnan(lost),
         run.query_count,
         run.generated_query_count,
         "queries",
-        "LoadGen generated more queries than it judged.",
+        "LoadGen judged another number of queries than it drew: the run was ended from outside.",
     )
     if model and run.loadgen_scenario in ("Server", "Offline"):
         yield _query_count(run, model)

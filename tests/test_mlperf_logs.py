@@ -171,6 +171,15 @@ def test_summary_of_another_run_is_refused(tmp_path, other):
     assert case_of(folder) == "mixed_runs"
 
 
+@pytest.mark.parametrize(
+    ("printed", "value", "same"),
+    [("0.45", 0.452, True), ("0.46", 0.452, False), ("92345.5", 92345.5, True), ("1.23457e+06", 1234567.0, True),
+     ("12", 13, False), ("4500000000", 4500000001, False), ("VALID", "VALID", True), ("Yes", 1.0, False)],
+)  # fmt: skip
+def test_summary_is_compared_to_the_digits_that_it_prints(printed, value, same):
+    assert mlperf_logs._same(printed, value) is same
+
+
 def test_errors_that_only_the_summary_reports_are_counted(tmp_path):
     folder = copy(tmp_path)
     text = (folder / SUMMARY).read_text()

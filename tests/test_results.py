@@ -77,6 +77,24 @@ def test_a_bad_folder_is_a_row_with_its_error_and_the_others_still_show(tmp_path
     assert "good" in text and "cut log" in text
 
 
+def test_cut_accuracy_run_is_an_error_and_the_performance_figures_still_show(tmp_path):
+    run = make_run(tmp_path / "run", kind="logs_full", engine="trtllm")
+    shutil.copytree(DATA / "logs_full/accuracy", run / "mlperf/accuracy")
+    (run / "mlperf/accuracy/mlperf_log_summary.txt").write_text("")
+    table = results.runs_table([run])
+    assert "cut log" in table["error"][0] and table["ttft_p99_ms"][0] > 0
+    assert not table["valid"][0] and table["first_failed"][0] == "accuracy_log"
+    text = results.format_table(table)
+    assert "TTFT p99" in text and "cut log" in text
+
+
+def test_accuracy_folder_without_logs_is_a_run_that_was_not_made(tmp_path):
+    run = make_run(tmp_path / "run", kind="logs_full", engine="trtllm")
+    (run / "mlperf/accuracy").mkdir()
+    row = results.run_row(run)
+    assert row["error"] == "" and row["valid"] and not row["submittable"]
+
+
 def test_rehearsal_is_labelled_and_says_what_it_left_short(tmp_path):
     row = results.run_row(make_run(tmp_path / "run"))
     assert (row["source"], row["scenario"], row["loadgen_valid"]) == ("rehearsed", "Interactive", "VALID")
@@ -190,6 +208,14 @@ def test_is_one_and_a_half_percent_real():
 def test_other_sources_and_loads_are_not_compared():
     assert differing(1.5, source="rehearsed") == "not comparable: source measured and rehearsed"
     assert differing(1.5, target_qps=2.0) == "not comparable: target_qps 1.15 and 2"
+
+
+def test_published_rows_stand_below_ours(tmp_path):
+    table = results.beside_published(results.runs_table([make_run(tmp_path / "run")]))
+    assert (
+        table["source"].tolist() == ["rehearsed"] + ["published"] * 11
+        and tuple(table.columns) == results.COLUMNS
+    )
 
 
 def test_comparison_needs_its_baseline():
