@@ -492,6 +492,12 @@ def follow(run_dir: Path, poll_s: float = 0.5, ask_every_s: float = 10.0) -> Ite
         time.sleep(poll_s)
 
 
+def log_tails(run_dir: Path, lines: int = 10) -> dict[str, list[str]]:
+    """The last lines of the job script's log and of every log in logs/, by name."""
+    paths = [run_dir / SCRIPT_LOG, *sorted((run_dir / "logs").glob("*.log"))]
+    return {path.name: job_agent.last_lines(path, lines).split(" | ") for path in paths if path.exists()}
+
+
 def progress_line(state: JobState, tokens_per_s: float | None = None) -> str:
     """One line for people: phase, queries done, tokens/s, outstanding."""
     p = state.progress

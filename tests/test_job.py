@@ -1,7 +1,6 @@
 """Whole local jobs with real processes: the rehearsal serves, real LoadGen measures, faults are named."""
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -235,10 +234,14 @@ def test_the_agent_imports_the_standard_library_only():
     assert imported <= set(sys.stdlib_module_names)
 
 
-def test_ranks_carry_their_number_and_end_together():
-    script = "import os,sys,time; r=os.environ['SLURM_PROCID']; print('I am', r, flush=True); r=='1' and sys.exit(3); time.sleep(60)"
+def test_ranks_carry_their_number_and_end_together(tmp_path):
+    script = (
+        "import os, sys, time; r = os.environ['SLURM_PROCID']; print('I am', r, flush=True); open(r, 'w').close()\n"
+        "while r != '1' or len(os.listdir()) < 3: time.sleep(0.05)\n"
+        "sys.exit(3)"
+    )
     agent = [sys.executable, job_agent.__file__, "ranks", "3", "4", sys.executable, "-c", script]
-    done = subprocess.run(agent, capture_output=True, text=True, timeout=20, env=dict(os.environ))
+    done = subprocess.run(agent, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 3
     assert {"4: I am 0", "5: I am 1", "6: I am 2"} <= set(done.stdout.splitlines())
     assert "job_agent: rank 5 ended with status 3" in done.stdout

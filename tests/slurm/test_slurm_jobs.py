@@ -67,6 +67,7 @@ def test_twenty_tasks_on_five_nodes_complete(cluster, make_run, dialect):
     state = until_ended(run)
     assert (state.state, state.reason) == ("done", "")
     assert phase_names(run) == PHASES
+    assert launch.log_tails(run)[launch.SCRIPT_LOG.split("/")[1]][-1] == "phase done"
     assert (run / "job/nodes.txt").read_text().split() == ["gb01", "gb02", "gb03", "gb04", "gb05"]
     assert nodes_are_free(cluster)
 

@@ -1,0 +1,129 @@
+"""Setup jobs on a real Slurm: the probe, the image with a stand-in makefile, the client's environment."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from disagg_lib import launch, setup_jobs
+from disagg_lib.experiment import load_experiment
+from disagg_lib.setup_jobs import SetupError
+
+# It checks what it is given, asks as the original does, and "builds" with mksquashfs inside an srun step.
+MAKEFILE = """
+build_base_sqsh:
+	test "$(ARCH)" = {arch} -a "$(SLURM_MODE)" = srun -a "$(SBATCH_PARTITION)" = batch
+	test "$(INSTALL_TRTLLM)" = 1 -a "$(INSTALL_LOADGEN)" = 1
+	test "$(MLPERF_SCRATCH_PATH)" = "{scratch}"
+	test "$(EXTRA_SRUN_FLAGS)" = --container-remap-root
+	test -z "$$LOG_DIR$$MODEL_DIR$$HF_TOKEN"
+	bash ask.sh "$(SBATCH_ACCOUNT)"
+	srun --partition=$(SBATCH_PARTITION) mksquashfs root "$(SBATCH_CONTAINER_SAVE)" -quiet -no-progress
+"""
+ASK = """
+if [ -z "$1" ]; then read -r -p "Leave blank to not specify account: " account; [ -z "$account" ] || exit 7; fi
+read -r -p "Continue? [y/n] " answer
+[ "$answer" = y ] || exit 8
+"""
+ARCH = subprocess.run(["uname", "-m"], capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture
+def site(tmp_path):
+    return {
+        "engine": "rehearsal",
+        "launcher": "slurm",
+        "container": "none",
+        "partition": "batch",
+        "account": "mlperf",
+        "scratch_dir": str(tmp_path / "scratch"),
+        "container_image": str(tmp_path / "images/trtllm.sqsh"),
+        "harness_dir": str(tmp_path / "closed/NVIDIA"),
+        "time_limit": "0:10:00",
+    }
+
+
+@pytest.fixture
+def harness(site, tmp_path):
+    if shutil.which("mksquashfs") is None:
+        pytest.skip("mksquashfs is absent; on Debian: apt install squashfs-tools")
+    folder = tmp_path / "closed/NVIDIA"
+    (folder / "root/usr/bin").mkdir(parents=True)
+    (tmp_path / "images").mkdir()
+    shutil.copy(shutil.which("env"), folder / "root/usr/bin/env")
+    (folder / "Makefile.pyxis").write_text(MAKEFILE.format(arch=ARCH, scratch=site["scratch_dir"]))
+    (folder / "ask.sh").write_text(ASK)
+    return folder
+
+
+def test_the_probe_job_tells_what_a_node_has(site):
+    said = []
+    checks = setup_jobs.probe(load_experiment((), site), out=said.append)
+    assert [check.requirement for check in checks if not check.ok] == []
+    assert {check.requirement.split(":")[0] for check in checks} == {"on gb01"}
+    assert any("running" in line or "ended" in line for line in said)
+
+
+def test_the_probe_of_a_node_without_gpus_and_pyxis_says_so(site):
+    e = load_experiment(
+        (), {**site, "engine": "trtllm", "container": "pyxis", "container_mounts": "/no/such/folder:/data"}
+    )
+    unmet = [check.requirement for check in setup_jobs.probe(e, out=list) if not check.ok]
+    assert unmet == [
+        "on gb01: 4 GPUs (name, memory, driver)",
+        "on gb01: srun knows --container-image (pyxis)",
+        "on gb01: /no/such/folder is visible",
+        f"on gb01: {site['container_image']} is visible",
+    ]
+
+
+@pytest.mark.parametrize("account", ["mlperf", None])
+def test_the_image_job_gives_the_makefile_what_it_needs(site, harness, account, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "canary" * 5)
+    monkeypatch.setenv("LOG_DIR", "/elsewhere")
+    e = load_experiment((), {**site, "account": account})
+    checks = setup_jobs.build_image(e, ARCH, out=print, min_gb=0)
+    assert [check.ok for check in checks] == [True, True, True]
+    digest = subprocess.run(["sha256sum", e.container_image], capture_output=True, text=True).stdout.split()[
+        0
+    ]
+    assert setup_jobs.cite_image(e.container_image) == {"path": e.container_image, "sha256": digest}
+    before = launch.slurm("squeue", "--states=all", "--noheader")
+    setup_jobs.build_image(e, ARCH, out=print, min_gb=0)  # an existing image is taken as it is
+    assert launch.slurm("squeue", "--states=all", "--noheader") == before
+
+
+def test_an_image_job_whose_make_fails_says_why_and_leaves_no_image(site, harness):
+    (harness / "ask.sh").write_text("echo the base image is gone; exit 9")
+    with pytest.raises(SetupError, match="the image job ended with status 1: .*the base image is gone"):
+        setup_jobs.build_image(load_experiment((), site), ARCH, out=list)
+    assert list((harness.parents[1] / "images").iterdir()) == []
+
+
+def test_a_setup_job_past_its_time_limit_or_cancelled_is_named(site):
+    e = load_experiment((), site)
+    script = setup_jobs._header(e, "x", "0:02:00") + "sleep 300\n"
+    timer = threading.Timer(4, lambda: launch.slurm("scancel", "--name=disagg_setup_x"))
+    timer.start()
+    with pytest.raises(SetupError, match="the x job .*(cancelled|status)"):
+        setup_jobs.run_setup_job(e, "x", script, out=list)
+    timer.join()
+
+
+def test_the_clients_environment_is_built_from_source_and_checked(site, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", f"{sys.executable.rsplit('/', 1)[0]}:{__import__('os').environ['PATH']}")
+    e = load_experiment((), site)
+    built = setup_jobs.build_client(e)
+    assert (built["result"], built["machine"], built["mlcommons-loadgen"]) == ("VALID", ARCH, "5.1.2")
+    assert built["loadgen_from"].startswith(str(setup_jobs.client_folder(e)))
+    assert built["numpy"] and built["uvloop"] and len(built["digest"]) == 64
+    assert json.loads((setup_jobs.client_folder(e) / "client_env.json").read_text()) == built
+    assert setup_jobs.build_client(e, out=None) == built  # there already: no job
+
+
+def test_the_site_file_is_suggested_from_what_slurm_says(site):
+    found = setup_jobs.suggest_site(load_experiment((), {**site, "partition": None, "account": None}))
+    assert found["partition"][0] == "batch" and found["account"] == ("mlperf", "sacctmgr: your only account")
