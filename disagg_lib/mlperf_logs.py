@@ -26,7 +26,8 @@ NAN = float("nan")
 class LogError(DisaggError):
     """A LoadGen log is missing, cut short or contradicts itself; `case` names which.
 
-    Cases: missing_folder, empty_folder, missing_file, not_loadgen, cut_log, mixed_runs, bad_accuracy.
+    Cases: missing_folder, empty_folder, missing_file, not_loadgen, cut_log, mixed_runs, bad_value, bad_accuracy;
+    of the files beside the logs also bad_experiment, and no_token_latencies where a figure needs them.
     """
 
     def __init__(self, case: str, where: Path, found: str, needed: str, todo: str) -> None:
@@ -237,7 +238,7 @@ def read_run(log_dir: Path | str) -> MlperfRun:
 
     Raises
     ------
-    LogError : missing_folder, empty_folder, missing_file, not_loadgen, cut_log, mixed_runs.
+    LogError : missing_folder, empty_folder, missing_file, not_loadgen, cut_log, mixed_runs, bad_value.
 
     Source: mlcommons/inference, loadgen/results.cc and loadgen/logging.cc.
     """
@@ -247,6 +248,7 @@ def read_run(log_dir: Path | str) -> MlperfRun:
     mode = _MODES.get(str(detail.get("effective_test_mode")), "")
     _refuse_cut(detail, detail_text, summary_text, mode, log_dir)
     _refuse_mixed(detail, summary_text, log_dir)
+    _refuse_bad_values(detail, log_dir / DETAIL)
     figures = {name: _figure(detail, keys, divisor) for name, (keys, divisor) in FIGURES.items()}
     scenario = str(detail["effective_scenario"])
     if scenario != "Server" or not detail.get("requested_use_token_latencies"):
@@ -360,7 +362,10 @@ def _refuse_cut(detail: Mapping, detail_text: str, summary_text: str, mode: str,
     if mode == "accuracy":
         needed += ["power_end"]  # the last line of every accuracy log
     else:
-        needed += ["result_validity", "result_99.90_percentile_latency_ns"]
+        needed += ["result_validity", "result_query_count", "result_99.90_percentile_latency_ns"]
+        if detail.get("effective_scenario") == "Server" and detail.get("requested_use_token_latencies"):
+            needed += [f"result_{what}" for what in ("first_token_99.00_percentile_latency_ns",
+                       "time_per_output_token_99.00_percentile_ns", "completed_tokens_per_second")]  # fmt: skip
         if _version(detail.get("loadgen_version")) >= (5, 0, 21):
             needed += ["num_errors"]  # the last line of every performance log since then
     absent = [key for key in needed if key not in detail]
@@ -419,6 +424,36 @@ def _same(printed: str, value: object) -> bool:
         return False
     last_digit = 10.0 ** -len(printed.partition(".")[2])  # Server's summary rounds to two decimals
     return math.isclose(number, value, rel_tol=5e-6, abs_tol=0.5000001 * last_digit if "." in printed else 0)
+
+
+_FLAGS = (
+    *(
+        "result_perf_constraints_met",
+        "result_min_duration_met",
+        "result_min_queries_met",
+        "early_stopping_met",
+    ),
+    *("requested_use_token_latencies", "effective_sample_concatenate_permutation"),
+)
+_NUMBERS = frozenset(key for keys, _ in FIGURES.values() for key in keys) | {
+    *("num_errors", "effective_target_latency_percentile"),
+    *(f"effective_{seed}_rng_seed" for seed in ("qsl", "sample_index", "schedule")),
+}
+
+
+def _refuse_bad_values(detail: Mapping, where: Path) -> None:
+    """Raise when a key holds something else than LoadGen writes there: a damaged or an edited log."""
+    for key, value in detail.items():
+        number = key in _NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float))
+        flag = key in _FLAGS and not isinstance(value, bool)
+        if number or flag or (key in _NUMBERS and not math.isfinite(value)):
+            raise LogError(
+                "bad_value",
+                where,
+                f"{key} = {str(value)[:60]}",
+                "true or false" if flag else "a number",
+                "The file is damaged or was edited: copy it again from the run.",
+            )
 
 
 def _figure(detail: Mapping, keys: tuple[str, ...], divisor: float) -> float:

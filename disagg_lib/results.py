@@ -119,7 +119,7 @@ def _json(path: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except ValueError as error:
         raise LogError(
             "cut_log", path, f"no JSON ({error})", "a JSON object", "Copy the file again."
@@ -134,7 +134,7 @@ def read_parameters(path: Path) -> dict[str, object]:
     # the C loader reads a thousand of them in a second, the Python one in ten
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        recorded = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)["parameters"]
+        recorded = yaml.load(path.read_text(encoding="utf-8", errors="replace"), Loader=loader)["parameters"]
         return {name: entry["value"] for name, entry in recorded.items()}
     except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise LogError(
@@ -150,7 +150,7 @@ def _origin(path: Path) -> dict[str, str]:
     """`key: value` lines of a SOURCE.txt, keys in lower case."""
     if not path.is_file():
         return {}
-    pairs = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
+    pairs = (line.partition(":") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
     return {key.strip().lower(): value.strip() for key, colon, value in pairs if colon}
 
 

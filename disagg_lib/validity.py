@@ -550,7 +550,9 @@ def _accuracy_counts(model: dict, scores: AccuracyScores) -> Iterator[Check]:
 
 def _suggest(run: MlperfRun, checks: tuple[Check, ...]) -> str:
     """A first guess at the load, from how far the worst latency is over its limit; "" where none is due."""
-    over = [check for check in checks if check.status == FAIL and check.name in ("ttft_p99", "tpot_p99")]
+    over = [
+        c for c in checks if c.status == FAIL and c.name in ("ttft_p99", "tpot_p99") and c.figure >= c.limit
+    ]
     if not over or math.isnan(run.target_qps):
         return ""
     worst = max(over, key=lambda check: check.figure / check.limit)

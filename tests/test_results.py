@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from disagg_lib import results
 
@@ -75,6 +77,44 @@ def test_a_bad_folder_is_a_row_with_its_error_and_the_others_still_show(tmp_path
     assert table["ttft_p99_ms"][0] > 0
     text = results.format_table(table)
     assert "good" in text and "cut log" in text
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    run = make_run(
+        tmp_path_factory.mktemp("damaged") / "run",
+        kind="logs_full",
+        client={"valid_client": True, "failed": 0},
+    )
+    shutil.copytree(DATA / "logs_full/accuracy", run / "mlperf/accuracy")
+    (run / "mlperf/accuracy/accuracy.txt").write_text("{'rougeL': 21.9}\n")
+    return run
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_damaged_file_is_an_error_row_or_a_row_and_never_ends_the_table(whole_run, data):
+    files = sorted(
+        p
+        for p in whole_run.rglob("*")
+        if p.suffix in (".txt", ".yaml", ".json") and p.name != "mlperf_log_accuracy.json"
+    )
+    path = data.draw(st.sampled_from(files))
+    before = path.read_bytes()
+    at = data.draw(
+        st.integers(max(0, len(before) - 12000), len(before))
+    )  # the index list of 45 kB lies before
+    gone = data.draw(st.integers(0, 60))
+    put = data.draw(
+        st.sampled_from([b"", b"null", b'"x"', b"{", b"\n", b"-", b"1e999", b"\xff", b":", b"NaN", b"\0"])
+    )
+    path.write_bytes(before[:at] + put + before[at + gone :])
+    try:
+        table = results.runs_table([whole_run])
+        results.format_table(table)
+    finally:
+        path.write_bytes(before)
+    assert len(table) == 1 and (table["error"][0] or table["ttft_p99_ms"][0] > 0 or not table["valid"][0])
 
 
 def test_cut_accuracy_run_is_an_error_and_the_performance_figures_still_show(tmp_path):
