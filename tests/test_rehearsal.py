@@ -197,7 +197,8 @@ def test_without_a_fixed_length_the_answer_has_a_drawn_one(v51):
     [
         b"not json", b"[]", {"prompt": "x"}, {"model": "m"}, {"model": "m", "prompt": []}, {"model": "m", "prompt": ["a", "b"]},
         {"model": "m", "prompt": [1, "a"]}, {"model": "m", "prompt": "x", "n": 2}, {"model": "m", "prompt": "x", "max_tokens": 0},
-        {"model": "m", "prompt": "x", "no_such_field": 1}, {"model": "m", "prompt": "x", "stream": "yes"},
+        {"model": "m", "prompt": "x", "no_such_field": 1}, {"model": "m", "prompt": "x", "disaggregated_params": []},
+        b"[" * 100_000, {"model": "m", "prompt": "x", "stream": "yes"},
         {"model": "m", "prompt": "x", "stream_options": {"include_usage": True}},
     ],
 )  # fmt: skip
@@ -390,6 +391,13 @@ def refusal(tmp_path, rank=0, tasks=12, command="disaggregated_mpi_worker", **ch
         ({"context_servers__urls": ["a:1", "a:1"]}, "is the url of ctx0 and of ctx1"),
         ({"context_servers__num_instances": 0, "context_servers__urls": []}, "num_instances 0"),
         ({"context_servers__disable_overlap_scheduler": False}, "disable_overlap_scheduler: true"),
+        ({"context_servers__kv_cache_config": 5}, "kv_cache_config is 5; a mapping is needed"),
+        (
+            {"context_servers__kv_cache_config": {"free_gpu_memory_fraction": "most"}},
+            "a number between 0 and 1",
+        ),
+        ({"context_servers": [1]}, "context_servers is list"),
+        ({"context_servers__router": "random"}, "a mapping with type is needed"),
         ({"tasks": 11}, "ctx0 4 + ctx1 4 + gen0 4 = 12 ranks"),
         ({"context_servers__tensor_parallel_size": 1, "tasks": 6}, "no latency table for gb200 TP1"),
     ],

@@ -66,6 +66,11 @@ def _prompt_tokens(prompt) -> list[int]:
     raise BadRequest("prompt must be one non-empty string or one non-empty list of token ids")
 
 
+def _first_tokens(params: dict) -> bool:
+    tokens = params.get("first_gen_tokens")
+    return isinstance(tokens, list) and bool(tokens) and all(type(token) is int for token in tokens)
+
+
 def parse_body(raw: bytes, chat: bool) -> tuple[dict, Prompt]:
     """Check a request body as the servers' data classes do.
 
@@ -75,7 +80,7 @@ def parse_body(raw: bytes, chat: bool) -> tuple[dict, Prompt]:
     """
     try:
         body = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise BadRequest("body must be a JSON object")
@@ -89,6 +94,8 @@ def parse_body(raw: bytes, chat: bool) -> tuple[dict, Prompt]:
     stream, options = body.get("stream", False), body.get("stream_options")
     if not isinstance(stream, bool) or not isinstance(options, dict | None):
         raise BadRequest("stream must be true or false, stream_options an object")
+    if not isinstance(body.get("disaggregated_params"), dict | None):
+        raise BadRequest("disaggregated_params must be an object")
     if options is not None and not stream:
         raise BadRequest("stream_options needs stream: true")
     if chat:
@@ -252,7 +259,7 @@ class Worker:
                         f"prompt has {len(prompt.tokens)} tokens, max_num_tokens is {self.args.max_num_tokens}"
                         " and enable_chunked_prefill is off"
                     )
-            elif not params.get("first_gen_tokens") or "ctx_request_id" not in params:
+            elif not _first_tokens(params) or "ctx_request_id" not in params:
                 raise BadRequest(
                     "generation_only needs disaggregated_params with ctx_request_id and first_gen_tokens"
                 )

@@ -97,7 +97,7 @@ def dialect_of(content: dict) -> str:
     """`v5.1` if the file speaks in that release's flat keys (more of them than of the nested ones), else `1.x`."""
     keys = set(content)
     for group in ("context_servers", "generation_servers"):
-        keys |= set(content.get(group) or ())
+        keys |= set(content[group]) if isinstance(content.get(group), dict) else set()
     flat, nested = known_keys("engine", "v5.1"), known_keys("engine", "1.x")
     return "v5.1" if len(keys & flat) > len(keys & nested) else "1.x"
 
@@ -165,6 +165,10 @@ def read_serve_file(path: Path) -> ServeFile:
     routers = {}
     for role in ("context", "generation"):
         router = (content.get(f"{role}_servers") or {}).get("router") or {}
+        if not isinstance(router, dict):
+            raise ServeConfigError(
+                f"{path}: {role}_servers.router is {router!r}; a mapping with type is needed."
+            )
         kind = router.get("type", "round_robin")
         if kind not in ("round_robin", "load_balancing"):
             raise ServeConfigError(
@@ -177,7 +181,7 @@ def read_serve_file(path: Path) -> ServeFile:
         _whole(f"{path}: port", content.get("port", 8000), 1),
         tuple(instances),
         routers,
-        3 if dialect == "v5.1" else content.get("max_retries", 1),
+        3 if dialect == "v5.1" else _whole(f"{path}: max_retries", content.get("max_retries", 1), 0),
     )
 
 
@@ -186,6 +190,9 @@ def check_engine_keys(where: str, engine: dict, dialect: str, per_worker: bool =
     valid = known_keys("engine", "both") | known_keys("engine", dialect)
     if not per_worker:
         valid = valid | {"free_gpu_memory_fraction"}
+    for name in _key_file()["objects"]:
+        if not isinstance(engine.get(name), dict | None):
+            raise ServeConfigError(f"{where}: {name} is {engine[name]!r}; a mapping is needed.")
     unknown = [key for key in engine if key not in valid]
     if dialect == "1.x":
         for name in _key_file()["objects"]:
@@ -213,6 +220,10 @@ def engine_args(
     fraction = (kv or {}).get("free_gpu_memory_fraction", 0.9)
     if kv is None:
         fraction = engine.get("free_gpu_memory_fraction", 0.9)
+    if not isinstance(fraction, int | float) or not 0 < fraction < 1:
+        raise ServeConfigError(
+            f"{where}: free_gpu_memory_fraction is {fraction!r}; a number between 0 and 1 is needed."
+        )
     batch = _whole(f"{where}: max_batch_size", engine.get("max_batch_size", 2048), 1)
     if dialect == "v5.1":
         graphs = {"batch_sizes": engine.get("cuda_graph_batch_sizes"), "enable_padding": engine.get("cuda_graph_padding_enabled"),
@@ -234,6 +245,8 @@ def engine_args(
                 f"{where}: CUDA-graph batch_sizes and max_batch_size are both given; keep one."
             )
         most = graphs.get("max_batch_size") or batch
+        if not all(isinstance(n, int) for n in [most, *(graphs.get("batch_sizes") or [])]):
+            raise ServeConfigError(f"{where}: CUDA-graph sizes must be whole numbers, found {graphs}.")
         sizes = graphs.get("batch_sizes") or [
             n for n in (1, 2, 4, *range(8, 129, 8), 256, 512, 1024, 2048) if n <= most
         ]
