@@ -107,8 +107,29 @@ def test_limits_that_nothing_meets_are_said_not_searched_for_ever():
 
 def test_saturation_is_refused_with_the_nearest_feasible_choice():
     check_saturation(TWENTY_GPUS, 4.0)
-    with pytest.raises(PlanError, match=r"always busy from 4\.\d+ queries/s. Choose less than"):
+    with pytest.raises(
+        PlanError, match=r"4 x TP4 context servers are always busy from 4\.\d+ queries/s. Choose less than"
+    ):
         check_saturation(TWENTY_GPUS, 9.0)
+    many = dataclasses.replace(TWENTY_GPUS, context=ServerGroup(16, 4))
+    with pytest.raises(PlanError, match="1 x TP4 generation servers are always busy from"):
+        check_saturation(many, 9.0)
+
+
+def test_beyond_saturation_queues_grow_and_below_they_do_not():
+    lengths = built_in_lengths()
+    most = min(planning.saturation_qps(TWENTY_GPUS, lengths))
+    waits = [
+        simulate(TWENTY_GPUS, draw_load(share * most, 1), lengths).ttft_ms[-500:].mean() / 1e3
+        for share in (0.85, 1.15)
+    ]
+    assert waits[0] < 10 < 100 < waits[1]
+
+
+def test_a_tray_of_two_small_servers_loses_both():
+    small = dataclasses.replace(TWENTY_GPUS, context=ServerGroup(8, 2))
+    assert planning._tray_down(small, "context", 4).context.count == 6
+    assert planning._tray_down(TWENTY_GPUS, "generation", 4) is None
 
 
 def test_an_aggregated_alternative_is_judged_by_the_same_limits():

@@ -43,7 +43,7 @@ class PlanRow:
     """One ranked topology. QPS figures are queries/s over the planning seeds; ms and rates are medians at recommended_qps.
 
     `recommended_qps` is the lowest highest-VALID QPS of the planning seeds; `p_valid` is the share of other seeds that are VALID
-    there. `without_*` is the median highest-VALID QPS with one server of that kind less: what a lost tray costs at the most.
+    there. `without_*` is the median highest-VALID QPS after one tray's servers of that kind are lost (0: none of that kind is left).
     """
 
     deployment: Deployment
@@ -166,30 +166,39 @@ def _context_qps(d: Deployment, inputs: np.ndarray, ttft_limit_s: float) -> floa
     return low / mean * group.count
 
 
-def _generation_qps(d: Deployment, mean_input: float, mean_output: float, tpot_limit_ms: float) -> float:
-    """QPS of the largest batch that KV cache, slots and the limit allow, with room for its fluctuation."""
+def _generation_ms(d: Deployment, batch: float, mean_tokens: float) -> float:
+    """A generation server's step with `batch` sequences in all its stages."""
     group = d.generation
     t = read_table(d.system, group.tp, group.pp)
-    capacity = t.kv_capacity_tokens(group.kv_fraction, group.max_num_tokens)
-    reserved = max(mean_output, d.reserve_output_tokens or 0)
-    most = min(group.max_batch_size * group.pp, capacity / (mean_input + reserved))
+    return d.generation_factor * rules.generation_step_ms(
+        t.generation_batch, t.generation_ms, t.kv_batch, t.kv_length, t.kv_ms, batch / group.pp, mean_tokens,
+        group.cuda_graph_sizes, group.cuda_graph_padding, rules.EAGER_FLOOR_MS,
+    )  # fmt: skip
+
+
+def _most_sequences(d: Deployment, mean_input: float, mean_output: float) -> float:
+    """Sequences that one generation server's slots and KV cache hold, on average."""
+    group = d.generation
+    capacity = read_table(d.system, group.tp, group.pp).kv_capacity_tokens(
+        group.kv_fraction, group.max_num_tokens
+    )
+    return min(
+        group.max_batch_size * group.pp,
+        capacity / (mean_input + max(mean_output, d.reserve_output_tokens or 0)),
+    )
+
+
+def _generation_qps(d: Deployment, mean_input: float, mean_output: float, tpot_limit_ms: float) -> float:
+    """QPS of the largest batch that KV cache, slots and the limit allow, with room for its fluctuation."""
+    most = _most_sequences(d, mean_input, mean_output)
+    mean_tokens = mean_input + mean_output / 2
     best = 0.0
     for batch in range(1, int(most) + 1, 1 + int(most) // 64):
         peak = batch + 2.5 * math.sqrt(batch)
-        if peak > most:
+        if peak > most or _generation_ms(d, peak, mean_tokens) > tpot_limit_ms:
             break
-        step, top = (
-            d.generation_factor
-            * rules.generation_step_ms(
-                t.generation_batch, t.generation_ms, t.kv_batch, t.kv_length, t.kv_ms, b / group.pp,
-                mean_input + mean_output / 2, group.cuda_graph_sizes, group.cuda_graph_padding, rules.EAGER_FLOOR_MS,
-            )
-            for b in (batch, peak)
-        )  # fmt: skip
-        if top > tpot_limit_ms:
-            break
-        best = max(best, batch / (mean_output * step / 1e3))
-    return best * group.count
+        best = max(best, batch / (mean_output * _generation_ms(d, batch, mean_tokens) / 1e3))
+    return best * d.generation.count
 
 
 def _candidates(
@@ -330,33 +339,52 @@ def qps_over_seeds(
     return np.array(found)
 
 
+def saturation_qps(deployment: Deployment, lengths: np.ndarray) -> tuple[float, float]:
+    """QPS from which the context servers, and the generation servers, cannot keep up however long the run."""
+    d, mean_input = deployment, float(lengths["input_tokens"].mean())
+    mean_output = float(lengths["output_tokens"].mean())
+    grid, seconds = _prompt_seconds(d.system, d.context.tp, d.context.pp, d.context.max_num_tokens)
+    service = np.interp(lengths["input_tokens"], grid, seconds).mean() * d.context_factor / d.context.pp
+    batch = _most_sequences(d, mean_input, mean_output)
+    step = _generation_ms(d, batch, mean_input + mean_output / 2)
+    return d.context.count / service, d.generation.count * batch / (mean_output * step / 1e3)
+
+
 def check_saturation(deployment: Deployment, target_qps: float, lengths: np.ndarray | None = None) -> None:
-    """Refuse a QPS that the context servers cannot keep up with however long the run.
+    """Refuse a QPS that a disaggregated deployment cannot keep up with.
 
     Raises
     ------
-    PlanError : names the QPS at which they are busy all the time.
+    PlanError : names the servers that saturate, the QPS from which they do, and the nearest feasible choice.
     """
-    lengths = built_in_lengths() if lengths is None else lengths
-    group = deployment.context
-    if group is None:
+    if deployment.context is None:
         return
-    grid, seconds = _prompt_seconds(deployment.system, group.tp, group.pp, group.max_num_tokens)
-    service = np.interp(lengths["input_tokens"], grid, seconds).mean() * deployment.context_factor / group.pp
-    most = group.count / service
+    context, generation = saturation_qps(deployment, built_in_lengths() if lengths is None else lengths)
+    most = min(context, generation)
     if target_qps > most:
+        name, group = (
+            ("context", deployment.context) if context < generation else ("generation", deployment.generation)
+        )
         raise PlanError(
-            f"target_qps {target_qps:g} is beyond saturation: {_shape(group)} context servers need {service:.3f} s for a mean"
-            f" prompt, so they are always busy from {most:.2f} queries/s. Choose less than {0.9 * most:.2f}."
+            f"target_qps {target_qps:g} is beyond saturation: {_shape(group)} {name} servers are always busy from"
+            f" {most:.2f} queries/s. Choose less than {0.9 * most:.2f}, or more {name} servers."
         )
 
 
-def _one_less(d: Deployment, role: str) -> Deployment | None:
+def _tray_down(d: Deployment, role: str, gpus_per_node: int) -> Deployment | None:
+    """The deployment without the servers of this role that one tray holds; None if nothing is left."""
     group = getattr(d, role)
-    return replace(d, **{role: replace(group, count=group.count - 1)}) if group and group.count > 1 else None
+    lost = math.ceil(gpus_per_node / (group.tp * group.pp)) if group else 0
+    return (
+        replace(d, **{role: replace(group, count=group.count - lost)})
+        if group and group.count > lost
+        else None
+    )
 
 
-def _row(d: Deployment, budget: int, lengths, seeds, limits_ms, qps: np.ndarray) -> PlanRow:
+def _row(
+    d: Deployment, budget: int, gpus_per_node: int, lengths, seeds, limits_ms, qps: np.ndarray
+) -> PlanRow:
     recommended = float(qps.min())
     others = range(1000, 1000 + len(seeds))
     runs = [simulate(d, draw_load(recommended, seed), lengths) for seed in others]
@@ -365,7 +393,7 @@ def _row(d: Deployment, budget: int, lengths, seeds, limits_ms, qps: np.ndarray)
               ("completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms")}  # fmt: skip
     less = {}
     for role in ("context", "generation"):
-        smaller = _one_less(d, role)
+        smaller = _tray_down(d, role, gpus_per_node)
         guess = 0.9 * float(np.median(qps))
         less[role] = (
             float(np.median(qps_over_seeds(smaller, lengths, seeds[:2], limits_ms, guess, QUICK_QPS_ERROR)))
@@ -445,7 +473,7 @@ def plan(
 
         def full(pair):
             qps = qps_over_seeds(pair[1], lengths, seeds, limits_ms, pair[0])
-            return _row(pair[1], gpus, lengths, seeds, limits_ms, qps)
+            return _row(pair[1], gpus, gpus_per_node, lengths, seeds, limits_ms, qps)
 
         rows = list(pool.map(full, layouts.values()))
     return sorted(rows, key=lambda row: -row.target_qps)
@@ -459,6 +487,7 @@ def aggregated_alternative(
     limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
     seeds: Sequence[int] = range(8),
     calibration: Calibration | None = None,
+    gpus_per_node: int = 4,
 ) -> PlanRow:
     """The same budget with aggregated servers (256 sequences, 2048 tokens a step): does disaggregation pay?"""
     lengths = built_in_lengths() if lengths is None else lengths
@@ -467,4 +496,4 @@ def aggregated_alternative(
     group = ServerGroup(gpus // tp, tp, max_batch_size=256, max_num_tokens=2048)
     d = (calibration or Calibration()).apply(Deployment(system, None, group, reserve_output_tokens=None))
     qps = qps_over_seeds(d, lengths, seeds, limits_ms, 0.15 * group.count)
-    return _row(d, gpus, lengths, seeds, limits_ms, qps)
+    return _row(d, gpus, gpus_per_node, lengths, seeds, limits_ms, qps)
