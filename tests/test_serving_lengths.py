@@ -9,6 +9,7 @@ from disagg_lib.serving.lengths import (
     LengthsError,
     built_in_lengths,
     output_tokens_at,
+    read_histogram,
     read_lengths_csv,
     shorten_outputs,
     write_lengths_csv,
@@ -73,3 +74,29 @@ def test_bad_csv_says_file_line_and_need(tmp_path, text, word):
     with pytest.raises(LengthsError, match=word) as error:
         read_lengths_csv(tmp_path / "l.csv")
     assert "l.csv" in str(error.value)
+
+
+def test_a_histogram_replaces_the_prompt_shape_and_nothing_else(tmp_path):
+    (tmp_path / "h.csv").write_text("up_to_tokens,samples\n1000,0\n2000,30\n8000,10\n")
+    lengths = built_in_lengths(4000, input_histogram=read_histogram(tmp_path / "h.csv"))
+    assert (lengths["input_tokens"] <= 2000).mean() == pytest.approx(0.75, abs=0.001)
+    assert lengths["input_tokens"].mean() == pytest.approx(0.75 * 1500 + 0.25 * 5000, rel=0.001)
+    assert (lengths["output_tokens"] == built_in_lengths(4000)["output_tokens"]).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "no samples"),
+        ("tokens,samples\n1,2\n", "needs the header"),
+        ("up_to_tokens,samples\n1000,5\n", "line 2: found 1000,5"),
+        ("up_to_tokens,samples\n1000,0\n900,3\n", "line 3: found 900,3"),
+        ("up_to_tokens,samples\n1000,0\n2000,nan\n", "line 3: found 2000,nan"),
+        ("up_to_tokens,samples\n1000,0\n2000,0\n", "no samples"),
+        ("up_to_tokens,samples\n1000,x\n", "numbers below it"),
+    ],
+)
+def test_a_bad_histogram_says_what_is_needed(tmp_path, text, word):
+    (tmp_path / "h.csv").write_text(text)
+    with pytest.raises(LengthsError, match=word):
+        read_histogram(tmp_path / "h.csv")

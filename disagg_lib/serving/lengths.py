@@ -46,12 +46,17 @@ def _beta_quantiles(quantiles: np.ndarray, mean: float, cv: float) -> np.ndarray
     return low + (high - low) * np.interp(quantiles, mass / mass[-1], edges)
 
 
-def built_in_lengths(count: int = 8313, cv: float = 0.45, seed: int = 405) -> np.ndarray:
+def built_in_lengths(
+    count: int = 8313,
+    cv: float = 0.45,
+    seed: int = 405,
+    input_histogram: list[tuple[float, float]] | None = None,
+) -> np.ndarray:
     """Lengths of `count` samples in the built-in shapes, the same on every machine.
 
-    Inputs: Beta scaled to 400..20000, mean 9400, coefficient of variation `cv`. Outputs: piecewise linear through the
-    published percentiles, independent of the input. Both are stratified, at quantiles (i + 0.5) / count, then shuffled by
-    RandomState, whose stream numpy has frozen.
+    Inputs: Beta scaled to 400..20000, mean 9400, coefficient of variation `cv`; or, if given, a histogram (`read_histogram`).
+    Outputs: piecewise linear through the published percentiles, independent of the input. Both are stratified, at quantiles
+    (i + 0.5) / count, then shuffled by RandomState, whose stream numpy has frozen.
 
     Returns
     -------
@@ -60,15 +65,54 @@ def built_in_lengths(count: int = 8313, cv: float = 0.45, seed: int = 405) -> np
     if count < 1:
         raise LengthsError(f"count is {count}; a data set has at least 1 sample.")
     quantiles = (np.arange(count) + 0.5) / count
+    if input_histogram is None:
+        inputs = _beta_quantiles(quantiles, INPUT_MEAN, cv)
+    else:
+        edges, weights = np.array(input_histogram).T
+        mass = np.concatenate(([0.0], np.cumsum(weights[1:])))
+        inputs = np.interp(quantiles, mass / mass[-1], edges)
     percent, tokens = zip(*OUTPUT_PERCENTILES, strict=True)
     stream = np.random.RandomState(seed)
     lengths = np.empty(count, LENGTHS)
-    for field, values in (
-        ("input_tokens", _beta_quantiles(quantiles, INPUT_MEAN, cv)),
+    for name, values in (
+        ("input_tokens", inputs),
         ("output_tokens", np.interp(100 * quantiles, percent, tokens)),
     ):
-        lengths[field] = np.floor(values + 0.5)[stream.permutation(count)]
+        lengths[name] = np.floor(values + 0.5)[stream.permutation(count)]
     return lengths
+
+
+def read_histogram(path: Path) -> list[tuple[float, float]]:
+    """Prompt lengths as a histogram, for those who may not show more: CSV with the header up_to_tokens,samples.
+
+    Rows ascend; each counts the samples above the row before and not above its own up_to_tokens. The first row is the lower edge
+    and has 0 samples.
+
+    Raises
+    ------
+    LengthsError : says the line, what was found and what is needed.
+    """
+    path = Path(path)
+    rows: list[tuple[float, float]] = []
+    try:
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                edge, samples = float(row["up_to_tokens"]), float(row["samples"])
+                above = rows[-1][0] if rows else 0.0
+                if not (above < edge < 2**31 and 0 <= samples < 1e12) or (not rows and samples):
+                    raise LengthsError(
+                        f"{path}, line {reader.line_num}: found {edge:g},{samples:g}; up_to_tokens must ascend from 1, samples be"
+                        " 0 or more, and 0 in the first row, the lower edge."
+                    )
+                rows.append((edge, samples))
+    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise LengthsError(
+            f"{path}: needs the header up_to_tokens,samples and numbers below it ({error!r})."
+        ) from None
+    if not sum(samples for _, samples in rows):
+        raise LengthsError(f"{path}: no samples in any bin.")
+    return rows
 
 
 def shorten_outputs(lengths: np.ndarray, mean_tokens: float) -> np.ndarray:
