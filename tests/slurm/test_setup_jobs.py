@@ -33,6 +33,7 @@ ARCH = subprocess.run(["uname", "-m"], capture_output=True, text=True).stdout.st
 
 @pytest.fixture
 def site(tmp_path):
+    (tmp_path / "images").mkdir()
     return {
         "engine": "rehearsal",
         "launcher": "slurm",
@@ -52,7 +53,6 @@ def harness(site, tmp_path):
         pytest.skip("mksquashfs is absent; on Debian: apt install squashfs-tools")
     folder = tmp_path / "closed/NVIDIA"
     (folder / "root/usr/bin").mkdir(parents=True)
-    (tmp_path / "images").mkdir()
     shutil.copy(shutil.which("env"), folder / "root/usr/bin/env")
     (folder / "Makefile.pyxis").write_text(MAKEFILE.format(arch=ARCH, scratch=site["scratch_dir"]))
     (folder / "ask.sh").write_text(ASK)
@@ -76,7 +76,6 @@ def test_the_probe_of_a_node_without_gpus_and_pyxis_says_so(site):
         "on gb01: 4 GPUs (name, memory, driver)",
         "on gb01: srun knows --container-image (pyxis)",
         "on gb01: /no/such/folder is visible",
-        f"on gb01: {site['container_image']} is visible",
     ]
 
 
@@ -98,17 +97,17 @@ def test_the_image_job_gives_the_makefile_what_it_needs(site, harness, account, 
 
 def test_an_image_job_whose_make_fails_says_why_and_leaves_no_image(site, harness):
     (harness / "ask.sh").write_text("echo the base image is gone; exit 9")
-    with pytest.raises(SetupError, match="the image job ended with status 1: .*the base image is gone"):
+    with pytest.raises(SetupError, match="the image job: ended with status 1: .*the base image is gone"):
         setup_jobs.build_image(load_experiment((), site), ARCH, out=list)
     assert list((harness.parents[1] / "images").iterdir()) == []
 
 
-def test_a_setup_job_past_its_time_limit_or_cancelled_is_named(site):
+def test_a_setup_job_that_is_cancelled_is_named(site):
     e = load_experiment((), site)
     script = setup_jobs._header(e, "x", "0:02:00") + "sleep 300\n"
     timer = threading.Timer(4, lambda: launch.slurm("scancel", "--name=disagg_setup_x"))
     timer.start()
-    with pytest.raises(SetupError, match="the x job .*(cancelled|status)"):
+    with pytest.raises(SetupError, match="the x job: (cancelled by a user|ended with status 143)"):
         setup_jobs.run_setup_job(e, "x", script, out=list)
     timer.join()
 
@@ -126,4 +125,5 @@ def test_the_clients_environment_is_built_from_source_and_checked(site, monkeypa
 
 def test_the_site_file_is_suggested_from_what_slurm_says(site):
     found = setup_jobs.suggest_site(load_experiment((), {**site, "partition": None, "account": None}))
-    assert found["partition"][0] == "batch" and found["account"] == ("mlperf", "sacctmgr: your only account")
+    assert found["partition"] == ("batch", "sinfo: the default partition")
+    assert len(launch.accounts()) == 2 and "account" not in found  # several: the user's choice
