@@ -1,5 +1,5 @@
 """python -m disagg_lib"""
 
-from .pipeline import main
+from .command_line import main
 
 main(prog_name="python -m disagg_lib")

@@ -1,4 +1,4 @@
-"""The notebooks' parameters, the notebooks headless and in order, and the command line."""
+"""How a notebook gets its parameters, and all notebooks headless, in order."""
 
 import ast
 import datetime
@@ -8,15 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
-import yaml
-
 from .errors import DisaggError
 from .experiment import (
     DEFAULT_PARAMS_FILES,
     REPOSITORY,
     Experiment,
-    ParameterError,
     load_experiment,
     load_recorded,
     parameter_kind,
@@ -26,7 +22,7 @@ from .experiment import (
 )
 
 NOTEBOOKS = REPOSITORY / "notebooks"
-CHAIN = ("00_setup", "01_model_download", "03_configuration", "04_launch", "05_analysis")
+CHAIN = ("00_setup", "01_model_download", "02_plan", "03_configuration", "04_launch", "05_analysis")
 OF_A_NOTEBOOK = ("params_files", "run_dir")  # parameters that are about the notebook, not the experiment
 
 
@@ -149,9 +145,13 @@ def _report(folder: Path) -> Path:
 
 
 def run_chain(
-    params_files: Sequence[str], given: Mapping[str, Any], run_dir: str = "", out=click.echo
+    params_files: Sequence[str],
+    given: Mapping[str, Any],
+    run_dir: str = "",
+    with_plan: bool = False,
+    out=print,
 ) -> Path:
-    """Execute the notebooks with papermill, one after the other; returns the run folder.
+    """Execute the notebooks with papermill, one after the other (02_plan only if asked); returns the run folder.
 
     Raises
     ------
@@ -172,6 +172,8 @@ def run_chain(
     RESULTS.mkdir(exist_ok=True)
     executed = Path(tempfile.mkdtemp(prefix=".notebooks-", dir=RESULTS))
     for name in CHAIN:
+        if name == "02_plan" and not with_plan:
+            continue
         out(f"\n== {name} ({datetime.datetime.now():%H:%M:%S})")
         parameters = {"params_files": files, "run_dir": str(run), **given}
         if run.exists() and executed != run / "notebooks":
@@ -201,124 +203,3 @@ def run_chain(
     out("\n" + results.format_table(results.runs_table([run])))
     out(f"\nreport: {report}")
     return run
-
-
-# -- the command line
-
-
-def _pairs(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """-p NAME VALUE: the value is read as YAML reads it, so 4 is a number and [performance] a list."""
-    values = {}
-    for name, text in pairs:
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            values[name] = text
-        if isinstance(values[name], dict):
-            values[name] = text
-    refuse_unknown(values, parameter_names(), "-p")
-    return values
-
-
-class _Group(click.Group):
-    """Our own errors end a command with their message and status 1, not with a traceback."""
-
-    def invoke(self, context):
-        try:
-            return super().invoke(context)
-        except DisaggError as error:
-            click.echo(f"{type(error).__name__}: {error}", err=True)
-            context.exit(1)
-
-
-params_argument = click.argument("params", nargs=-1, type=click.Path())
-given_option = click.option(
-    "-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="One parameter; repeatable."
-)
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-def main():
-    """MLPerf v5.1 Llama-3.1-405B on disaggregated TensorRT-LLM: rehearse, launch, judge."""
-
-
-@main.command()
-@params_argument
-@given_option
-@click.option("--run-dir", default="", help="The run folder to make; default: a new one in results/.")
-def run(params, given, run_dir):
-    """Run all notebooks, headless, with the params files PARAMS (default: params/rehearsal.yaml)."""
-    run_chain(_params_files(params), _pairs(given), str(Path(run_dir).absolute()) if run_dir else "")
-
-
-def _params_files(names: Sequence[str]) -> list[str]:
-    """The params files of a command line: looked for from here, then from the repository's root."""
-    here = [Path(name).expanduser().absolute() for name in names]
-    found = [
-        str(path) if path.exists() and not (REPOSITORY / name).exists() else name
-        for path, name in zip(here, names, strict=True)
-    ]
-    return found or list(DEFAULT_PARAMS_FILES)
-
-
-@main.command()
-def parameters():
-    """List every parameter with its default and meaning."""
-    for name in parameter_names():
-        field = Experiment.model_fields[name]
-        click.echo(f"{name}: {field.default}  # {field.description}")
-
-
-@main.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path())
-@click.option("--csv", "csv_file", type=click.Path(), help="Write the table here, too; one row a run.")
-def results(folders, csv_file):
-    """Print one row for each run folder or LoadGen log folder."""
-    from . import results as tables
-
-    table = tables.runs_table(folders)
-    if csv_file:
-        if Path(csv_file).exists():
-            raise ParameterError(
-                f"--csv: {csv_file} is there already, and nothing is overwritten. Choose another name"
-            )
-        table.to_csv(csv_file, index=False)
-    click.echo(tables.format_table(table))
-    if (table["error"].fillna("") != "").any():
-        sys.exit(1)
-
-
-@main.command()
-@params_argument
-@given_option
-def check(params, given):
-    """Check PARAMS against every rule before the queue; exit status 1 if an error is found."""
-    from . import preflight
-
-    checks = preflight.check_experiment(load_experiment(_params_files(params), _pairs(given)))
-    click.echo(preflight.checks_text(checks))
-    errors = sum(not c.ok and c.level == "error" for c in checks)
-    warnings = sum(not c.ok and c.level == "warning" for c in checks)
-    click.echo(f"{len(checks)} rules: {errors} errors, {warnings} warnings")
-    sys.exit(1 if errors else 0)
-
-
-@main.command("attach")
-@click.argument("run_dir", default="")
-def attach(run_dir):
-    """Follow the job of a run folder (default: the newest) to its end."""
-    from .launch import watch
-    from .run_folder import find_run
-
-    watch(find_run(run_dir), out=click.echo)
-
-
-@main.command()
-@click.argument("run_dir", default="")
-def cancel(run_dir):
-    """End the job of a run folder (default: the newest); its servers are ended, too."""
-    from . import launch
-    from .run_folder import find_run
-
-    state = launch.cancel(find_run(run_dir))
-    click.echo(f"{state.run_dir.name}: {state.phase or state.state}")

@@ -71,6 +71,6 @@ def test_every_link_and_command_of_the_documents_exists():
             if f"\n{target}:" not in makefile:
                 missing.append(f"{document.name}: make {target}")
         for command in re.findall(r"python -m disagg_lib ([a-z]+)", text):
-            if f"def {command}(" not in (REPOSITORY / "disagg_lib/pipeline.py").read_text():
+            if f"def {command}(" not in (REPOSITORY / "disagg_lib/command_line.py").read_text():
                 missing.append(f"{document.name}: python -m disagg_lib {command}")
     assert missing == []

@@ -1,0 +1,279 @@
+"""python -m disagg_lib: each command calls the functions that the notebooks call."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from .errors import DisaggError
+from .experiment import (
+    DEFAULT_PARAMS_FILES,
+    REPOSITORY,
+    Experiment,
+    ParameterError,
+    load_experiment,
+    parameter_names,
+    refuse_unknown,
+)
+
+
+class _Group(click.Group):
+    """Our own errors end a command with their message and status 1, not with a traceback."""
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except DisaggError as error:
+            click.echo(f"{type(error).__name__}: {error}", err=True)
+            context.exit(1)
+
+
+def _given(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """-p NAME VALUE: the value is read as YAML reads it, so 4 is a number and [performance] a list."""
+    values = {}
+    for name, text in pairs:
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            values[name] = text
+        if isinstance(values[name], dict):
+            values[name] = text
+    refuse_unknown(values, parameter_names(), "-p")
+    return values
+
+
+def _files(names: Sequence[str]) -> list[str]:
+    """The params files of a command line: looked for from the repository's root, then from here."""
+    here = [Path(name).expanduser().absolute() for name in names]
+    found = [
+        str(path) if path.exists() and not (REPOSITORY / name).exists() else name
+        for path, name in zip(here, names, strict=True)
+    ]
+    return found or list(DEFAULT_PARAMS_FILES)
+
+
+def _write_csv(table, path: str | None) -> None:
+    if path:
+        if Path(path).exists():
+            raise ParameterError(
+                f"--csv: {path} is there already, and nothing is overwritten. Choose another name"
+            )
+        table.to_csv(path, index=False)
+
+
+def _run_folder(run_dir: str) -> Path:
+    from .run_folder import find_run
+
+    return find_run(str(Path(run_dir).absolute()) if run_dir and Path(run_dir).exists() else run_dir)
+
+
+params_argument = click.argument("params", nargs=-1, type=click.Path())
+given_option = click.option(
+    "-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="One parameter; repeatable."
+)
+csv_option = click.option("--csv", "csv_file", type=click.Path(), help="Write the rows here, too.")
+lengths_option = click.option(
+    "--lengths",
+    "lengths_file",
+    type=click.Path(),
+    help="CSV input_tokens,output_tokens in place of the built-in shapes.",
+)
+calibration_option = click.option(
+    "--calibration", "calibration_file", type=click.Path(), help="A file that `calibrate` wrote."
+)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+def main():
+    """MLPerf v5.1 Llama-3.1-405B on disaggregated TensorRT-LLM: plan, rehearse, launch, judge."""
+
+
+@main.command()
+@params_argument
+@given_option
+@click.option("--run-dir", default="", help="The run folder to make; default: a new one in results/.")
+@click.option("--plan", "with_plan", is_flag=True, help="Run 02_plan, too.")
+def run(params, given, run_dir, with_plan):
+    """Run all notebooks, headless, with the params files PARAMS (default: params/rehearsal.yaml)."""
+    from .pipeline import run_chain
+
+    run_chain(
+        _files(params),
+        _given(given),
+        str(Path(run_dir).absolute()) if run_dir else "",
+        with_plan,
+        out=click.echo,
+    )
+
+
+@main.command()
+@params_argument
+@given_option
+def check(params, given):
+    """Check PARAMS against every rule before the queue; exit status 1 if an error is found."""
+    from . import preflight
+
+    checks = preflight.check_experiment(load_experiment(_files(params), _given(given)))
+    click.echo(preflight.checks_text(checks))
+    errors = sum(not c.ok and c.level == "error" for c in checks)
+    warnings = sum(not c.ok and c.level == "warning" for c in checks)
+    click.echo(f"{len(checks)} rules: {errors} errors, {warnings} warnings")
+    sys.exit(1 if errors else 0)
+
+
+@main.command()
+@click.option("--gpus", type=click.IntRange(1, 10_000), help="GPU budget; default: what PARAMS need.")
+@params_argument
+@given_option
+@lengths_option
+@calibration_option
+@csv_option
+def plan(gpus, params, given, lengths_file, calibration_file, csv_file):
+    """Rank topologies for a GPU budget by the highest target QPS that stays VALID (simulated)."""
+    from .serving import prediction
+
+    experiment = load_experiment(_files(params), _given(given))
+    model = prediction.Model.read(lengths_file, calibration_file)
+    table, notes = prediction.plan_table(experiment, gpus or experiment.gpu_count, model)
+    _write_csv(table, csv_file)
+    click.echo(prediction.format_plan(table))
+    click.echo("\n" + notes)
+
+
+@main.command()
+@params_argument
+@given_option
+@click.option("--seeds", default=8, type=click.IntRange(1, 1000), show_default=True, help="Runs to simulate.")
+@lengths_option
+@calibration_option
+@csv_option
+def simulate(params, given, seeds, lengths_file, calibration_file, csv_file):
+    """Predict TTFT, TPOT and the verdict of PARAMS at server_target_qps, for three spreads of prompt length."""
+    from .serving import prediction
+
+    experiment = load_experiment(_files(params), _given(given))
+    table = prediction.simulate_table(
+        experiment, range(seeds), prediction.Model.read(lengths_file, calibration_file)
+    )
+    _write_csv(table, csv_file)
+    click.echo(prediction.format_simulation(table))
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path())
+@click.option("--out", required=True, type=click.Path(), help="The calibration file to write.")
+def calibrate(runs, out):
+    """Fit the model's two constants on measured RUNS and show the error before and after on runs not used."""
+    from .serving import prediction
+
+    click.echo(prediction.calibrate_runs([_run_folder(name) for name in runs], Path(out)))
+
+
+@main.command()
+@click.argument("folders", nargs=-1, required=True, type=click.Path())
+@csv_option
+@click.option(
+    "--recompute",
+    is_flag=True,
+    help="Rebuild each run's tables and figures from its raw logs and compare digests.",
+)
+def results(folders, csv_file, recompute):
+    """Print one row for each run folder or LoadGen log folder."""
+    from . import results as tables
+
+    table = tables.runs_table(folders)
+    _write_csv(table, csv_file)
+    click.echo(tables.format_table(table))
+    wrong = bool((table["error"].fillna("") != "").any())
+    if recompute:
+        from .export import recompute as rebuild
+
+        for folder in folders:
+            compared = rebuild(folder)
+            click.echo(
+                f"\n{folder}: {int(compared['equal'].sum())} of {len(compared)} files are what the raw logs give"
+            )
+            click.echo(compared.to_string(index=False))
+            wrong = wrong or not compared["equal"].all()
+    sys.exit(1 if wrong else 0)
+
+
+@main.command()
+@click.argument("run_dir")
+@click.option(
+    "--dataset", "dataset", type=click.Path(), help="The data set's pickle; default: the run's dataset_path."
+)
+@click.option(
+    "--tokenizer", type=click.Path(), help="Folder with tokenizer.json; default: the run's model folder."
+)
+@click.option(
+    "--trust-dataset", is_flag=True, help="Open a pickle of unknown checksum (a pickle can run code)."
+)
+def evaluate(run_dir, dataset, tokenizer, trust_dataset):
+    """Score a run's accuracy log as the reference evaluation does, and write accuracy.txt."""
+    from .evaluate import evaluate_run
+
+    click.echo(evaluate_run(_run_folder(run_dir), dataset, tokenizer, trust_dataset))
+
+
+@main.command()
+@click.argument("run_dir")
+@click.option(
+    "--html", type=click.Path(), metavar="DEST", help="Self-contained pages and an index, redacted."
+)
+@click.option("--crate", type=click.Path(), metavar="DEST", help="An RO-Crate 1.1 (Workflow Run), redacted.")
+@click.option(
+    "--submission",
+    type=click.Path(),
+    metavar="DEST",
+    help="The MLPerf v5.1 submission tree of a measured run.",
+)
+@click.option(
+    "--system",
+    default="params/system.yaml",
+    show_default=True,
+    help="The system description, for --submission.",
+)
+def export(run_dir, html, crate, submission, system):
+    """Share a run: as pages, as a crate, or as a submission."""
+    from . import export as sharing
+
+    folder = _run_folder(run_dir)
+    if not (html or crate or submission):
+        raise click.UsageError("say what to export: --html DEST, --crate DEST or --submission DEST")
+    if html:
+        click.echo(sharing.export_html(folder, html).text())
+    if crate:
+        click.echo(sharing.export_crate(folder, crate).text())
+    if submission:
+        click.echo(sharing.export_submission(folder, submission, REPOSITORY / system).text())
+
+
+@main.command()
+@click.argument("run_dir", default="")
+def attach(run_dir):
+    """Follow the job of a run folder (default: the newest) to its end."""
+    from .launch import watch
+
+    watch(_run_folder(run_dir), out=click.echo)
+
+
+@main.command()
+@click.argument("run_dir", default="")
+def cancel(run_dir):
+    """End the job of a run folder (default: the newest); its servers are ended, too."""
+    from . import launch
+
+    state = launch.cancel(_run_folder(run_dir))
+    click.echo(f"{state.run_dir.name}: {state.phase or state.state}")
+
+
+@main.command()
+def parameters():
+    """List every parameter with its default and meaning."""
+    for name in parameter_names():
+        field = Experiment.model_fields[name]
+        click.echo(f"{name}: {field.default}  # {field.description}")
