@@ -57,7 +57,7 @@ def _header(e: Experiment, kind: str, time_limit: str, gpus: bool = True) -> str
 
 # The status goes into a file: accounting may be absent, and squeue forgets. Variables that would redirect the harness
 # are facts of the v5.1 code; tokens are nobody's business on a compute node.
-PREAMBLE = """# shellcheck disable=SC2016 # quoted values stay as they are
+PREAMBLE = """# shellcheck disable=SC2016,SC2329 # quoted values stay as they are; traps call functions
 set -uo pipefail
 cd -- "${SLURM_SUBMIT_DIR:-$(dirname -- "$0")}" || exit 1
 JOB=$PWD
@@ -180,7 +180,11 @@ def client_script(e: Experiment, wheels: str | None = None) -> str:
 target={shlex.quote(str(client_folder(e)))}
 draft=$target.draft-${{SLURM_JOB_ID:-$$}}
 [[ -e $target ]] && echo "$target is there already, and nothing is overwritten" && exit 1
-trap 'echo "$?" >"$JOB/status"; rm -rf -- "$draft"' EXIT
+ended() {{
+  echo "$?" >"$JOB/status"
+  rm -rf -- "$draft"
+}}
+trap ended EXIT
 step() {{ {step} "$@"; }}
 step python3 -m pip install --no-input --disable-pip-version-check --no-cache-dir --target "$draft" \\
   {shlex.join([*source, *packages])} || exit 1
