@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -63,6 +63,7 @@ class _Run:
     texts: Mapping[str, str]
     pictures: Mapping[str, bytes]
     left_out: tuple[str, ...]
+    names: Mapping[str, str]  # what to replace -> placeholder
     redactor: Redactor
 
 
@@ -94,6 +95,7 @@ def _gather(run_dir: Path | str) -> _Run:
         texts,
         pictures,
         tuple(left_out),
+        names,
         Redactor(names, own={str(folder.resolve()), str(Path.cwd())}),
     )
 
@@ -535,6 +537,9 @@ def export_submission(run_dir: Path | str, dest: Path | str, system: Path | str)
     if not verdict.valid:
         raise ExportError(f"{run.folder}: the run is INVALID; needed a VALID one. {verdict.text()}")
     fields = _system_fields(Path(system))
+    public = {str(value) for value in fields.values()}  # a submission names its submitter and its system
+    names = {name: mark for name, mark in run.names.items() if name not in public}
+    run = replace(run, redactor=Redactor(names, own=run.redactor.own))
     missing: list[str] = []
 
     def write(draft: Path) -> None:

@@ -34,6 +34,8 @@ _COMMON = frozenset({
     *("localhost", "container", "name", "from", "value"),
 })  # fmt: skip
 _OWN_HOSTS = frozenset({"localhost", "127.0.0.1", "0.0.0.0", "::1", "nodes", "none", "null"})
+#: what may stand before a name: no letter or digit, but in JSON a line break ends with a letter, and a colour with an m
+_BEFORE = r"(?:(?<![A-Za-z0-9])|(?<=\\\\[ntr])|(?<=\[\dm)|(?<=\[\d\dm))"
 _NAME = r"[A-Za-z0-9](?:[\w.-]*[A-Za-z0-9])?"
 
 #: kind -> pattern; group `name` is what is secret
@@ -43,9 +45,15 @@ _TOKENS = re.compile(
     r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z))"
 )
 #: a key that says secret, then its value; a number or a word such as null is no secret, nor is a shell variable
-_ASSIGNED = re.compile(
-    r"(?i)(?:\b|_)(?:(?:access|auth|api|hf|hub|github|gitlab|bearer|secret)[_-]?(?:token|key)|token|password|passwd|secret"
-    r"|authorization)\\?[\"']?[ \t]*[:=][ \t]*\\?[\"']?(?:bearer[ \t]+|basic[ \t]+)?(?P<name>[A-Za-z0-9][\w./+~-]{7,}=*)"
+_ASSIGNED = (
+    re.compile(
+        r"(?i)(?:\b|_)(?:(?:access|auth|api|hf|hub|github|gitlab|bearer|secret)[_-]?(?:token|key)|token|password|passwd|secret"
+        r"|credentials?|jwt|authorization)\\?[\"']?[ \t]*[:=][ \t]*\\?[\"']?(?:(?:bearer|basic)[ \t]+)?"
+        r"(?P<name>[A-Za-z0-9][\w./+~-]{7,}=*)"
+    ),
+    re.compile(r"(?i)\bbearer\s+(?P<name>[A-Za-z0-9][\w./+~-]{7,}=*)"),
+    re.compile(r"--(?:hf-|api-)?(?:token|key|password)[= ](?P<name>[\w./+~-]{8,})"),
+    re.compile(r"://[^\s/:@\"']+:(?P<name>[^\s/@\"']+)@"),
 )
 _USERS = (
     re.compile(r"/(?:home|Users|nfs/home|mnt/home|lustre/home|scratch/users?)/(?P<name>[A-Za-z_][\w.-]*)"),
@@ -67,6 +75,9 @@ _HOSTS = (
     re.compile(rf"\b(?:https?|tcp|ssh)://(?:[^\s/@\"']+@)?(?P<name>{_NAME})(?=:\d)"),
     re.compile(rf"(?m)(?:^|[\s,{{])[\"']?(?:hostname|host|HOSTNAME|SLURMD_NODENAME|SLURM_NODELIST|SLURM_JOB_NODELIST|HEAD_NODE)[\"']?\s*[:=]\s*[\"']?(?P<name>{_NAME})"),
     re.compile(rf"--(?:host|hostname|nodelist)[= ][\"']?(?P<name>{_NAME})"),
+    re.compile(rf"(?:--nodelist[= ]|NODELIST=|NodeList=)[\"']?(?P<name>{_NAME}-?\[[\d,-]+\])"),
+    re.compile(rf"\[(?P<name>[A-Za-z]{_NAME}):\d{{2,}}(?::\d+)?\]"),  # MPI's signal handler
+    re.compile(rf"(?m)(?:^|[\s])(?P<name>[A-Za-z]{_NAME}):\d+:\d+ \[\d+\] NCCL"),
     re.compile(rf"(?m)^\s*-\s+[\"']?(?P<name>{_NAME}):\d{{4,5}}\b"),
     re.compile(rf"\b(?:srun|slurmstepd|sbatch|scancel|slurmd): error: (?P<name>{_NAME}): "),
     re.compile(rf"(?m)(?:^|[\s\"'=(])[a-z_][\w-]{{1,31}}@(?P<name>{_NAME})(?=[:\s\"')]|$)"),
@@ -76,8 +87,8 @@ _ADDRESS = re.compile(
 )
 #: an absolute path of two parts or more; not the path of a URL, not what every machine has
 _PATH = re.compile(
-    r"(?<![\w.:/<\\>~@%+-])(?P<name>/(?!(?:usr|bin|sbin|dev|proc|sys|etc|lib|lib64|v1|chat|dist|perf_metrics)(?:/|\b))"
-    r"[\w.@%+~-]++(?:/[\w.@%+~:=,-]++)++)/?(?!\":\"[0-9a-f]{40})"  # LoadGen lists its own sources so, with their SHA-1
+    r"(?:(?<![\w./<\\~\0])|(?<=\\[ntr])|(?<=-[IL]))(?P<name>/(?!(?:usr|bin|sbin|dev|proc|sys|etc|lib|lib64|v1|chat|dist|perf_metrics)(?:/|\b))"
+    r"[\w.@%+~-]++(?:/[\w.@%+~=-]++)++)/?(?!\":\"[0-9a-f]{40})"  # LoadGen lists its own sources so, with their SHA-1
 )
 
 
@@ -129,7 +140,7 @@ def _strings(value: object) -> Iterable[str]:
 def _worth(kind: str, name: str) -> bool:
     """Whether a collected name can be replaced everywhere without spoiling ordinary words."""
     if kind == "path":
-        return name.count("/") > 1
+        return name.count("/") > 1 or (len(name) > 4 and name[1:].lower() not in _COMMON)
     if name.lower() in _COMMON or name.lower() in _OWN_HOSTS or name.startswith("127."):
         return False
     if re.fullmatch(
@@ -159,18 +170,27 @@ def _variants(name: str) -> list[str]:
 _BLOB = re.compile(r"(base64,|\"image/(?:png|jpeg)\": ?\")((?:[A-Za-z0-9+/=]|\\n|\s){100,})")
 
 
+def _whole(form: str) -> str:
+    return re.escape(form) if form.startswith("/") else _word(form)
+
+
+def _word(form: str) -> str:
+    """Pattern of a name: anywhere if it is no plain word, else where it stands alone."""
+    plain = re.fullmatch(r"[A-Za-z]+", form)
+    return rf"{_BEFORE}{form}(?![A-Za-z0-9])" if plain else re.escape(form)
+
+
 class Redactor:
     """Replaces in one text after another and keeps count of what it replaced."""
 
     def __init__(self, names: Mapping[str, str], own: Iterable[str] = ()) -> None:
         self.placeholders = {form: mark for name, mark in names.items() for form in _variants(name)}
         forms = sorted(self.placeholders, key=len, reverse=True)
-        words = "|".join(re.escape(form) for form in forms if not form.startswith("/"))
         paths = "|".join(re.escape(form) for form in forms if form.startswith("/"))
-        # a name is a whole word, but `_` and `-` may join it to others; a path may go on
-        self.words = re.compile(rf"(?<![A-Za-z0-9])(?:{words})(?![A-Za-z0-9])") if words else None
+        words = "|".join(_word(form) for form in forms if not form.startswith("/"))
+        self.words = re.compile(words) if words else None
         # what follows a path of the site may name people and projects: it goes too; below our own folders it is ours
-        self.paths = re.compile(rf"(?:{paths})(?P<rest>[\w.@%+~:=,/-]*)") if paths else None
+        self.paths = re.compile(rf"(?:{paths})(?P<rest>[\w.@%+~=-]*(?:/[\w.@%+~=-]*)*)") if paths else None
         self.own = frozenset(own)
         self.replaced: collections.Counter[tuple[str, str]] = (
             collections.Counter()
@@ -183,11 +203,11 @@ class Redactor:
         return "".join(parts)
 
     def _clean(self, text: str, file: str) -> str:
-        for pattern, mark in ((_TOKENS, "<token>"), (_ASSIGNED, "<token>")):
-            text = self._cut(pattern, mark, text, file)
+        for pattern in (_TOKENS, *_ASSIGNED):
+            text = self._cut(pattern, "<token>", text, file)
         if self.paths:
             text = self.paths.sub(lambda match: self._path(match, file), text)
-        text = self._cut(_PATH, "<path>", text, file)
+        text = self._cut(_PATH, "<path>", text, file).replace("\0", "")
         if self.words:
             text = self.words.sub(lambda match: self._mark(file, self.placeholders[match[0]]), text)
         for pattern in _ACCOUNTS:
@@ -196,14 +216,16 @@ class Redactor:
 
     def _path(self, match: re.Match, file: str) -> str:
         known = match[0][: len(match[0]) - len(match["rest"])]
-        rest = match["rest"] if known in self.own else re.search(r"[:,]?$", match["rest"])[0]
-        return self._mark(file, self.placeholders[known]) + rest
+        rest = match["rest"] if known in self.own and match["rest"].startswith("/") else ""
+        return (
+            self._mark(file, self.placeholders[known]) + "\0" + rest
+        )  # no path of its own; taken out by _clean
 
     def _cut(self, pattern: re.Pattern, mark: str, text: str, file: str) -> str:
         """Replace the group `name` of each match."""
 
         def replace(match: re.Match) -> str:
-            if match["name"].startswith("<") or _harmless(match["name"], mark):
+            if match["name"].startswith("<") or _harmless(match["name"], mark, file):
                 return match[0]
             begin, end = (place - match.start() for place in match.span("name"))
             return match[0][:begin] + self._mark(file, mark) + match[0][end:]
@@ -225,20 +247,20 @@ class Redactor:
         rest = [
             mark
             for form, mark in self.placeholders.items()
-            if len(form) >= 4 and form in text and self._is_whole(form, text)
+            if len(form) >= 4 and form in text and re.search(_whole(form), text)
         ]
-        if _TOKENS.search(text) or any(not _harmless(m["name"], "<token>") for m in _ASSIGNED.finditer(text)):
+        found = [match for pattern in (_TOKENS, *_ASSIGNED) for match in pattern.finditer(text)]
+        if any(
+            not _harmless(match["name"], "<token>", file)
+            for match in found
+            if not match["name"].startswith("<")
+        ):
             rest.append("<token>")
         if rest:
             raise SecretError(
                 f"{file}: found {', '.join(sorted(set(rest)))} still in it; needed none. Nothing was shared: "
                 "take the file out of the run folder, or the name out of the file, and export again"
             )
-
-    def _is_whole(self, form: str, text: str) -> bool:
-        if form.startswith("/"):
-            return True
-        return re.search(rf"(?<![A-Za-z0-9]){re.escape(form)}(?![A-Za-z0-9])", text) is not None
 
     def listed(self) -> list[dict]:
         """What was replaced: file, placeholder, times. The originals are not in it."""
@@ -248,18 +270,17 @@ class Redactor:
         ]
 
 
-def _harmless(name: str, mark: str) -> bool:
-    """Values after a key such as `token` that are settings, and version numbers in the shape of an address."""
+_NO_SECRETS = re.compile(
+    r"[\d.]+|(?:null|none|true|false|given|default|required|optional|string|redacted)\b.*", re.IGNORECASE
+)
+
+
+def _harmless(name: str, mark: str, file: str) -> bool:
+    """Values after a key such as `token` that are settings or our own code, and version numbers like an address."""
     if mark == "<token>":
-        return bool(
-            re.fullmatch(
-                r"[\d.]+|(?:null|none|true|false|given|default)\b.*|[a-z]+(?:[_-][a-z]+)*",
-                name,
-                re.IGNORECASE,
-            )
+        return bool(_NO_SECRETS.fullmatch(name)) or (
+            file.endswith(".py") and bool(re.fullmatch(r"[A-Za-z_.]+", name))
         )
     if mark == "<address>":
         return any(int(part) > 255 for part in name.split("."))
-    if mark == "<account>":
-        return name.lower() in ("none", "null", "")
-    return False
+    return mark == "<account>" and name.lower() in ("none", "null", "")

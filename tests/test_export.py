@@ -116,6 +116,49 @@ def test_no_name_of_the_site_survives_in_pages(tmp_path_factory, names):
     check_nothing_survives(tmp_path_factory.mktemp("site"), names, "html", export_html)
 
 
+#: a line of a log -> what of it may not stay, once the run has declared user zoe_site, host gpu17-rack3 and its paths
+LINES = {
+    "HF_TOKEN=canarytokenlowercase": "canarytokenlowercase",
+    "Authorization: Bearer Zm9vYmFyMTIz.x": "Zm9vYmFyMTIz",
+    "curl https://zoe:pa55word@hub.example/x": "pa55word",
+    "--token s3cr3ts3cr3t": "s3cr3ts3cr3t",
+    "password: hunter2hunter2": "hunter2hunter2",
+    '"text": "one\\n/lustre/zother/x\\ngpu17-rack3"': "gpu17-rack3",
+    '"text": "two\\n/lustre/zother/y"': "zother",
+    "\x1b[31mgpu17-rack3\x1b[0m": "gpu17-rack3",
+    "[nid00zq17:4711] *** Process received signal ***": "nid00zq17",
+    "nid00zq18:99:101 [0] NCCL INFO x": "nid00zq18",
+    "SLURM_NODELIST=zrack-[01-04]": "zrack",
+    "image:/lustre/zimg/a.sqsh": "zimg",
+    "-I/lustre/zinc/include": "zinc",
+    "<td>/lustre/zcell/x</td>": "zcell",
+    "/lustre/zproj/models_of_zanna/x": "zanna",
+    "mail zora@zcorp.example": "zora",
+    "File '/Users/zuser/x.py'": "zuser",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_forms_in_which_names_stand_in_logs_are_replaced(tmp_path, line):
+    run = make_site_run(tmp_path / "run", site())
+    (run / "logs/more.log").write_text(f"before {line}\n{line}\n")
+    export_crate(run, tmp_path / "crate")
+    assert LINES[line] not in (tmp_path / "crate/logs/more.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["POST http://127.0.0.1:8000/v1/completions 200", "GET /health 200", "TRT_VER=10.11.0.33", "use_token_latencies: true",
+     "time 3/4 of 10/20", "first_token_latency = 4500000000", "*.Server.target_qps = 3.85", "a/b/c is relative", "token: null",
+     "</p></div>", "https://w3id.org/ro/crate/1.1", "tokens: 123456789", "[TRT-LLM] [I] rank 0 of node 3"],
+)  # fmt: skip
+def test_ordinary_lines_stay_as_they_are(tmp_path, line):
+    run = make_site_run(tmp_path / "run", site())
+    (run / "logs/more.log").write_text(line + "\n")
+    export_crate(run, tmp_path / "crate")
+    assert (tmp_path / "crate/logs/more.log").read_text() == line + "\n"
+
+
 def test_replacements_are_listed_without_the_originals(tmp_path):
     shared = export_crate(make_site_run(tmp_path / "run", site()), tmp_path / "crate")
     listed = json.loads((tmp_path / "crate/redaction.json").read_text())
