@@ -417,11 +417,28 @@ def test_the_orchestrator_takes_any_engine_key_but_no_bad_url(tmp_path):
     assert done.returncode == 1 and "a mapping is needed" in done.stderr
 
 
-def test_an_unknown_fault_is_refused(tmp_path):
+@pytest.mark.parametrize("fault", ["earthquake", "truncated_stream:0", "crash_midrun:gen0:x", "no_tokens:1"])
+def test_an_unknown_fault_is_refused(fault):
+    environment = {**os.environ, "REHEARSAL_FAULT": fault}
     done = subprocess.run(
-        [*REHEARSAL, "m"], env={**os.environ, "REHEARSAL_FAULT": "earthquake"}, capture_output=True, text=True
+        [*REHEARSAL, "m"], env=environment, capture_output=True, text=True, timeout=DEADLINE_S
     )
-    assert done.returncode == 1 and "earthquake" in done.stderr
+    assert done.returncode == 1 and f"REHEARSAL_FAULT is '{fault}'" in done.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["disaggregated"], ["disaggregated_mpi_worker"]])
+def test_help_says_how_it_differs(command):
+    done = subprocess.run(
+        [*REHEARSAL, *command, "--help"], capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert done.returncode == 0 and "How it differs from TensorRT-LLM" in done.stdout
+
+
+def test_load_balancing_takes_the_idle_server_and_ties_in_turn(tmp_path):
+    with v51_job(tmp_path, context_servers__router={"type": "load_balancing", "use_tokens": True}) as job:
+        for _ in range(4):
+            assert ask(job.port, "/v1/completions", STREAM)[0] == 200
+        assert [job.log(rank).count("iter = ") for rank in ("rank0", "rank4")] == [2, 2]
 
 
 # Faults

@@ -76,7 +76,7 @@ def read_knobs(environment) -> Knobs:
             count = int(rest.pop(0))
     except ValueError:
         rest = [fault]
-    if name not in FAULTS or rest:
+    if name not in FAULTS or rest or count < (name == "truncated_stream"):
         raise ServeConfigError(
             f"REHEARSAL_FAULT is {fault!r}; one of {', '.join(FAULTS)}, see --help for what may follow."
         )
