@@ -87,7 +87,7 @@ _ADDRESS = re.compile(
 )
 #: an absolute path of two parts or more; not the path of a URL, not what every machine has
 _PATH = re.compile(
-    r"(?:(?<![\w./<\\~\0])|(?<=\\[ntr])|(?<=-[IL]))(?P<name>/(?!(?:usr|bin|sbin|dev|proc|sys|etc|lib|lib64|v1|chat|dist|perf_metrics)(?:/|\b))"
+    r"(?:(?<![\w./<\\~])|(?<=\\[ntr])|(?<=-[IL]))(?P<name>/(?!(?:usr|bin|sbin|dev|proc|sys|etc|lib|lib64|v1|chat|dist|perf_metrics)(?:/|\b))"
     r"[\w.@%+~-]++(?:/[\w.@%+~=-]++)++)/?(?!\":\"[0-9a-f]{40})"  # LoadGen lists its own sources so, with their SHA-1
 )
 
@@ -123,7 +123,7 @@ def collect_names(
     for kind in ("path", "host", "user", "account", "partition"):
         kept = sorted(name for name in found[kind] if _worth(kind, name))
         for number, name in enumerate(kept, 1):
-            names.setdefault(name, f"<{kind}{number}>")
+            names.setdefault(name, f"REDACTED_{kind}{number}")
     return dict(sorted(names.items(), key=lambda item: (-len(item[0]), item[0])))
 
 
@@ -204,28 +204,26 @@ class Redactor:
 
     def _clean(self, text: str, file: str) -> str:
         for pattern in (_TOKENS, *_ASSIGNED):
-            text = self._cut(pattern, "<token>", text, file)
+            text = self._cut(pattern, "REDACTED_token", text, file)
         if self.paths:
             text = self.paths.sub(lambda match: self._path(match, file), text)
-        text = self._cut(_PATH, "<path>", text, file).replace("\0", "")
+        text = self._cut(_PATH, "REDACTED_path", text, file)
         if self.words:
             text = self.words.sub(lambda match: self._mark(file, self.placeholders[match[0]]), text)
         for pattern in _ACCOUNTS:
-            text = self._cut(pattern, "<account>", text, file)
-        return self._cut(_ADDRESS, "<address>", text, file)
+            text = self._cut(pattern, "REDACTED_account", text, file)
+        return self._cut(_ADDRESS, "REDACTED_address", text, file)
 
     def _path(self, match: re.Match, file: str) -> str:
         known = match[0][: len(match[0]) - len(match["rest"])]
         rest = match["rest"] if known in self.own and match["rest"].startswith("/") else ""
-        return (
-            self._mark(file, self.placeholders[known]) + "\0" + rest
-        )  # no path of its own; taken out by _clean
+        return self._mark(file, self.placeholders[known]) + rest  # no path of its own; taken out by _clean
 
     def _cut(self, pattern: re.Pattern, mark: str, text: str, file: str) -> str:
         """Replace the group `name` of each match."""
 
         def replace(match: re.Match) -> str:
-            if match["name"].startswith("<") or _harmless(match["name"], mark, file):
+            if match["name"].startswith("REDACTED_") or _harmless(match["name"], mark, file):
                 return match[0]
             begin, end = (place - match.start() for place in match.span("name"))
             return match[0][:begin] + self._mark(file, mark) + match[0][end:]
@@ -251,11 +249,11 @@ class Redactor:
         ]
         found = [match for pattern in (_TOKENS, *_ASSIGNED) for match in pattern.finditer(text)]
         if any(
-            not _harmless(match["name"], "<token>", file)
+            not _harmless(match["name"], "REDACTED_token", file)
             for match in found
-            if not match["name"].startswith("<")
+            if not match["name"].startswith("REDACTED_")
         ):
-            rest.append("<token>")
+            rest.append("REDACTED_token")
         if rest:
             raise SecretError(
                 f"{file}: found {', '.join(sorted(set(rest)))} still in it; needed none. Nothing was shared: "
@@ -277,10 +275,10 @@ _NO_SECRETS = re.compile(
 
 def _harmless(name: str, mark: str, file: str) -> bool:
     """Values after a key such as `token` that are settings or our own code, and version numbers like an address."""
-    if mark == "<token>":
+    if mark == "REDACTED_token":
         return bool(_NO_SECRETS.fullmatch(name)) or (
             file.endswith(".py") and bool(re.fullmatch(r"[A-Za-z_.]+", name))
         )
-    if mark == "<address>":
+    if mark == "REDACTED_address":
         return any(int(part) > 255 for part in name.split("."))
-    return mark == "<account>" and name.lower() in ("none", "null", "")
+    return mark == "REDACTED_account" and name.lower() in ("none", "null", "")

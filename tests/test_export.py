@@ -159,10 +159,24 @@ def test_ordinary_lines_stay_as_they_are(tmp_path, line):
     assert (tmp_path / "crate/logs/more.log").read_text() == line + "\n"
 
 
+def test_redacted_files_are_still_json_yaml_and_jsonl(tmp_path):
+    folder = export_crate(make_site_run(tmp_path / "run", site()), tmp_path / "crate").path
+    for path in folder.rglob("*.json"):
+        json.loads(path.read_text())
+    for path in folder.rglob("*.yaml"):
+        assert isinstance(yaml.safe_load(path.read_text()), dict)
+    assert results.read_parameters(folder / "experiment.yaml")["account"] == "REDACTED_account1"
+    assert results.run_row(folder)["ttft_p99_ms"] == results.run_row(tmp_path / "run")["ttft_p99_ms"]
+
+
 def test_replacements_are_listed_without_the_originals(tmp_path):
     shared = export_crate(make_site_run(tmp_path / "run", site()), tmp_path / "crate")
     listed = json.loads((tmp_path / "crate/redaction.json").read_text())
-    assert {item["placeholder"] for item in shared.replaced} >= {"<token>", "<user1>", "<address>"}
+    assert {item["placeholder"] for item in shared.replaced} >= {
+        "REDACTED_token",
+        "REDACTED_user1",
+        "REDACTED_address",
+    }
     assert listed and all(set(item) == {"file", "placeholder", "times"} for item in listed)
     assert "Replaced: " in shared.text()
 
@@ -185,14 +199,14 @@ def test_odd_paths_of_parameters_are_replaced_in_json_yaml_and_html(tmp_path, pa
     (run / "logs/extra.log").write_text(f"cd {path}\n")
     export_crate(run, tmp_path / "crate")
     text = (tmp_path / "crate/job/extra.json").read_text() + (tmp_path / "crate/logs/extra.log").read_text()
-    assert path not in text and path.split("/")[-1] + '"' not in text and "<path" in text
+    assert path not in text and path.split("/")[-1] + '"' not in text and "REDACTED_path" in text
 
 
 def test_secret_in_a_picture_is_refused_and_nothing_is_left_behind(tmp_path):
     run = make_site_run(tmp_path / "run", site())
     (run / "figures").mkdir()
     (run / "figures/x.png").write_bytes(b"\x89PNG hf_Q7abcdefghijklmnopqrstuvwxyz1234")
-    with pytest.raises(SecretError, match=r"figures/x\.png: found <token>"):
+    with pytest.raises(SecretError, match=r"figures/x\.png: found REDACTED_token"):
         export_crate(run, tmp_path / "out/crate")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -203,7 +217,7 @@ def test_private_key_is_replaced_whole(tmp_path):
         "-----BEGIN OPENSSH PRIVATE KEY-----\nAAAAsecret\nBBBBsecret\n-----END OPENSSH PRIVATE KEY-----\nafter\n"
     )
     export_crate(run, tmp_path / "crate")
-    assert (tmp_path / "crate/logs/key.log").read_text() == "<token>\nafter\n"
+    assert (tmp_path / "crate/logs/key.log").read_text() == "REDACTED_token\nafter\n"
 
 
 def test_links_and_files_that_cannot_be_searched_stay_here(tmp_path):
