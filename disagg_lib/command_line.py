@@ -137,7 +137,7 @@ def plan(gpus, params, given, lengths_file, calibration_file, csv_file):
 
     experiment = load_experiment(_files(params), _given(given))
     model = prediction.Model.read(lengths_file, calibration_file)
-    table, notes = prediction.plan_table(experiment, gpus or experiment.gpu_count, model)
+    table, notes = prediction.plan_table(experiment, gpus or experiment.plan_gpus or experiment.gpu_count, model)
     _write_csv(table, csv_file)
     click.echo(prediction.format_plan(table))
     click.echo("\n" + notes)

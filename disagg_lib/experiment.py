@@ -107,6 +107,9 @@ class Experiment(BaseModel):
     worker_port: int = _parameter(
         8336, "TCP port of the first server; one more for each further one", ge=1024, le=65535
     )
+    plan_gpus: int | None = _parameter(
+        None, "GPU budget of 02_plan; not given: what the topology needs", ge=1, le=10_000
+    )
     # the load
     server_target_qps: float = _parameter(3.85, "queries per second that LoadGen offers", gt=0, le=100_000)
     dataset_path: str | None = _parameter(None, "the MLPerf pickle; not given: the synthetic data set")

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import zlib
@@ -493,7 +494,22 @@ class Orchestrator:
         return response
 
 
+def refuse_foreign_host(host: str) -> None:
+    """On a virtual test cluster all nodes share one network; a real one could not bind another node's address.
+
+    Raises
+    ------
+    DisaggError : the step runs on another node than the one that `host` names.
+    """
+    node = os.environ.get("SLURMD_NODENAME")
+    if node and socket.gethostbyname(host) != socket.gethostbyname(node):
+        raise DisaggError(
+            f"{host}: cannot listen: this step runs on {node}. Pin it to the node whose name it binds."
+        )
+
+
 async def _listen(routes: list, host: str, port: int) -> None:
+    refuse_foreign_host(host)
     app = web.Application(client_max_size=2**26)
     app.add_routes(routes)
     runner = web.AppRunner(app, access_log=None)

@@ -1,0 +1,167 @@
+"""The pictures of 02_plan: why a topology is fast or slow, what the others would give, how sure the choice is."""
+
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+from IPython.display import Image
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from disagg_lib.figures import BLUE, INK, MID, ORANGE, _figure, _title
+from disagg_lib.serving import rules
+from disagg_lib.serving.latency import read_table
+from disagg_lib.serving.lengths import built_in_lengths
+from disagg_lib.serving.plan import QUICK_QPS_ERROR, qps_over_seeds
+from disagg_lib.serving.simulate import Deployment, with_factors
+
+SHAPES = ((2, 1, "-"), (4, 1, "--"), (8, 1, ":"), (16, 1, "-."))  # TP, PP, dash
+
+
+def as_image(figure: Figure) -> Image:
+    """A static picture for a notebook, the same in every viewer."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    return Image(buffer.getvalue())
+
+
+def figure_context_step(system: str = "gb200") -> Figure:
+    """Prompt tokens a second and GPU over the tokens in a step: why prompts are computed in large chunks."""
+    figure, axis = _figure(7, 3.6)
+    for tp, pp, dash in SHAPES:
+        table = read_table(system, tp, pp)
+        tokens = np.array(table.context_tokens)
+        rate = tokens / np.array(table.context_ms) * 1e3 / (tp * pp)
+        axis.plot(tokens, rate, dash, color=BLUE if tp <= 4 else ORANGE, label=f"TP{tp}")
+    axis.set(xscale="log", xlabel="tokens in a context step", ylabel="prompt tokens/s per GPU")
+    axis.legend(frameon=False)
+    _title(figure, f"Context steps, {system}", "simulated")
+    return figure
+
+
+def figure_generation_step(system: str = "gb200", context_tokens: int = 9700) -> Figure:
+    """Time per output token over the requests in a step: what TPOT's limit of 80 ms allows."""
+    figure, axis = _figure(7, 3.6)
+    batches = np.arange(1, 513, 3)
+    for tp, _, dash in SHAPES:
+        table = read_table(system, tp, 1)
+        grid = [np.array(x, float) for x in (table.kv_batch, table.kv_length, table.kv_ms)]
+        attention = [rules.interpolate_grid(*grid, b, context_tokens) for b in batches]
+        step = np.interp(batches, table.generation_batch, table.generation_ms) + np.array(attention)
+        room = table.kv_capacity_tokens(0.95, 512) / context_tokens
+        axis.plot(
+            batches[batches <= room],
+            step[batches <= room],
+            dash,
+            color=BLUE if tp <= 4 else ORANGE,
+            label=f"TP{tp}",
+        )
+    axis.axhline(80, color=INK, linewidth=0.8)
+    axis.annotate("limit 80 ms", (5, 82), color=INK)
+    axis.set_ylim(0, 90)
+    axis.set(
+        xlabel=f"requests in a generation step, {context_tokens} tokens each, as far as the KV cache holds them",
+        ylabel="TPOT (ms)",
+    )
+    axis.legend(frameon=False)
+    _title(figure, f"Generation steps, {system}", "simulated")
+    return figure
+
+
+def heat_map(best: Deployment, gpus: int, seeds: Sequence[int] = (0,)) -> pd.DataFrame:
+    """Highest VALID queries/s over (context servers, generation servers) of the best topology's server sizes; NaN: too many GPUs.
+
+    Half the choice's context servers and more; up to twice its generation servers and two.
+    """
+    lengths = built_in_lengths()
+    context, generation = best.context, best.generation
+    size, gen_size = context.tp * context.pp, generation.tp
+    cells = [
+        (c, g)
+        for c in range(max(1, context.count // 2), gpus // size + 1)
+        for g in range(1, (gpus - c * size) // gen_size + 1)
+        if g <= 2 * generation.count + 2
+    ]
+
+    def one(cell):
+        d = replace(
+            best, context=replace(context, count=cell[0]), generation=replace(generation, count=cell[1])
+        )
+        return float(np.median(qps_over_seeds(d, lengths, seeds, guess=1.2 * cell[0], error=QUICK_QPS_ERROR)))
+
+    with ThreadPoolExecutor(2) as pool:
+        values = pool.map(one, cells)
+    table = pd.Series(dict(zip(cells, values, strict=True))).unstack()
+    return table.rename_axis(index="context servers", columns="generation servers")
+
+
+def figure_heat_map(table: pd.DataFrame, best: Deployment) -> Figure:
+    """The heat map, its cells written out, the choice framed."""
+    rows, columns = table.shape
+    figure, axis = _figure(2.2 + 0.75 * columns, 1.6 + 0.32 * rows)
+    axis.grid(False)
+    axis.imshow(table.to_numpy(), cmap="cividis", aspect="auto", origin="lower")
+    for i, count in enumerate(table.index):
+        for j, other in enumerate(table.columns):
+            value = table.iloc[i, j]
+            if np.isnan(value):
+                continue
+            dark = value < np.nanmax(table.to_numpy()) * 0.6
+            axis.text(
+                j, i, f"{value:.1f}", ha="center", va="center", color="white" if dark else INK, fontsize=8
+            )
+            if (count, other) == (best.context.count, best.generation.count):
+                axis.add_patch(
+                    Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2.5)
+                )
+    axis.set(xticks=range(columns), xticklabels=table.columns, yticks=range(rows), yticklabels=table.index)
+    axis.set(xlabel="generation servers", ylabel="context servers")
+    _title(figure, "Highest VALID queries/s", "simulated")
+    return figure
+
+
+def sensitivity(best: Deployment, seeds: Sequence[int] = range(4)) -> pd.DataFrame:
+    """Highest VALID queries/s of a topology if prompts spread otherwise, or steps take 10 % more or less."""
+    cases = [
+        ("as assumed", 0.45, 1.0, 1.0),
+        ("prompt cv 0.35", 0.35, 1.0, 1.0),
+        ("prompt cv 0.55", 0.55, 1.0, 1.0),
+    ]
+    for sign, factor in (("+10 %", 1.1), ("-10 %", 0.9)):
+        cases += [
+            (f"context steps {sign}", 0.45, factor, 1.0),
+            (f"generation steps {sign}", 0.45, 1.0, factor),
+        ]
+    rows = []
+    for name, cv, context, generation in cases:
+        d = with_factors(best, best.context_factor * context, best.generation_factor * generation)
+        qps = qps_over_seeds(d, built_in_lengths(cv=cv), seeds, guess=rows[0]["target_qps"] if rows else 4.0)
+        rows.append(
+            {
+                "case": name,
+                "target_qps": float(np.median(qps)),
+                "lowest": float(qps.min()),
+                "highest": float(qps.max()),
+            }
+        )
+    table = pd.DataFrame(rows)
+    table["change"] = (table["target_qps"] / table["target_qps"][0] - 1).map("{:+.1%}".format)
+    return table.assign(source="simulated")
+
+
+def figure_sensitivity(table: pd.DataFrame) -> Figure:
+    """The sensitivity table as bars with the range over seeds."""
+    figure, axis = _figure(7, 3.2)
+    middle = table["target_qps"]
+    spread = [middle - table["lowest"], table["highest"] - middle]
+    axis.barh(
+        table["case"], middle, xerr=spread, color=[MID] + [BLUE] * (len(table) - 1), ecolor=INK, height=0.6
+    )
+    axis.axvline(middle[0], color=INK, linewidth=0.8, linestyle="--")
+    axis.invert_yaxis()
+    axis.set(xlabel="highest VALID queries/s (bar: median, line: range over seeds)")
+    _title(figure, "What the choice depends on", "simulated")
+    return figure
