@@ -27,7 +27,7 @@ NOTEBOOK = {"cells": [{"cell_type": "code", "execution_count": 1, "id": "a", "me
 
 
 def site(
-    token="hf_Q7abcdefghijklmnopqrstuvwxyz1234",
+    token="hf_Q7abcdefghijklmnopq1234",
     user="zoe_site",
     host="gpu17-rack3",
     path="/lustre/zproj/models",
@@ -205,7 +205,7 @@ def test_odd_paths_of_parameters_are_replaced_in_json_yaml_and_html(tmp_path, pa
 def test_secret_in_a_picture_is_refused_and_nothing_is_left_behind(tmp_path):
     run = make_site_run(tmp_path / "run", site())
     (run / "figures").mkdir()
-    (run / "figures/x.png").write_bytes(b"\x89PNG hf_Q7abcdefghijklmnopqrstuvwxyz1234")
+    (run / "figures/x.png").write_bytes(b"\x89PNG hf_Q7abcdefghijklmnopq1234")
     with pytest.raises(SecretError, match=r"figures/x\.png: found REDACTED_token"):
         export_crate(run, tmp_path / "out/crate")
     assert list((tmp_path / "out").iterdir()) == []
