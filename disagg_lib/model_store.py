@@ -37,6 +37,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session, h
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from .errors import DisaggError
+from .experiment import Experiment
 from .preflight import Check, _existing_parent
 
 BYTES = {"bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "uint8": 1}  # of one element
@@ -408,8 +409,7 @@ class _Manifest:
     def __init__(self, folder: Path):
         self.folder, self.path = folder, manifest_path(folder)
         self.lock, self.saved_at = threading.Lock(), 0.0
-        self.new = not self.path.exists()
-        value = {} if self.new else _read_json(self.path)
+        value = _read_json(self.path) if self.path.exists() else {}
         self.repo, self.revision, self.digest = (value.get(key) for key in ("repo", "revision", "digest"))
         self.expected = {name: HubFile(**file) for name, file in value.get("expected", {}).items()}
         self.files: dict[str, dict] = value.get("files", {})
@@ -506,8 +506,10 @@ def verify_digests(folder: Path, report: Report | None = None) -> list[Check]:
     names = sorted(manifest.expected or there)
     bad = manifest.hash_files(names, report or print_progress())
     bad += [name for name in names if name not in there]
+    strays = sorted(name for name in there.difference(names) if name.endswith(".safetensors"))
     manifest.files = {name: manifest.files[name] for name in names if name in there}
-    manifest.save(complete=bool(names) and not bad)
+    whole = bool(names) and not bad and not strays
+    manifest.save(complete=whole)
     size_gb = sum(entry["size"] for entry in manifest.files.values()) / 1e9
     source = (
         f"{manifest.repo} at {manifest.revision}"
@@ -517,9 +519,10 @@ def verify_digests(folder: Path, report: Report | None = None) -> list[Check]:
     return [
         Check(
             "every file has the hub's digest" if manifest.expected else "every file's digest is recorded",
-            "; ".join(map(manifest.difference, bad)) or f"{len(names)} files, {size_gb:.2f} GB ({source})",
-            bool(names) and not bad,
-            "run 01_model_download again: it fetches the named files anew",
+            "; ".join([*map(manifest.difference, bad), *(f"{name}: not one of the hub's" for name in strays)])
+            or f"{len(names)} files, {size_gb:.2f} GB ({source})",
+            whole,
+            "run 01_model_download again: it fetches the named files anew. Move away what is not the hub's: servers load all shards",
         )
     ]
 
@@ -671,7 +674,8 @@ def download_checkpoint(
     report = report or print_progress()
     with _locked(folder):
         manifest = _Manifest(folder)
-        if manifest.repo != repo or revision not in (None, manifest.revision):
+        ours = manifest.repo == repo
+        if not ours or revision not in (None, manifest.revision):
             manifest.revision, files = hub_listing(repo, revision, endpoint)
             wanted = [name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in names)]
             manifest.repo, manifest.expected, manifest.files = (
@@ -680,7 +684,7 @@ def download_checkpoint(
                 {},
             )
         bad = manifest.hash_files(manifest.expected, report)
-        if bad and manifest.new:
+        if bad and not ours:
             raise HubError("foreign files", folder, f"not fetched by this: {manifest.difference(bad[0])}")
         folder.mkdir(exist_ok=True)
         manifest.save()
@@ -783,3 +787,93 @@ class _Fetch:
             part.unlink()
         if _size(part) != size:
             raise httpx2.RemoteProtocolError(f"the answer ended elsewhere than at {size} bytes")
+
+
+def obtain_checkpoint(e: Experiment, report: Report | None = None) -> Path:
+    """Make the experiment's checkpoint be there: download it, or write a rehearsal's; returns its folder.
+
+    Raises
+    ------
+    HubError, ModelError
+    """
+    folder = Path(e.model_path)
+    if e.engine == "rehearsal":
+        make_rehearsal_checkpoint(folder)
+    elif e.engine == "trtllm":
+        download_checkpoint(folder, e.hf_repo, e.hf_revision, report=report)
+    return folder
+
+
+def checkpoint_checks(e: Experiment, report: Report | None = None) -> list[Check]:
+    """Everything that the experiment assumes of its checkpoint: structure first, then every digest.
+
+    Raises
+    ------
+    ModelError
+    """
+    if e.engine == "external":
+        return []
+    folder, shape = Path(e.model_path), REHEARSAL if e.engine == "rehearsal" else LLAMA_405B
+    return verify_checkpoint(folder, shape, e.max_seq_len) + verify_digests(folder, report)
+
+
+# -- what else the harness and an accuracy run want below scratch_dir
+
+HARNESS_REPO = "meta-llama/Llama-3.1-405B-Instruct"
+HARNESS_REVISION = "be673f326cab4cd22ccfef76109faf68e41aa5f1"  # mlcommons/inference, language/llama3.1-405b
+HARNESS_FILES = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer*")
+DATA_SET = "mlperf_llama3.1_405b_dataset_8313_processed_fp16_eval.pkl"
+SAMPLES, MAX_INPUT_TOKENS = 8313, 20000
+
+
+def harness_model_folder(scratch_dir: str) -> Path:
+    """The original model's folder, of which the harness wants config and tokenizer alone."""
+    return Path(scratch_dir) / "models/Llama3.1-405B/Meta-Llama-3.1-405B-Instruct"
+
+
+def _array_shape(path: Path) -> str:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        return f"no whole array ({error})"
+    return f"{array.dtype} {' x '.join(map(str, array.shape))}"
+
+
+def data_checks(scratch_dir: str, dataset_path: str | None = None, needed: bool = False) -> list[Check]:
+    """The harness's second folder and the data set: what is there, its digest, and how to get it. Opens no pickle.
+
+    Parameters
+    ----------
+    needed : whether the run fails without them (client: nvidia_harness); otherwise they are warnings.
+    """
+    second, data = harness_model_folder(scratch_dir), Path(scratch_dir) / "preprocessed_data/llama3.1-405b"
+    get_model = (
+        f"accept the terms of {HARNESS_REPO}, then hf download {HARNESS_REPO} --revision {HARNESS_REVISION} "
+        f"--include {' '.join(map(repr, HARNESS_FILES))} --local-dir {second}"
+    )
+    get_pickle = (
+        "MLCommons' r2-downloader with https://inference.mlcommons-storage.org/metadata/llama3-1-405b-dataset-8313.uri "
+        "(README of mlcommons/inference, language/llama3.1-405b)"
+    )
+    get_arrays = (
+        "in the harness's container: python3 code/llama3_1-405b/tensorrt/preprocess_data.py --data_dir build/data "
+        "--preprocessed_data_dir build/preprocessed_data"
+    )
+    wanted = [(second / name, get_model) for name in ("config.json", "tokenizer.json")]
+    wanted.append((Path(dataset_path) if dataset_path else data / DATA_SET, get_pickle))
+    arrays = {
+        "input_ids_padded.npy": f"int32 {SAMPLES} x {MAX_INPUT_TOKENS}",
+        "input_lens.npy": f"int32 {SAMPLES}",
+    }
+    wanted += [(data / name, get_arrays) for name in arrays]
+    checks = []
+    for path, fix in wanted:
+        requirement, found, ok = f"{path.parent.name}/{path.name}", "absent", path.is_file()
+        if ok:
+            found = f"SHA-256 {_hash_file(path, lambda count: None, git=False)[0]}, {path.stat().st_size / 1e6:.1f} MB"
+        if path.name in arrays:
+            requirement += f": {arrays[path.name]}"
+            shape = _array_shape(path) if ok else ""
+            ok, found = shape == arrays[path.name], f"{shape}, {found}" if ok else found
+        checks.append(Check(requirement, found, ok, fix, level="error" if needed else "warning"))
+    return checks

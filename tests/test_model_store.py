@@ -1,14 +1,21 @@
 """Verification of a checkpoint's structure, on the synthetic one and on damaged copies of it."""
 
+import hashlib
 import json
+import pickle
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from disagg_lib import model_store
 from disagg_lib.model_store import (
+    DATA_SET,
     LLAMA_405B,
     REHEARSAL,
     ModelError,
+    data_checks,
     make_rehearsal_checkpoint,
     verify_checkpoint,
 )
@@ -80,3 +87,64 @@ def test_a_config_that_cannot_be_read_is_an_error_with_the_path(folder, text):
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(ModelError, match="config.json: .*ownload"):
         verify_checkpoint(folder, REHEARSAL, 22016)
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    """The harness's second folder and the data set, whole, but for prompts of 20 tokens."""
+    monkeypatch.setattr(model_store, "MAX_INPUT_TOKENS", 20)
+    second, data = (
+        tmp_path / "models/Llama3.1-405B/Meta-Llama-3.1-405B-Instruct",
+        tmp_path / "preprocessed_data/llama3.1-405b",
+    )
+    for folder in (second, data):
+        folder.mkdir(parents=True)
+    for path in (second / "config.json", second / "tokenizer.json", data / DATA_SET):
+        path.write_bytes(b"x")
+    np.save(data / "input_lens.npy", np.zeros(8313, np.int32))
+    np.save(data / "input_ids_padded.npy", np.zeros((8313, 20), np.int32))
+    return tmp_path
+
+
+def test_the_harnesss_files_are_listed_with_their_digests(scratch):
+    checks = data_checks(str(scratch))
+    assert [check.ok for check in checks] == [True] * 5
+    assert checks[0].found == f"SHA-256 {hashlib.sha256(b'x').hexdigest()}, 0.0 MB"
+
+
+def test_what_is_missing_comes_with_how_to_get_it(tmp_path):
+    checks = data_checks(str(tmp_path), needed=True)
+    assert {(check.ok, check.found, check.level) for check in checks} == {(False, "absent", "error")}
+    assert "hf download meta-llama/Llama-3.1-405B-Instruct --revision be673f32" in checks[0].fix
+    assert "r2-downloader" in checks[2].fix and "preprocess_data.py" in checks[3].fix
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (np.zeros(8313, np.int64), "int64 8313, "),
+        (np.zeros(5, np.int32), "int32 5, "),
+        (None, "no whole array ("),
+    ],
+)
+def test_an_array_of_another_shape_is_found(scratch, content, found):
+    path = scratch / "preprocessed_data/llama3.1-405b/input_lens.npy"
+    path.write_bytes(b"no array at all") if content is None else np.save(path, content)
+    (check,) = [check for check in data_checks(str(scratch)) if not check.ok]
+    assert check.found.startswith(found)
+
+
+def test_an_array_cut_short_is_found(scratch):
+    path = scratch / "preprocessed_data/llama3.1-405b/input_lens.npy"
+    path.write_bytes(path.read_bytes()[:-4])
+    assert [check.found[:14] for check in data_checks(str(scratch)) if not check.ok] == ["no whole array"]
+
+
+def test_a_pickle_is_not_opened(scratch, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "opened",))
+
+    (tmp_path / "trap.pkl").write_bytes(pickle.dumps(Trap()))
+    data_checks(str(scratch), str(tmp_path / "trap.pkl"))
+    assert not (tmp_path / "opened").exists()

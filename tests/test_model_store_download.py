@@ -240,6 +240,31 @@ def test_files_that_another_hand_put_there_are_never_overwritten(fetch, tmp_path
     assert (tmp_path / "model/config.json").read_text() == "{}"
 
 
+def test_a_model_of_another_repository_is_never_overwritten(fetch, hub, tmp_path):
+    fetch()
+    hub.repos["other/model"] = {"config.json": b"{}"}
+    hub.commits["other/model"] = "e" * 40
+    with pytest.raises(HubError, match="foreign files"):
+        download_checkpoint(tmp_path / "model", "other/model", endpoint=hub.endpoint, margin_bytes=0)
+    fetch()
+
+
+def test_a_newer_commit_fetches_only_what_changed(fetch, hub, tmp_path):
+    fetch()
+    hub.commits[REPO], before = "f" * 40, len(hub.seen)
+    hub.repos[REPO]["config.json"] = b"{}"
+    assert fetch(revision="f" * 40) == "f" * 40
+    assert (tmp_path / "model/config.json").read_bytes() == b"{}"
+    assert len([s for s in hub.seen[before:] if "/resolve/" in s.path]) == 1
+
+
+def test_a_shard_that_is_not_the_hubs_is_named(fetch, tmp_path):
+    fetch()
+    (tmp_path / "model/model-00003-of-00003.safetensors").write_bytes(b"")
+    (check,) = verify_digests(tmp_path / "model", lambda p: None)
+    assert not check.ok and check.found == "model-00003-of-00003.safetensors: not one of the hub's"
+
+
 def test_a_server_without_ranges_is_read_from_the_start(fetch, hub, contents, tmp_path, monkeypatch):
     from hub_server import _Handler
 
