@@ -55,7 +55,9 @@ def read_plainly(path: Path, width: int) -> int:
 
 def peak_gib() -> float:
     """Peak memory of this process. Not ru_maxrss: that begins with the parent's, across fork and exec."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) / 2**20
 
 
