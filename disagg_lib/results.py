@@ -197,7 +197,17 @@ def claim_of(files: RunFiles, run: MlperfRun, source: str | None = None) -> Clai
         division=parts[0]
         if parts[0] in ("closed", "open", "network")
         else str(files.system.get("division", "closed")),
+        shortened=_rehearsed_settings(files),
     )
+
+
+def _rehearsed_settings(files: RunFiles) -> tuple[str, ...]:
+    """What a rehearsal's parameters shorten that no log shows."""
+    if files.parameters.get("engine") != "rehearsal":
+        return ()
+    scale = files.parameters.get("rehearsal_time_scale", 1.0)
+    pace = () if scale == 1.0 else (f"pace (times x {scale}: limits mean nothing)",)
+    return (f"outputs (mean {files.parameters.get('rehearsal_output_tokens')} of 646 tokens)", *pace)
 
 
 def _scenario(files: RunFiles, run: MlperfRun, model: str, parts: list[str]) -> str:
@@ -303,7 +313,7 @@ def _row(result: RunResult) -> dict:
         submittable=verdict.submittable,
         error=result.accuracy_error,
         first_failed=verdict.failed[0].name if verdict.failed else "",
-        shortened=", ".join(check.name for check in verdict.shortened),
+        shortened=", ".join([*(check.name for check in verdict.shortened), *verdict.claim.shortened]),
         latency_p50_s=run.latency_p50_ms / 1e3,
         latency_p99_s=run.latency_p99_ms / 1e3,
         ttft_limit_ms=limits[0],
@@ -447,6 +457,7 @@ TERMINAL = {
     "tpot_p99_ms": ("TPOT p99 ms", 2),
     "tpot_limit_ms": ("TPOT limit ms", 0),
     "first_failed": ("first failed check", None),
+    "shortened": ("shortened on purpose", None),
 }
 
 
@@ -458,7 +469,9 @@ def format_table(table: pd.DataFrame) -> str:
         folders = [Path(str(folder)).name or str(folder) for folder in good["folder"]]
         cells = [["run", *folders]]
         for name, (heading, decimals) in TERMINAL.items():
-            cells.append([heading, *(_cell(value, decimals) for value in good[name])])
+            shown = [_cell(value, decimals) for value in good[name]]
+            if set(shown) != {"-"}:
+                cells.append([heading, *shown])
         if len(good) <= 3:  # upright: a run is a column
             widths = [max(len(row[i]) for row in cells) for i in range(len(folders) + 1)]
             rows = cells

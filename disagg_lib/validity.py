@@ -38,6 +38,7 @@ class Claim:
     round: str = "v5.1"
     source: str = "measured"  # measured | rehearsed | simulated | published
     division: str = "closed"
+    shortened: tuple[str, ...] = ()  # what a rehearsal changed that no check sees: output lengths, the pace
 
 
 @dataclass(frozen=True)
@@ -574,11 +575,12 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield f"  {check.name}: {_figures(check)}. {check.advice}"
     if verdict.suggestion:
         yield f"  {verdict.suggestion}"
-    if verdict.shortened:
-        listed = ", ".join(
-            f"{check.name} ({_number(check.figure)} of {_number(check.limit)})" for check in verdict.shortened
-        )
-        yield f"  Shortened on purpose: {listed}."
+    listed = [
+        f"{check.name} ({_number(check.figure)} of {_number(check.limit)}{check.unit and ' ' + check.unit})"
+        for check in verdict.shortened
+    ]
+    if listed or claim.shortened:
+        yield f"  Shortened on purpose: {', '.join([*listed, *claim.shortened])}."
     if verdict.not_judged:
         yield f"  Not judged: {', '.join(check.name for check in verdict.not_judged)}."
     yield f"  Submittable: {'yes' if verdict.submittable else 'no'}{_why_not(verdict)}."

@@ -50,7 +50,7 @@ def test_no_tracked_file_holds_a_path_of_one_machine_or_a_token():
     tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    pattern = re.compile(rb"(/home/\w|/root/|/work/(main|steering)|hf_[A-Za-z0-9]{20,})")
+    pattern = re.compile(rb"(/home/\w|/root/|/work/(main|steering)|hf_[A-Za-z0-9]{30,})")
     found = []
     for name in filter(None, tracked.stdout.split("\0")):
         path = REPOSITORY / name
