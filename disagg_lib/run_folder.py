@@ -287,9 +287,6 @@ def phases_table(run: Path) -> pd.DataFrame:
 def parameters_table(e: Experiment) -> pd.DataFrame:
     """One row a parameter that was given: its value and where it came from."""
     values = e.model_dump(mode="json")
-    rows = [
-        {"parameter": n, "value": v, "from": e.provenance[n]}
-        for n, v in values.items()
-        if e.provenance[n] != "default"
-    ]
+    given = {n: source for n, source in e.provenance.items() if source != "default"}
+    rows = [{"parameter": n, "value": values[n], "from": source} for n, source in given.items()]
     return pd.DataFrame(rows, columns=["parameter", "value", "from"])

@@ -179,44 +179,31 @@ def plan_table(
     return table, "\n".join(notes)
 
 
+def ranking(table: pd.DataFrame) -> pd.DataFrame:
+    """What a person reads of `plan_table`: queries/s are the highest that stay VALID, median and range over seeds."""
+    rows = [
+        {
+            "topology": row["topology"],
+            "idle": row["gpus_idle"],
+            "target_qps": f"{row['target_qps']:.2f} [{row['target_qps_low']:.2f}, {row['target_qps_high']:.2f}]",
+            "advised": f"{row['recommended_qps']:.2f}",
+            "P(VALID)": f"{row['p_valid']:.2f}",
+            "tokens/s/GPU": f"{row['tokens_per_s_per_gpu']:.0f}",
+            "TTFT p99 ms": f"{row['ttft_p99_ms']:.0f}",
+            "TPOT p99 ms": f"{row['tpot_p99_ms']:.1f}",
+            "binds": row["binds"],
+            "one ctx less": f"{row['without_context_server_qps']:.2f}",
+            "one gen less": f"{row['without_generation_server_qps']:.2f}",
+        }
+        for row in table.to_dict("records")
+    ]
+    return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="rank"))
+
+
 def format_plan(table: pd.DataFrame) -> str:
     """The ranking for a terminal."""
-    rows = [
-        [
-            "",
-            "topology",
-            "idle",
-            "target_qps [range]",
-            "advised",
-            "P(VALID)",
-            "tokens/s/GPU",
-            "TTFT p99",
-            "TPOT p99",
-            "binds",
-            "one ctx less",
-            "one gen less",
-        ]
-    ]
-    for row in table.to_dict("records"):
-        rows.append(
-            [
-                str(row["rank"]),
-                row["topology"],
-                str(row["gpus_idle"]),
-                f"{row['target_qps']:.2f} [{row['target_qps_low']:.2f}, {row['target_qps_high']:.2f}]",
-                f"{row['recommended_qps']:.2f}",
-                f"{row['p_valid']:.2f}",
-                f"{row['tokens_per_s_per_gpu']:.1f}",
-                f"{row['ttft_p99_ms']:.0f} ms",
-                f"{row['tpot_p99_ms']:.1f} ms",
-                row["binds"],
-                f"{row['without_context_server_qps']:.2f}",
-                f"{row['without_generation_server_qps']:.2f}",
-            ]
-        )
-    return "\n".join(
-        ["source: simulated; queries/s, the highest that stay VALID, median over seeds", *_columns(rows)]
-    )
+    head = "source: simulated; queries/s, the highest that stay VALID, median [range] over seeds"
+    return f"{head}\n{ranking(table).to_string()}"
 
 
 def calibrate_runs(runs: Sequence[Path], out: Path) -> str:
