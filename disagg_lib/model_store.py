@@ -459,7 +459,10 @@ class _Manifest:
 
         if sizes:  # the largest first, so that all threads end together
             progress = Progress("verify", len(sizes), sum(sizes.values()), report)
-            progress.run(one, sorted(sizes, key=sizes.get, reverse=True), _cores())
+            try:
+                progress.run(one, sorted(sizes, key=sizes.get, reverse=True), _cores())
+            finally:
+                self.save()
         return [name for name in names if not self.files[name]["ok"]]
 
     def difference(self, name: str) -> str:

@@ -10,6 +10,7 @@ import textwrap
 import time
 
 import huggingface_hub
+import nbformat
 import pytest
 from hub_server import Fault, HubServer
 
@@ -418,6 +419,31 @@ def test_a_verification_reads_only_what_changed(fetch, tmp_path, monkeypatch):
     assert hashed == ["config.json"]
 
 
+def test_a_verification_that_was_interrupted_goes_on(fetch, tmp_path, monkeypatch):
+    fetch()
+    manifest = json.loads(manifest_path(tmp_path / "model").read_text())
+    manifest_path(tmp_path / "model").write_text(json.dumps(manifest | {"files": {}}))
+    hashed = []
+
+    def slowly(path, add, git, real=model_store._hash_file):
+        time.sleep(0.4)
+        hashed.append(path.name)
+        return real(path, add, git)
+
+    def interrupt(p):
+        if p.files_done:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_store, "_hash_file", slowly)
+    with pytest.raises(KeyboardInterrupt):
+        verify_digests(tmp_path / "model", interrupt)
+    kept = json.loads(manifest_path(tmp_path / "model").read_text())["files"]
+    assert 0 < len(kept) < 6
+    hashed.clear()
+    verify_digests(tmp_path / "model", lambda p: None)
+    assert sorted(hashed) == sorted(set(manifest["files"]) - set(kept))
+
+
 def test_a_synthetic_checkpoint_gets_a_manifest_that_says_it_is_from_no_hub(tmp_path):
     folder = make_rehearsal_checkpoint(tmp_path / "model")
     (check,) = verify_digests(folder, lambda p: None)
@@ -454,6 +480,30 @@ def test_no_token_appears_anywhere(hub, tmp_path, monkeypatch):
     texts += [p.read_bytes().decode("latin-1") for p in tmp_path.rglob("*") if p.is_file()]
     assert [text for text in texts if CANARY in text] == []
     assert any("Bearer" in (s.authorization or "") for s in hub.seen)
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_no_token_appears_in_an_executed_notebook(hub, tmp_path, monkeypatch, refused):
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    hub.token = CANARY
+    hub.faults = [Fault(API, status=403, body={"error": f"token {CANARY} may not"})] if refused else []
+    cells = [
+        "from disagg_lib.experiment import load_experiment; from disagg_lib.model_store import obtain_checkpoint",
+        f"e = load_experiment((), {{'engine': 'trtllm', 'scratch_dir': {str(tmp_path / 'scratch')!r}}})",
+        "obtain_checkpoint(e)",
+    ]
+    source = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell) for cell in cells],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+    )
+    nbformat.write(source, tmp_path / "in.ipynb")
+    command = [sys.executable, "-m", "papermill", "--log-output", "in.ipynb", "out.ipynb"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert bool(done.returncode) == refused, done.stderr
+    executed = (tmp_path / "out.ipynb").read_text()
+    assert ("forbidden: 403" if refused else "download: 6/6 files") in executed
+    assert not [text for text in (done.stdout, done.stderr, executed) if CANARY in text]
 
 
 def test_the_listing_says_what_the_hub_says(hub):
