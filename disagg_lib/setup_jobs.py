@@ -558,9 +558,11 @@ def suggest_site(e: Experiment) -> dict[str, tuple[object, str]]:
     return found
 
 
-def write_site(found: Mapping[str, tuple[object, str]], path: Path = SITE) -> pd.DataFrame:
-    """Write params/site.yaml if there is none; in any case the difference: key, in the file, found, from."""
-    if not path.exists() and found:
+def write_site(
+    found: Mapping[str, tuple[object, str]], path: Path = SITE, write: bool = True
+) -> pd.DataFrame:
+    """Write params/site.yaml if there is none (and `write`); in any case the difference: key, in the file, found, from."""
+    if write and found and not path.exists():
         lines = ["# What is about this site; written once by 00_setup, yours to edit. No token belongs here."]
         lines += [
             f"{yaml.safe_dump({key: value}, width=1000).strip()}  # {why}"
