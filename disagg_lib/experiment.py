@@ -107,6 +107,16 @@ class Experiment(BaseModel):
     worker_port: int = _parameter(
         8336, "TCP port of the first server; one more for each further one", ge=1024, le=65535
     )
+    find_target_qps: bool = _parameter(False, "true: search the highest VALID QPS in the job, then run at it")
+    target_qps_min: float | None = _parameter(
+        None, "queries/s where the search begins; not given: 0.6 x target", gt=0
+    )
+    target_qps_max: float | None = _parameter(
+        None, "queries/s, highest to try; not given: 1.6 x target", gt=0
+    )
+    search_budget_s: int | None = _parameter(
+        None, "seconds that the search's trials may take together", ge=60
+    )
     plan_gpus: int | None = _parameter(
         None, "GPU budget of 02_plan; not given: what the topology needs", ge=1, le=10_000
     )
@@ -209,6 +219,12 @@ class Experiment(BaseModel):
         hours, minutes, seconds = (int(part) for part in clock.split(":"))
         return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
+    @property
+    def search_bounds_qps(self) -> tuple[float, float]:
+        """Where find_target_qps begins, and the highest QPS it tries."""
+        low, high = self.target_qps_min, self.target_qps_max
+        return low or round(0.6 * self.server_target_qps, 4), high or round(1.6 * self.server_target_qps, 4)
+
     @cached_property
     def servers(self) -> tuple[Server, ...]:
         """All context servers, then all generation servers: the order in which TensorRT-LLM hands out MPI ranks."""
@@ -302,6 +318,15 @@ def _check_together(e: Experiment) -> None:
     if e.engine == "rehearsal" and e.container != "none":
         raise ParameterError(
             "container: found 'pyxis' with engine: rehearsal, which runs outside containers. Set container: none"
+        )
+    low, high = e.search_bounds_qps
+    if low >= high:
+        raise ParameterError(
+            f"target_qps_min: found {low:g}, needed less than target_qps_max, {high:g}. Set both, or neither"
+        )
+    if e.find_target_qps and (e.client != "loadgen" or "performance" not in e.test_modes):
+        raise ParameterError(
+            "find_target_qps: found true, which needs client: loadgen and 'performance' among test_modes. Set them"
         )
     if e.engine == "external":
         if e.endpoint_url is None:

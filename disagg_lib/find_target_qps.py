@@ -288,7 +288,7 @@ def main(arguments=None):
             rows_path=run_dir / "job" / "find_target_qps.jsonl",
             resolution=search.get("resolution", 0.02),
             budget_s=search.get("budget_s"),
-            full_queries=client["total_sample_count"],
+            full_queries=search.get("full_queries") or client["total_sample_count"],
             log=lambda text: print("find_target_qps: " + text, flush=True),
         )
     except (SearchError, OSError, ValueError, KeyError) as error:

@@ -430,6 +430,14 @@ def collect(mode):
         shutil.copy2(path, target)
 
 
+def adopt():
+    """Put the target QPS that the search found where LoadGen reads it."""
+    found = json.loads((JOB / "find_target_qps.json").read_text())["target_qps"]
+    path = RUN / "user.conf"
+    path.write_text(re.sub(r"(target_qps = ).*", lambda match: f"{match[1]}{found}", path.read_text()))
+    print(f"target_qps found: {found}", flush=True)
+
+
 def watch(mode):
     """Follow the client of one test mode to its end; a stall or a dead server ends the job."""
     s = settings()
@@ -440,12 +448,23 @@ def watch(mode):
         status = exit_status("client_" + mode)
         if status is not None:
             if status:
-                log = RUN / "logs" / f"mlperf_benchmark_{mode}.log"
+                log = (
+                    RUN
+                    / "logs"
+                    / (
+                        f"mlperf_benchmark_{mode}.log"
+                        if mode in ("performance", "accuracy")
+                        else f"{mode}.log"
+                    )
+                )
                 raise Failed(f"the {mode} client ended with status {status}: {last_lines(log)}")
             return
         refuse_dead_servers()
         progress = last_progress() if ours else harness_progress(mode)
-        if progress is not None and progress["mode"] == mode:
+        # A search's trials are performance runs.
+        if progress is not None and progress["mode"] == (
+            "performance" if mode == "find_target_qps" else mode
+        ):
             counts = (progress["done"], progress["tokens"])
             if counts != seen or not progress["outstanding"]:
                 moved, seen = time.monotonic(), counts
@@ -535,6 +554,8 @@ def main(arguments):
             watch(rest[0])
         elif command == "collect":
             collect(rest[0])
+        elif command == "adopt":
+            adopt()
         elif command == "ranks":
             return ranks(int(rest[0]), rest[1], rest[2:])
         elif command == "reason":

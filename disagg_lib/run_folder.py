@@ -86,6 +86,12 @@ def settings_of(e: Experiment) -> dict:
             }
             for s in e.servers
         ],
+        "find_target_qps": {
+            "low_qps": e.search_bounds_qps[0],
+            "high_qps": e.search_bounds_qps[1],
+            "budget_s": e.search_budget_s,
+            "full_queries": e.rehearsal_queries if e.shortened else SAMPLE_COUNT,
+        },
         "client": {
             "kind": e.client,
             "endpoint": "/v1/completions",
@@ -174,7 +180,11 @@ def _write_run(folder: Path, e: Experiment, python: str) -> None:
     (folder / "job.sh").write_text(make_job_script(e, python))
     (folder / "job.sh").chmod(0o755)
     (folder / "job/settings.json").write_text(json.dumps(settings_of(e), indent=1) + "\n")
-    for module in ("job_agent.py", "loadgen_client.py"):
+    for module in (
+        "job_agent.py",
+        "loadgen_client.py",
+        *(("find_target_qps.py",) if e.find_target_qps else ()),
+    ):
         shutil.copy(Path(__file__).with_name(module), folder / "job")
     if not e.dataset_path:
         sample_lengths = lengths.built_in_lengths(SAMPLE_COUNT)
@@ -282,6 +292,12 @@ def phases_table(run: Path) -> pd.DataFrame:
     return pd.DataFrame(
         {"phase": table["phase"], "began_s": began.round(1), "took_s": began.diff(-1).abs().round(1)}
     )
+
+
+def search_table(run: Path) -> pd.DataFrame:
+    """One row a trial of find_target_qps: qps, queries, valid, ttft_share and tpot_share of their limits, seconds."""
+    columns = ["qps", "queries", "valid", "ttft_share", "tpot_share", "seconds", "failed"]
+    return pd.DataFrame(read_json_lines(run / "job/find_target_qps.jsonl"), columns=columns)
 
 
 def parameters_table(e: Experiment) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Whole local jobs with real processes: the rehearsal serves, real LoadGen measures, faults are named."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from disagg_lib import job_agent, launch
+from disagg_lib import job_agent, launch, mlperf_logs
 from disagg_lib.experiment import load_experiment
-from disagg_lib.run_folder import create_run, read_json_lines
+from disagg_lib.run_folder import create_run, read_json_lines, search_table
 
 SMALL = {
     "num_ctx_servers": 1,
@@ -80,6 +81,25 @@ def test_a_job_runs_through_all_phases_and_leaves_no_process(tmp_path, dialect):
     for mode in ("performance", "accuracy"):
         assert 'is_error": true' not in (run / f"mlperf/{mode}/mlperf_log_detail.txt").read_text()
     assert no_process_left(run)
+
+
+def test_the_search_finds_a_target_and_the_run_takes_it(tmp_path):
+    search = {
+        "find_target_qps": True,
+        "target_qps_min": 90.0,
+        "target_qps_max": 95.0,
+        "rehearsal_queries": 459,
+    }
+    run = make(tmp_path / "run", rehearsal_time_scale=0.01, test_modes=["performance"], **search)
+    state = finish(run, 180)
+    assert (state.state, state.reason) == ("done", "")
+    assert "find_target_qps" in [line["phase"] for line in read_json_lines(run / "job/phases.jsonl")]
+    found = json.loads((run / "job/find_target_qps.json").read_text())["target_qps"]
+    assert f"target_qps = {found}\n" in (run / "user.conf").read_text()
+    assert mlperf_logs.read_run(run / "mlperf/performance").target_qps == pytest.approx(found, rel=1e-5)
+    trials = search_table(run)
+    assert len(trials) >= 1
+    assert set(trials["queries"]) == {459}
 
 
 def test_folders_with_spaces_quotes_and_commands_break_and_run_nothing(odd_dir):
