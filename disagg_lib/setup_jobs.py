@@ -386,7 +386,7 @@ def probe_checks(e: Experiment, found: Mapping[str, str]) -> list[Check]:
                 " ".join(min(domains))
                 if len(domains) == 1
                 else f"{len(domains)} domains: {found['fabric']}"[:200],
-                len(domains) == 1 or not across,
+                not across or (len(domains) == 1 and "N/A" not in min(domains)),
                 "servers of one node only need none; otherwise ask for nodes of one rack (segment)",
             ),
         ]
