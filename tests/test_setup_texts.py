@@ -108,6 +108,9 @@ def test_a_setup_job_that_fails_says_its_last_lines(tmp_path):
         )
 
 
+SPANS = "one NVLink domain (a server spans several nodes)"
+
+
 def unmet(found, **given):
     e = load_experiment((), {"engine": "trtllm", "scratch_dir": "/scratch", **given})
     return [check.requirement for check in setup_jobs.probe_checks(e, {**GOOD, **found}) if not check.ok]
@@ -131,11 +134,9 @@ def test_a_good_node_meets_every_requirement():
         ({"scratch": "mktemp: permission denied"}, {}, "scratch_dir is writable"),
         ({"free_kb": ""}, {}, "1 GB free in scratch_dir"),
         ({"python3": "bash: python3: command not found"}, {}, "python3 3.8 or newer"),
-        (
-            {"fabric": "a 1 a 1 a 2 a 2"},
-            {"gen_tp_size": 8},
-            "one NVLink domain (a server spans several nodes)",
-        ),
+        ({"fabric": "a 1 a 1 a 2 a 2"}, {"gen_tp_size": 8}, SPANS),
+        ({"fabric": "N/A N/A N/A N/A"}, {"gen_tp_size": 8}, SPANS),
+        ({"fabric": ""}, {"gen_tp_size": 8}, SPANS),
     ],
 )
 def test_each_lack_of_a_node_is_found(found, given, requirement):
