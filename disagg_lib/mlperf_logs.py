@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,123 +35,86 @@ class LogError(DisaggError):
         super().__init__(f"{where}: {case.replace('_', ' ')}: found {found}; needed {needed}. {todo}")
 
 
-def _percentiles(prefix: str, stem: str, suffix: str) -> list[tuple[str, tuple[str, ...], float]]:
-    """Rows of FIGURES for the six percentiles that LoadGen writes."""
-    written = {
-        "p50": "50.00",
-        "p90": "90.00",
-        "p95": "95.00",
-        "p97": "97.00",
-        "p99": "99.00",
-        "p999": "99.90",
-    }
-    return [
-        (f"{prefix}_{name}_ms", (f"result_{stem}{key}_percentile{suffix}",), 1e6)
-        for name, key in written.items()
-    ]
-
-
-#: field -> (detail-log keys in order of preference, divisor). Source: mlcommons/inference, loadgen/results.cc and
-#: loadgen/test_settings_internal.cc, tags v4.1 to v6.0; keys seen in logs of 4.1.30, 5.0.15, 5.0.25, 5.1.0, 5.1.2 and 6.0.17.
-FIGURES: dict[str, tuple[tuple[str, ...], float]] = {
-    name: (keys, divisor)
-    for name, keys, divisor in [
-        # Server, Offline, SingleStream each have a key of their own for samples per second
-        (
-            "samples_per_s",
-            (
-                "result_completed_samples_per_sec",
-                "result_samples_per_second",
-                "result_qps_with_loadgen_overhead",
-            ),
-            1,
-        ),
-        ("scheduled_samples_per_s", ("result_scheduled_samples_per_sec",), 1),
-        # models with inferred tokens (gptj) write only the last two
-        (
-            "completed_tokens_per_s",
-            (
-                "result_completed_tokens_per_second",
-                "result_tokens_per_second",
-                "result_inferred_completed_tokens_per_second",
-                "result_inferred_tokens_per_second",
-            ),
-            1,
-        ),
-        # MultiStream judges whole queries: its per-query keys differ from its per-sample ones, which are kept here
-        ("latency_min_ms", ("result_min_latency_ns",), 1e6),
-        ("latency_mean_ms", ("result_mean_latency_ns",), 1e6),
-        ("latency_max_ms", ("result_max_latency_ns",), 1e6),
-        *_percentiles("latency", "", "_latency_ns"),
-        ("query_latency_mean_ms", ("result_mean_query_latency_ns",), 1e6),
-        ("query_latency_p99_ms", ("result_99.00_percentile_per_query_latency_ns",), 1e6),
-        ("ttft_min_ms", ("result_first_token_min_latency_ns",), 1e6),
-        ("ttft_mean_ms", ("result_first_token_mean_latency_ns",), 1e6),
-        ("ttft_max_ms", ("result_first_token_max_latency_ns",), 1e6),
-        *_percentiles("ttft", "first_token_", "_latency_ns"),
-        # min, mean and max say "to", percentiles say "per", and only the latter carry the unit
-        ("tpot_min_ms", ("result_time_to_output_token_min",), 1e6),
-        ("tpot_mean_ms", ("result_time_to_output_token_mean",), 1e6),
-        ("tpot_max_ms", ("result_time_to_output_token_max",), 1e6),
-        *_percentiles("tpot", "time_per_output_token_", "_ns"),
-        ("query_count", ("result_query_count",), 1),
-        ("generated_query_count", ("generated_query_count",), 1),
-        ("samples_per_query", ("generated_samples_per_query", "effective_samples_per_query"), 1),
-        ("target_qps", ("effective_target_qps",), 1),
-        ("target_latency_ms", ("effective_target_latency_ns",), 1e6),
-        ("min_duration_ms", ("effective_min_duration_ms",), 1),
-        ("min_query_count", ("effective_min_query_count",), 1),
-        ("dataset_samples", ("qsl_reported_total_count",), 1),
-        ("performance_sample_count", ("effective_performance_sample_count",), 1),
-        ("ttft_limit_ms", ("requested_server_ttft_latency",), 1e6),
-        ("tpot_limit_ms", ("requested_server_tpot_latency",), 1e6),
-    ]
+#: p99 -> 0.99: the percentiles that LoadGen writes
+PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p97": 0.97, "p99": 0.99, "p999": 0.999}
+#: figure -> keys of min, mean and max, keys of percentiles, the summary's words. Only TPOT's keys are uneven: min, mean
+#: and max say "to", percentiles say "per", and only the latter carry the unit.
+_LATENCIES = {
+    "latency": ("result_{}_latency_ns", "result_{}_percentile_latency_ns", "latency"),
+    "ttft": ("result_first_token_{}_latency_ns", "result_first_token_{}_percentile_latency_ns", "first token latency"),
+    "tpot": ("result_time_to_output_token_{}", "result_time_per_output_token_{}_percentile_ns", "time to output token"),
+}  # fmt: skip
+_LATENCY_KEYS = {
+    f"{figure}_{what}_ms": (key.format(word), f"{word}{percentile} {label} (ns)")
+    for figure, (plain, of_percentile, label) in _LATENCIES.items()
+    for what, word, key, percentile in (
+        *((what, what, plain, "") for what in ("min", "mean", "max")),
+        *((what, f"{100 * p:.2f}", of_percentile, " percentile") for what, p in PERCENTILES.items()),
+    )
 }
-
+_KEYS = {
+    # Server, Offline, SingleStream each have a key of their own for samples per second
+    "samples_per_s": "result_completed_samples_per_sec result_samples_per_second result_qps_with_loadgen_overhead",
+    "scheduled_samples_per_s": "result_scheduled_samples_per_sec",
+    # models with inferred tokens (gptj) write only the last two
+    "completed_tokens_per_s": "result_completed_tokens_per_second result_tokens_per_second "
+    "result_inferred_completed_tokens_per_second result_inferred_tokens_per_second",
+    # MultiStream judges whole queries: its per-query keys differ from its per-sample ones
+    "query_latency_mean_ms": "result_mean_query_latency_ns",
+    "query_latency_p99_ms": "result_99.00_percentile_per_query_latency_ns",
+    **{name: key for name, (key, _) in _LATENCY_KEYS.items()},
+    "query_count": "result_query_count",
+    "generated_query_count": "generated_query_count",
+    "samples_per_query": "generated_samples_per_query effective_samples_per_query",
+    "target_qps": "effective_target_qps",
+    "target_latency_ms": "effective_target_latency_ns",
+    "min_duration_ms": "effective_min_duration_ms",
+    "min_query_count": "effective_min_query_count",
+    "dataset_samples": "qsl_reported_total_count",
+    "performance_sample_count": "effective_performance_sample_count",
+    "ttft_limit_ms": "requested_server_ttft_latency",  # LoadGen's own limit; NaN where it judges no token latency
+    "tpot_limit_ms": "requested_server_tpot_latency",
+}
+#: field -> (detail-log keys in order of preference, divisor: ns into ms). Source: mlcommons/inference, loadgen/results.cc
+#: and test_settings_internal.cc, tags v4.1 to v6.0; seen in logs of 4.1.30, 5.0.15, 5.0.25, 5.1.0, 5.1.2 and 6.0.17.
+FIGURES: dict[str, tuple[tuple[str, ...], float]] = {
+    name: (tuple(keys.split()), 1e6 if name.endswith("_ms") and not keys.endswith("_ms") else 1)
+    for name, keys in _KEYS.items()
+}
 #: summary label -> detail key, lower case, runs of blanks made one. The summary prints what the detail log holds.
 SUMMARY_LABELS: dict[str, str] = {
     "scenario": "effective_scenario",
     "mode": "effective_test_mode",
     "result is": "result_validity",
     "target_qps": "effective_target_qps",
-    "min latency (ns)": "result_min_latency_ns",
-    "max latency (ns)": "result_max_latency_ns",
-    "mean latency (ns)": "result_mean_latency_ns",
-    "min first token latency (ns)": "result_first_token_min_latency_ns",
-    "max first token latency (ns)": "result_first_token_max_latency_ns",
-    "mean first token latency (ns)": "result_first_token_mean_latency_ns",
-    # 5.0.15 to 5.1.0 say "to", 5.1.1 and later say "per"
-    **{
-        f"{what} time {word} output token (ns)": f"result_time_to_output_token_{what}"
-        for what in ("min", "max", "mean")
-        for word in ("to", "per")
-    },
-    **{
-        f"{p} percentile {label} (ns)": f"result_{stem}{p}_percentile{suffix}"
-        for p in ("50.00", "90.00", "95.00", "97.00", "99.00", "99.90")
-        for label, stem, suffix in (
-            ("latency", "", "_latency_ns"),
-            ("first token latency", "first_token_", "_latency_ns"),
-            ("time to output token", "time_per_output_token_", "_ns"),
-        )
-    },
+    **{label: key for key, label in _LATENCY_KEYS.values()},
+    # 5.1.1 and later say "per" where 5.0.15 to 5.1.0 say "to"
+    **{f"{w} time per output token (ns)": f"result_time_to_output_token_{w}" for w in ("min", "mean", "max")},
 }
 
 #: keys of many kB that no figure needs
-_BULKY = frozenset(
-    {"loaded_qsl_set", "loadgen_file_sha1", "loadgen_git_log_message", "loadgen_git_status_message"}
-)
-_MODES = {
-    "PerformanceOnly": "performance",
-    "AccuracyOnly": "accuracy",
-    "SubmissionRun": "submission",
-    "FindPeakPerformance": "find_peak",
+_BULKY = {"loaded_qsl_set", "loadgen_file_sha1", "loadgen_git_log_message", "loadgen_git_status_message"}
+_MODES = {"PerformanceOnly": "performance", "AccuracyOnly": "accuracy", "SubmissionRun": "submission",
+          "FindPeakPerformance": "find_peak"}  # fmt: skip
+_TEXTS = {"loadgen_version": "loadgen_version", "test_datetime": "test_datetime", "loadgen_valid": "result_validity",
+          "invalid_reason": "result_invalid_reason"}  # fmt: skip
+_MET = {"perf_constraints_met": "result_perf_constraints_met", "min_duration_met": "result_min_duration_met",
+        "min_queries_met": "result_min_queries_met", "early_stopping_met": "early_stopping_met"}  # fmt: skip
+_SEEDS = tuple(f"effective_{name}_rng_seed" for name in ("qsl", "sample_index", "schedule"))
+_FLAGS = {*_MET.values(), "requested_use_token_latencies", "effective_sample_concatenate_permutation"}
+_NUMBERS = {key for keys, _ in FIGURES.values() for key in keys} | {
+    *("num_errors", "effective_target_latency_percentile", *_SEEDS)
 }
+
+_Figures = make_dataclass("_Figures", [(name, float) for name in FIGURES], frozen=True)
 
 
 @dataclass(frozen=True)
-class MlperfRun:
-    """One LoadGen run. A figure that this kind of run does not have is NaN, and `missing` says why."""
+class MlperfRun(_Figures):
+    """One LoadGen run: the fields below and every figure of FIGURES (float).
+
+    A figure that this kind of run does not have is NaN, and `missing` says why.
+    """
 
     log_dir: Path
     mode: str  # performance | accuracy | submission | find_peak
@@ -168,53 +131,10 @@ class MlperfRun:
     early_stopping_tpot: str
     use_token_latencies: bool
     equal_issue: bool  # sample_concatenate_permutation
-    seeds: tuple[int | None, int | None, int | None]  # qsl, sample index, schedule
+    seeds: tuple[int | None, ...]  # qsl, sample index, schedule
     errors: tuple[str, ...]
     warnings: tuple[str, ...]
     error_count: int
-    samples_per_s: float
-    scheduled_samples_per_s: float
-    completed_tokens_per_s: float
-    latency_min_ms: float
-    latency_mean_ms: float
-    latency_max_ms: float
-    latency_p50_ms: float
-    latency_p90_ms: float
-    latency_p95_ms: float
-    latency_p97_ms: float
-    latency_p99_ms: float
-    latency_p999_ms: float
-    query_latency_mean_ms: float
-    query_latency_p99_ms: float
-    ttft_min_ms: float
-    ttft_mean_ms: float
-    ttft_max_ms: float
-    ttft_p50_ms: float
-    ttft_p90_ms: float
-    ttft_p95_ms: float
-    ttft_p97_ms: float
-    ttft_p99_ms: float
-    ttft_p999_ms: float
-    tpot_min_ms: float
-    tpot_mean_ms: float
-    tpot_max_ms: float
-    tpot_p50_ms: float
-    tpot_p90_ms: float
-    tpot_p95_ms: float
-    tpot_p97_ms: float
-    tpot_p99_ms: float
-    tpot_p999_ms: float
-    query_count: float
-    generated_query_count: float
-    samples_per_query: float
-    target_qps: float
-    target_latency_ms: float
-    min_duration_ms: float
-    min_query_count: float
-    dataset_samples: float
-    performance_sample_count: float
-    ttft_limit_ms: float  # LoadGen's own limit; NaN where it judges no token latency
-    tpot_limit_ms: float
     missing: Mapping[str, str] = field(repr=False)
     detail: Mapping[str, object] = field(repr=False, compare=False)
 
@@ -251,31 +171,27 @@ def read_run(log_dir: Path | str) -> MlperfRun:
     _refuse_bad_values(detail, log_dir / DETAIL)
     figures = {name: _figure(detail, keys, divisor) for name, (keys, divisor) in FIGURES.items()}
     scenario = str(detail["effective_scenario"])
-    if scenario != "Server" or not detail.get("requested_use_token_latencies"):
+    token_latencies = detail.get("requested_use_token_latencies", False)
+    if scenario != "Server" or not token_latencies:
         figures["ttft_limit_ms"] = figures["tpot_limit_ms"] = NAN
-    early = str(detail.get("early_stopping_result", ""))
+    early = detail.get("early_stopping_result", "")
+    # 4.1 and 5.0.15 write no num_errors: there the flagged lines, and the summary's word, are the only count
+    said = re.search(r"^(\d+) ERROR", summary_text, re.MULTILINE)
     return MlperfRun(
         log_dir=log_dir,
         mode=mode,
         loadgen_scenario=scenario,
-        loadgen_version=str(detail.get("loadgen_version", "")),
-        test_datetime=str(detail.get("test_datetime", "")),
-        loadgen_valid=str(detail.get("result_validity", "")),
-        invalid_reason=str(detail.get("result_invalid_reason", "")),
-        perf_constraints_met=detail.get("result_perf_constraints_met"),
-        min_duration_met=detail.get("result_min_duration_met"),
-        min_queries_met=detail.get("result_min_queries_met"),
-        early_stopping_met=detail.get("early_stopping_met"),
+        **{name: str(detail.get(key, "")) for name, key in _TEXTS.items()},
+        **{name: detail.get(key) for name, key in _MET.items()},
         early_stopping_ttft=str(detail.get("early_stopping_ttft_result", early)),
         early_stopping_tpot=str(detail.get("early_stopping_tpot_result", early)),
-        use_token_latencies=bool(detail.get("requested_use_token_latencies", False)),
-        equal_issue=bool(detail.get("effective_sample_concatenate_permutation", False)),
-        seeds=tuple(detail.get(f"effective_{k}_rng_seed") for k in ("qsl", "sample_index", "schedule")),
+        use_token_latencies=token_latencies,
+        equal_issue=detail.get("effective_sample_concatenate_permutation", False),
+        seeds=tuple(map(detail.get, _SEEDS)),
         errors=errors,
         warnings=warnings,
-        # 4.1 and 5.0.15 write no num_errors: there the flagged lines are the only count
-        error_count=max(int(detail.get("num_errors", 0)), len(errors), _summary_errors(summary_text)),
-        missing=_why_missing(figures, mode, scenario, bool(detail.get("requested_use_token_latencies"))),
+        error_count=max(int(detail.get("num_errors", 0)), len(errors), int(said[1]) if said else 0),
+        missing=_why_missing(figures, mode, scenario, token_latencies),
         detail=detail,
         **figures,
     )
@@ -305,13 +221,8 @@ def parse_detail(text: str, where: Path) -> tuple[dict[str, object], tuple[str, 
         if flagged:
             (errors if '"is_error": true' in line[-400:] else warnings).append(str(value))
     if not values:
-        raise LogError(
-            "not_loadgen",
-            where,
-            "no line that starts with `:::MLLOG`",
-            "LoadGen's detail log",
-            "Give the folder that LoadGen wrote into (log_output.outdir).",
-        )
+        todo = "Give the folder that LoadGen wrote into (log_output.outdir)."
+        raise LogError("not_loadgen", where, "no line `:::MLLOG ...`", "LoadGen's detail log", todo)
     return values, tuple(errors), tuple(warnings)
 
 
@@ -328,31 +239,24 @@ def parse_summary(text: str) -> dict[str, str]:
 def _read_texts(log_dir: Path) -> tuple[str, str]:
     """Text of the detail log and of the summary; line ends of either kind."""
     if not log_dir.is_dir():
-        raise LogError(
-            "missing_folder", log_dir, "no such folder", "a folder of LoadGen logs", "Check the path."
-        )
-    names = {entry.name for entry in log_dir.iterdir()}
+        raise LogError("missing_folder", log_dir, "none", "a folder of LoadGen logs", "Check the path.")
+    names = sorted(entry.name for entry in log_dir.iterdir())
     if not names:
-        raise LogError(
-            "empty_folder",
-            log_dir,
-            "no files",
-            f"{DETAIL} and {SUMMARY}",
-            "Did LoadGen start at all? See logs/.",
-        )
+        todo = "Did LoadGen start at all? See logs/."
+        raise LogError("empty_folder", log_dir, "no files", f"{DETAIL} and {SUMMARY}", todo)
     for name in (DETAIL, SUMMARY):
         if name not in names:
-            others = ", ".join(sorted(names)[:5])
-            raise LogError(
-                "missing_file", log_dir / name, others, name, "Copy it from the machine that ran LoadGen."
-            )
-    texts = [(log_dir / name).read_bytes().decode("utf-8", "replace") for name in (DETAIL, SUMMARY)]
-    return texts[0], texts[1]
+            todo = "Copy it from the machine that ran LoadGen."
+            raise LogError("missing_file", log_dir / name, ", ".join(names[:5]), name, todo)
+    detail, summary = ((log_dir / name).read_bytes().decode("utf-8", "replace") for name in (DETAIL, SUMMARY))
+    return detail, summary
 
 
-def _version(text: object) -> tuple[int, ...]:
-    """`5.0.25 @ 5232291860` -> (5, 0, 25)."""
-    return tuple(int(part) for part in re.findall(r"\d+", str(text).split("@")[0]))
+def read_bytes(path: Path | str, name: str, todo: str) -> bytes:
+    """A file's content; LogError `missing_file` if it is not there."""
+    if not Path(path).is_file():
+        raise LogError("missing_file", Path(path), "no such file", name, todo)
+    return Path(path).read_bytes()
 
 
 def _refuse_cut(detail: Mapping, detail_text: str, summary_text: str, mode: str, log_dir: Path) -> None:
@@ -364,27 +268,21 @@ def _refuse_cut(detail: Mapping, detail_text: str, summary_text: str, mode: str,
     else:
         needed += ["result_validity", "result_query_count", "result_99.90_percentile_latency_ns"]
         if detail.get("effective_scenario") == "Server" and detail.get("requested_use_token_latencies"):
-            needed += [f"result_{what}" for what in ("first_token_99.00_percentile_latency_ns",
-                       "time_per_output_token_99.00_percentile_ns", "completed_tokens_per_second")]  # fmt: skip
-        if _version(detail.get("loadgen_version")) >= (5, 0, 21):
+            needed += [_LATENCY_KEYS[name][0] for name in ("ttft_p99_ms", "tpot_p99_ms")]
+            needed += ["result_completed_tokens_per_second"]
+        version = re.findall(r"\d+", str(detail.get("loadgen_version")).split("@")[0])
+        if tuple(map(int, version)) >= (5, 0, 21):
             needed += ["num_errors"]  # the last line of every performance log since then
     absent = [key for key in needed if key not in detail]
     if absent or not last_line.endswith("}"):
-        raise LogError(
-            "cut_log",
-            log_dir / DETAIL,
-            f"an end at `{last_line[:60]}`" + (f", no `{absent[0]}`" if absent else ""),
-            "LoadGen's last lines",
-            "The run was killed or still runs: see logs/ and job/phases.jsonl, then run it again.",
-        )
+        found = f"an end at `{last_line[:60]}`" + (f", no `{absent[0]}`" if absent else "")
+        todo = "The run was killed or still runs: see logs/ and job/phases.jsonl, then run it again."
+        raise LogError("cut_log", log_dir / DETAIL, found, "LoadGen's last lines", todo)
     if "ncountered" not in summary_text[-300:]:
-        raise LogError(
-            "cut_log",
-            log_dir / SUMMARY,
-            f"{len(summary_text)} characters without the closing line on errors",
-            "`No errors encountered during test.` or a number of errors",
-            "The run was killed while LoadGen wrote: run it again.",
-        )
+        found = f"{len(summary_text)} characters without the closing line on errors"
+        needed = "`No errors encountered during test.` or a number of errors"
+        todo = "The run was killed while LoadGen wrote: run it again."
+        raise LogError("cut_log", log_dir / SUMMARY, found, needed, todo)
 
 
 def _refuse_mixed(detail: Mapping, summary_text: str, log_dir: Path) -> None:
@@ -393,23 +291,13 @@ def _refuse_mixed(detail: Mapping, summary_text: str, log_dir: Path) -> None:
         key = SUMMARY_LABELS.get(label)
         if key is None or key not in detail or not value:
             continue
-        # MultiStream prints its block per query first
-        key = next((k for k in _per_query(key) if k in detail), key)
+        # MultiStream prints its block per query first: the same figure of whole queries, under names of its own
+        whole = (key.replace("_latency_ns", f"{word}_latency_ns") for word in ("_query", "_per_query"))
+        key = next((k for k in whole if k in detail), key)
         if not _same(value, detail[key]):
-            raise LogError(
-                "mixed_runs",
-                log_dir / SUMMARY,
-                f"{label} = {value}, but {DETAIL} has {key} = {detail[key]}",
-                "summary and detail log of one run",
-                "Copy both files again from the same run.",
-            )
-
-
-def _per_query(key: str) -> tuple[str, str]:
-    """The names under which MultiStream keeps the same figure of whole queries."""
-    return key.replace("_latency_ns", "_query_latency_ns"), key.replace(
-        "_latency_ns", "_per_query_latency_ns"
-    )
+            found = f"{label} = {value}, but {DETAIL} has {key} = {detail[key]}"
+            todo = "Copy both files again from the same run."
+            raise LogError("mixed_runs", log_dir / SUMMARY, found, "summary and detail log of one run", todo)
 
 
 def _same(printed: str, value: object) -> bool:
@@ -426,34 +314,18 @@ def _same(printed: str, value: object) -> bool:
     return math.isclose(number, value, rel_tol=5e-6, abs_tol=0.5000001 * last_digit if "." in printed else 0)
 
 
-_FLAGS = (
-    *(
-        "result_perf_constraints_met",
-        "result_min_duration_met",
-        "result_min_queries_met",
-        "early_stopping_met",
-    ),
-    *("requested_use_token_latencies", "effective_sample_concatenate_permutation"),
-)
-_NUMBERS = frozenset(key for keys, _ in FIGURES.values() for key in keys) | {
-    *("num_errors", "effective_target_latency_percentile"),
-    *(f"effective_{seed}_rng_seed" for seed in ("qsl", "sample_index", "schedule")),
-}
-
-
 def _refuse_bad_values(detail: Mapping, where: Path) -> None:
     """Raise when a key holds something else than LoadGen writes there: a damaged or an edited log."""
     for key, value in detail.items():
-        number = key in _NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float))
-        flag = key in _FLAGS and not isinstance(value, bool)
-        if number or flag or (key in _NUMBERS and not math.isfinite(value)):
-            raise LogError(
-                "bad_value",
-                where,
-                f"{key} = {str(value)[:60]}",
-                "true or false" if flag else "a number",
-                "The file is damaged or was edited: copy it again from the run.",
-            )
+        if key in _FLAGS:
+            good, needed = isinstance(value, bool), "true or false"
+        elif key in _NUMBERS:
+            good, needed = type(value) in (int, float) and math.isfinite(value), "a number"
+        else:
+            continue
+        if not good:
+            todo = "The file is damaged or was edited: copy it again from the run."
+            raise LogError("bad_value", where, f"{key} = {str(value)[:60]}", needed, todo)
 
 
 def _figure(detail: Mapping, keys: tuple[str, ...], divisor: float) -> float:
@@ -462,12 +334,6 @@ def _figure(detail: Mapping, keys: tuple[str, ...], divisor: float) -> float:
         if key in detail:
             return float(detail[key]) if divisor == 1 else detail[key] / divisor
     return NAN
-
-
-def _summary_errors(text: str) -> int:
-    """N of `N ERROR(S) encountered`, else 0."""
-    found = re.search(r"^(\d+) ERROR", text, re.MULTILINE)
-    return int(found[1]) if found else 0
 
 
 def _why_missing(figures: Mapping, mode: str, scenario: str, token_latencies: bool) -> dict[str, str]:
@@ -507,24 +373,15 @@ def read_accuracy_txt(path: Path | str) -> AccuracyScores:
     ------
     LogError : missing_file, or bad_accuracy when no score can be found in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise LogError(
-            "missing_file", path, "no such file", "accuracy.txt", "Evaluate the accuracy log first."
-        )
-    text = path.read_bytes().decode("utf-8", "replace")
+    text = read_bytes(path, "accuracy.txt", "Evaluate the accuracy log first.").decode("utf-8", "replace")
     scores: dict[str, float] = {}
     for line in text.splitlines():
         scores.update(_scores_of(line.strip()))
     found = re.search(r"^hash=([0-9a-f]{64})", text, re.MULTILINE)
     if not scores:
-        raise LogError(
-            "bad_accuracy",
-            path,
-            f"{len(text)} characters without a score",
-            "a line such as {'rougeL': 21.9, 'exact_match': 90.1, ...}",
-            "The evaluation failed: read its log, then evaluate again.",
-        )
+        needed = "a line such as {'rougeL': 21.9, 'exact_match': 90.1, ...}"
+        todo = "The evaluation failed: read its log, then evaluate again."
+        raise LogError("bad_accuracy", Path(path), f"{len(text)} characters without a score", needed, todo)
     return AccuracyScores(scores, found[1] if found else "")
 
 
@@ -588,46 +445,31 @@ def read_accuracy_log(path: Path | str, dtype: str | None = None) -> AccuracyLog
     Source: mlcommons/inference, loadgen/logging.cc (LogAccuracy: upper-case hex of the raw bytes).
     """
     path = Path(path)
-    if not path.is_file():
-        raise LogError("missing_file", path, "no such file", ACCURACY, "Copy it from the accuracy run.")
-    raw = path.read_bytes()
+    raw = read_bytes(path, ACCURACY, "Copy it from the accuracy run.")
     truncated = b"\n\n...\n\n" in raw or b"\r\n...\r\n" in raw
     if not truncated and not raw.rstrip().endswith(b"]"):
-        raise LogError(
-            "cut_log", path, "no closing `]`", "a finished accuracy log", "The run was killed: run it again."
-        )
+        todo = "The run was killed: run it again."
+        raise LogError("cut_log", path, "no closing `]`", "a finished accuracy log", todo)
     qsl_idx, counts, data = _scan_answers(raw, truncated)
     del raw
-    if dtype is None:
-        dtype = _id_type(data, counts)
-    width = np.dtype(dtype).itemsize
+    dtype = dtype or _id_type(data, counts)
+    digits = 2 * np.dtype(dtype).itemsize
     sizes = np.array([len(part) for part in data], dtype=np.int64)
-    if np.any(sizes % (2 * width)):
-        answer = int(np.argmax(sizes % (2 * width) != 0))
-        raise LogError(
-            "bad_accuracy",
-            path,
-            f"{sizes[answer]} hex digits for sample {qsl_idx[answer]}",
-            f"a multiple of {2 * width} ({dtype} ids)",
-            "Give the type of the ids that the system wrote (int32 for llama3.1-405b).",
-        )
-    ids = np.empty(int(sizes.sum()) // (2 * width), dtype=np.dtype(dtype).newbyteorder("<"))
-    offsets = np.concatenate([[0], np.cumsum(sizes // (2 * width))])
-    target = memoryview(ids).cast("B") if ids.size else memoryview(b"")
+    if np.any(sizes % digits):
+        answer = int(np.argmax(sizes % digits != 0))
+        found = f"{sizes[answer]} hex digits for sample {qsl_idx[answer]}"
+        todo = "Give the type of the ids that the system wrote (int32 for llama3.1-405b)."
+        raise LogError("bad_accuracy", path, found, f"a multiple of {digits} ({dtype} ids)", todo)
+    offsets = np.concatenate([[0], np.cumsum(sizes // digits)])
+    ids = np.empty(int(offsets[-1]), dtype=np.dtype(dtype).newbyteorder("<"))
     for answer, part in enumerate(data):
         try:
-            target[offsets[answer] * width : offsets[answer + 1] * width] = binascii.unhexlify(part)
+            words = np.frombuffer(binascii.unhexlify(part), dtype=ids.dtype)
         except ValueError as error:
-            raise LogError(
-                "bad_accuracy",
-                path,
-                f"{error} in sample {qsl_idx[answer]}",
-                "hex digits",
-                "Copy the file again.",
-            ) from error
-    return AccuracyLog(
-        np.array(qsl_idx, dtype=np.int64), offsets, ids, np.array(counts, dtype=np.int64), truncated
-    )
+            found = f"{error} in sample {qsl_idx[answer]}"
+            raise LogError("bad_accuracy", path, found, "hex digits", "Copy the file again.") from error
+        ids[offsets[answer] : offsets[answer + 1]] = words
+    return AccuracyLog(np.array(qsl_idx, np.int64), offsets, ids, np.array(counts, np.int64), truncated)
 
 
 def _scan_answers(raw: bytes, truncated: bool) -> tuple[list[int], list[int], list[bytes]]:
@@ -664,8 +506,3 @@ def _id_type(data: list[bytes], counts: list[int]) -> str:
         return "int32"
     words = np.frombuffer(binascii.unhexlify(sample), dtype="<i4")
     return "int64" if words.size and not words[1::2].any() else "int32"
-
-
-def figure_names() -> tuple[str, ...]:
-    """Names of the figures of an MlperfRun, in order."""
-    return tuple(item.name for item in fields(MlperfRun) if item.name in FIGURES)
