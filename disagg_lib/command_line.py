@@ -137,7 +137,9 @@ def plan(gpus, params, given, lengths_file, calibration_file, csv_file):
 
     experiment = load_experiment(_files(params), _given(given))
     model = prediction.Model.read(lengths_file, calibration_file)
-    table, notes = prediction.plan_table(experiment, gpus or experiment.plan_gpus or experiment.gpu_count, model)
+    table, notes = prediction.plan_table(
+        experiment, gpus or experiment.plan_gpus or experiment.gpu_count, model
+    )
     _write_csv(table, csv_file)
     click.echo(prediction.format_plan(table))
     click.echo("\n" + notes)
@@ -193,11 +195,10 @@ def results(folders, csv_file, recompute):
 
         for folder in folders:
             compared = rebuild(folder)
-            click.echo(
-                f"\n{folder}: {int(compared['equal'].sum())} of {len(compared)} files are what the raw logs give"
-            )
-            click.echo(compared.to_string(index=False))
-            wrong = wrong or not compared["equal"].all()
+            same = int((compared["word"] == "same").sum())
+            click.echo(f"\n{folder}: {same} of {len(compared)} files are what the raw logs give")
+            click.echo(compared[["word", "file"]].to_string(index=False))
+            wrong = wrong or bool((compared["word"] == "differs").any())
     sys.exit(1 if wrong else 0)
 
 
@@ -214,9 +215,23 @@ def results(folders, csv_file, recompute):
 )
 def evaluate(run_dir, dataset, tokenizer, trust_dataset):
     """Score a run's accuracy log as the reference evaluation does, and write accuracy.txt."""
-    from .evaluate import evaluate_run
+    from . import evaluate as scoring
+    from .experiment import load_recorded
 
-    click.echo(evaluate_run(_run_folder(run_dir), dataset, tokenizer, trust_dataset))
+    folder = _run_folder(run_dir)
+    e = load_recorded(folder)
+    chosen = dataset or e.dataset_path
+    result = scoring.evaluate(
+        folder,
+        Path(chosen) if chosen else None,
+        Path(tokenizer or e.model_path) if chosen else None,
+        trust=trust_dataset or e.trust_dataset,
+        progress=lambda done, total: click.echo(
+            f"\r{done}/{total} answers scored", nl=done == total, err=True
+        ),
+    )
+    for name, value in result.items():
+        click.echo(f"{name}: {value}")
 
 
 @main.command()

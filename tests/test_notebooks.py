@@ -153,6 +153,34 @@ def test_results_prints_the_same_run_from_the_command_line(chain, tmp_path):
     assert "rehearsed" in (tmp_path / "out.csv").read_text()
 
 
+def test_tables_and_figures_are_what_the_raw_logs_give(chain):
+    run, _ = chain
+    done = command_line("results", run, "--recompute")
+    assert done.returncode == 0, done.stdout
+    assert "4 of 4 files are what the raw logs give" in done.stdout
+
+
+def test_the_run_is_exported_as_pages_and_refused_as_a_submission(chain, tmp_path):
+    run, _ = chain
+    done = command_line("export", run, "--html", tmp_path / "html")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "html/index.html").is_file()
+    refused = command_line(
+        "export", run, "--submission", tmp_path / "tree", "--system", "params/system.example.yaml"
+    )
+    assert refused.returncode == 1
+    assert "rehears" in refused.stderr
+    assert not (tmp_path / "tree").exists()
+
+
+def test_evaluating_a_rehearsal_counts_tokens_and_writes_no_accuracy_txt(chain):
+    run, _ = chain
+    done = command_line("evaluate", run)
+    assert done.returncode == 0, done.stderr
+    assert "gen_num: 10" in done.stdout
+    assert not (run / "mlperf/accuracy/accuracy.txt").exists()
+
+
 def test_papermill_with_a_misspelt_name_fails_and_names_the_nearest(tmp_path):
     before = {p.name for p in RESULTS.iterdir()}
     done = papermill("03_configuration", tmp_path / "03.ipynb", "-p", "gen_batchsize", 256)

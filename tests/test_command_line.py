@@ -1,0 +1,109 @@
+"""The commands as a person types them; what they print, write and refuse."""
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from disagg_lib.experiment import REPOSITORY
+
+
+def command(*words, cwd=REPOSITORY):
+    arguments = [sys.executable, "-m", "disagg_lib", *map(str, words)]
+    return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=180)
+
+
+def test_simulate_reports_three_spreads_and_writes_a_row_a_seed(tmp_path):
+    done = command("simulate", "params/gb200_20gpu.yaml", "--seeds", 2, "--csv", tmp_path / "s.csv")
+    assert done.returncode == 0, done.stderr
+    assert all(f"cv {cv}" in done.stdout for cv in ("0.45", "0.35", "0.55"))
+    table = pd.read_csv(tmp_path / "s.csv")
+    assert list(table.columns[:1]) == ["topology"]
+    needed = {
+        "ttft_mean_ms",
+        "ttft_p50_ms",
+        "ttft_p99_ms",
+        "tpot_mean_ms",
+        "tpot_p99_ms",
+        "completed_tokens_per_s",
+    }
+    assert needed | {"target_qps", "loadgen_valid", "valid", "submittable", "source"} <= set(table.columns)
+    assert len(table) == 6
+    assert set(table["source"]) == {"simulated"}
+
+
+def test_the_same_seeds_give_the_same_rows(tmp_path):
+    for name in ("a.csv", "b.csv"):
+        command("simulate", "params/gb200_20gpu.yaml", "--seeds", 1, "--csv", tmp_path / name)
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+
+
+def test_a_qps_beyond_saturation_is_a_sentence_with_the_nearest_choice():
+    done = command("simulate", "params/gb200_20gpu.yaml", "-p", "server_target_qps", "9")
+    assert done.returncode == 1
+    assert "beyond saturation" in done.stderr
+    assert "Choose less than" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plan_ranks_topologies_and_prints_the_choice_as_parameters(tmp_path):
+    done = command("plan", "--gpus", 8, "--csv", tmp_path / "p.csv")
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "p.csv")
+    assert table.columns[0] == "topology"
+    assert list(table["target_qps"]) == sorted(table["target_qps"], reverse=True)
+    assert "num_ctx_servers:" in done.stdout
+    assert "With cv 0.35" in done.stdout
+    assert "Aggregated" in done.stdout
+
+
+def test_a_budget_that_nothing_fits_is_a_sentence():
+    done = command("plan", "--gpus", 1)
+    assert done.returncode == 1
+    assert "Plan for that many" in done.stderr
+
+
+def test_csv_is_never_written_over(tmp_path):
+    (tmp_path / "x.csv").write_text("mine")
+    done = command("simulate", "params/gb200_20gpu.yaml", "--seeds", 1, "--csv", tmp_path / "x.csv")
+    assert done.returncode == 1
+    assert (tmp_path / "x.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", [None, "nonsense"])
+def test_results_of_what_is_no_run_is_a_row_with_its_error_and_status_1(tmp_path, text):
+    folder = tmp_path / "folder"
+    if text:
+        folder.mkdir()
+        (folder / "nonsense.txt").write_text(text)
+    done = command("results", folder)
+    assert done.returncode == 1
+    assert str(folder) in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_half_a_log_is_named_and_the_other_runs_still_show(tmp_path):
+    good = REPOSITORY / "tests/data"
+    whole = sorted(p.parent for p in good.rglob("mlperf_log_detail.txt"))[0]
+    half = tmp_path / "half"
+    half.mkdir()
+    for name in ("mlperf_log_detail.txt", "mlperf_log_summary.txt"):
+        text = (whole / name).read_bytes()
+        (half / name).write_bytes(text[: len(text) // 2])
+    done = command("results", whole, half)
+    assert done.returncode == 1
+    assert whole.name in done.stdout
+    assert str(half) in done.stdout
+
+
+def test_params_files_are_found_from_any_folder(tmp_path):
+    (tmp_path / "mine.yaml").write_text("num_gen_servers: 0\n")
+    done = command("check", "mine.yaml", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "mine.yaml: num_gen_servers: found 0" in done.stderr
+    assert command("check", "params/rehearsal.yaml", cwd=tmp_path).returncode == 0
+
+
+def test_parameters_lists_every_key():
+    assert "gen_batch_size: 512" in command("parameters").stdout
