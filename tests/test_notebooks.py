@@ -50,7 +50,7 @@ def chain(tmp_path_factory):
 def test_the_chain_ends_with_a_table_and_a_report(chain):
     run, done = chain
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "source              rehearsed" in done.stdout
+    assert re.search(r"^source +rehearsed$", done.stdout, re.M)
     report = Path(re.search(r"^report: (.+)$", done.stdout, re.M)[1])
     assert report == run / "notebooks/05_analysis.html"
     assert "rehearsed" in report.read_text()
