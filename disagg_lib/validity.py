@@ -1,22 +1,24 @@
 """The validity gate: every check a reviewer makes on a run, by name, with figure, limit, margin and what to do.
 
 Three words, never mixed: `loadgen_valid` is LoadGen's own; `valid` says that no check of the claimed round and scenario
-failed; `submittable` says that all of them were judged, passed, and that the run was measured.
+failed, of the checks that this run's files allow; `submittable` is exactly: valid, and measured. So a measured run whose
+accuracy was not evaluated can be both, which a search for the QPS needs; its verdict says what is not judged yet, and the
+export of a submission lists what is missing. A measured run of a model without rules is not valid: nothing can judge it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from .errors import DisaggError
-from .mlperf_logs import NAN, AccuracyScores, MlperfRun
+from .mlperf_logs import NAN, PERCENTILES, AccuracyScores, MlperfRun
 
 PASS, FAIL, SHORTENED, NOT_JUDGED = "pass", "fail", "shortened on purpose", "not judged"
 #: what a rehearsal leaves short so that it ends in minutes
@@ -55,11 +57,7 @@ class Check:
     @property
     def margin(self) -> float:
         """(limit - figure) / limit; NaN where either is no number."""
-        if (
-            not isinstance(self.figure, int | float)
-            or not isinstance(self.limit, int | float)
-            or not self.limit
-        ):
+        if isinstance(self.figure, str) or isinstance(self.limit, str) or not self.limit:
             return NAN
         return (self.limit - self.figure) / self.limit
 
@@ -73,17 +71,13 @@ class Verdict:
     loadgen_valid: str
     suggestion: str
 
-    @property
-    def failed(self) -> tuple[Check, ...]:
-        return tuple(check for check in self.checks if check.status == FAIL)
+    def of(self, status: str) -> tuple[Check, ...]:
+        """The checks with one status, in order."""
+        return tuple(check for check in self.checks if check.status == status)
 
-    @property
-    def shortened(self) -> tuple[Check, ...]:
-        return tuple(check for check in self.checks if check.status == SHORTENED)
-
-    @property
-    def not_judged(self) -> tuple[Check, ...]:
-        return tuple(check for check in self.checks if check.status == NOT_JUDGED)
+    failed = property(lambda self: self.of(FAIL))
+    shortened = property(lambda self: self.of(SHORTENED))
+    not_judged = property(lambda self: self.of(NOT_JUDGED))
 
     @property
     def valid(self) -> bool:
@@ -92,8 +86,8 @@ class Verdict:
 
     @property
     def submittable(self) -> bool:
-        """Valid, measured, and nothing shortened or left unjudged."""
-        return self.claim.source == "measured" and all(check.status == PASS for check in self.checks)
+        """Valid, and measured."""
+        return self.valid and self.claim.source == "measured"
 
     def text(self) -> str:
         """A few sentences for a person: the word, why, what was shortened, what to do."""
@@ -108,11 +102,8 @@ def load_rules(path: Path = Path(__file__).parent / "data" / "rounds.yaml") -> d
 
 def model_of(name: str) -> str:
     """The rules' name of a model, from any name that submitters or LoadGen use; "" if there are no rules for it."""
-    wanted = name.lower()
-    for model, rules in load_rules()["models"].items():
-        if wanted in rules["names"]:
-            return model
-    return ""
+    models = load_rules()["models"].items()
+    return next((model for model, rules in models if name.lower() in rules["names"]), "")
 
 
 def limits_ms(model: str, scenario: str) -> tuple[float, float] | None:
@@ -143,14 +134,7 @@ def over_limit_bounds(run: MlperfRun, figure: str, limit_ms: float) -> tuple[int
     """
     n = int(run.query_count)
     fewest, most = 0, n
-    for name, percentile in (
-        ("p50", 0.5),
-        ("p90", 0.9),
-        ("p95", 0.95),
-        ("p97", 0.97),
-        ("p99", 0.99),
-        ("p999", 0.999),
-    ):
+    for name, percentile in PERCENTILES.items():
         index = int(n * percentile)
         if getattr(run, f"{figure}_{name}_ms") > limit_ms:
             fewest = max(fewest, n - index)
@@ -186,94 +170,99 @@ def judge(
     """
     rules = load_rules()
     if claim.round not in rules["rounds"]:
-        raise ClaimError(
-            f"round {claim.round}: found no rules for it; there are {', '.join(rules['rounds'])}"
-        )
-    makers: tuple[Callable[..., Iterator[Check]], ...] = (
-        # what a person can act on comes first: the first failed check is the one that the table names
-        _token_latency_checks,
-        _claim_checks,
-        _setting_checks,
-        _count_checks,
-        _loadgen_checks,
-    )
+        known = ", ".join(rules["rounds"])
+        raise ClaimError(f"round {claim.round}: found no rules for it; there are {known}")
+    # what a person can act on comes first: the first failed check is the one that the table names
+    makers = (_token_latency_checks, _claim_checks, _setting_checks, _count_checks, _loadgen_checks)
     model = rules["models"].get(claim.model, {})
     found = [check for make in makers for check in make(run, claim, rules["rounds"][claim.round], model)]
     found += _client_checks(client)
     found += _accuracy_checks(claim, model, scores, accuracy_run)
     if accuracy_error:
-        found.append(Check("accuracy_log", FAIL, "unreadable", "readable", "", accuracy_error))
+        found.append(_check("accuracy_log", False, "unreadable", "readable", accuracy_error))
     checks = tuple(_soften(check, claim) for check in found)
     return Verdict(claim, checks, run.loadgen_valid, _suggest(run, checks))
 
 
-def _check(name: str, good: bool, figure, limit, unit: str, advice: str) -> Check:
-    return Check(name, PASS if good else FAIL, figure, limit, unit, advice)
+#: check -> unit, what to do; checks that need a figure in their advice bring their own
+_ADVICE = {
+    "test_mode": ("", "Give a performance run."),
+    "perf_constraints_met": ("", "Lower target_qps."),
+    "min_duration_met": ("", "Let the run go on for min_duration."),
+    "min_queries_met": ("", "Let the run issue min_query_count queries."),
+    "early_stopping_met": ("", "Lower target_qps, or issue more queries."),
+    "loadgen_errors": ("errors", "Read mlperf_log_detail.txt for lines with is_error."),
+    "use_token_latencies": ("", "Give LoadGen the model key with an underscore, llama3_1-405b-interactive: another key loses it silently."),
+    "ttft_setting": ("ms", "LoadGen judged by another limit: use the scenario's model key, and drop the limit from user.conf."),
+    "tpot_setting": ("ms", "LoadGen judged by another limit: use the scenario's model key, and drop the limit from user.conf."),
+    "ttft_p99": ("ms", "TTFT p99 must be below the limit: lower target_qps, or add context servers."),
+    "tpot_p99": ("ms", "TPOT p99 must be below the limit: lower target_qps, or lower gen_batch_size or add generation servers."),
+    "min_duration": ("ms", "Set *.Server.min_duration = 600000 in user.conf."),
+    "duration": ("s", "The run ended before its duration was over."),
+    "latency_percentile": ("", "Drop target_latency_percentile."),
+    "performance_sample_count": ("samples", "Drop performance_sample_count_override from user.conf, or set it to the data set's size."),
+    "equal_issue": ("", "Drop sample_concatenate_permutation = 0 from user.conf."),
+    "target_latency": ("ms", "Drop target_latency."),
+    "queries_completed": ("queries", "LoadGen judged another number of queries than it drew: the run was ended from outside."),
+    "token_counts": ("tokens a sample", "An answer has 2 tokens or more and no more than the cap, TTFT and TPOT are above 0: "
+                     "the system under test reports token counts or first tokens wrongly."),
+    "client_failures": ("requests", ""),
+    "completed_rate": ("samples/s", ""),
+    "accuracy_errors": ("errors", "Read the accuracy run's detail log."),
+    "accuracy_queries": ("samples", "The accuracy run left samples out."),
+    "accuracy_samples": ("samples", "Evaluate all samples."),
+    "accuracy_token_counts": ("tokens a sample", "gen_tok_len / gen_num must be tokens_per_sample: accuracy.txt contradicts itself."),
+}  # fmt: skip
+
+
+def _check(name: str, good: bool, figure: float | str, limit: float | str, advice: str = "") -> Check:
+    unit, todo = _ADVICE.get(name, ("", ""))
+    return Check(name, PASS if good else FAIL, figure, limit, unit, advice or todo)
+
+
+def _flag(name: str, on: bool) -> Check:
+    return _check(name, on, "yes" if on else "no", "yes")
 
 
 def _soften(check: Check, claim: Claim) -> Check:
     """In a rehearsal some checks are short on purpose and accuracy means nothing."""
-    status = check.status
     if claim.source in ("rehearsed", "simulated"):
         if check.name.startswith("accuracy"):
-            status = NOT_JUDGED
-        elif status == FAIL and check.name in SHORTENED_IN_REHEARSAL:
-            status = SHORTENED
-    return Check(check.name, status, check.figure, check.limit, check.unit, check.advice)
+            return replace(check, status=NOT_JUDGED)
+        if check.status == FAIL and check.name in SHORTENED_IN_REHEARSAL:
+            return replace(check, status=SHORTENED)
+    return check
 
 
 def _loadgen_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> Iterator[Check]:
     """LoadGen's own words. Its VALID ignores errors, so these are two checks."""
-    reason = run.invalid_reason or "see the checks below"
+    yield _check("test_mode", run.mode == "performance", run.mode, "performance")
+    word = run.loadgen_valid
     yield _check(
-        "test_mode", run.mode == "performance", run.mode, "performance", "", "Give a performance run."
+        "loadgen_verdict", word == "VALID", word, "VALID", f"LoadGen: {run.invalid_reason or 'see above'}"
     )
-    yield _check(
-        "loadgen_verdict", run.loadgen_valid == "VALID", run.loadgen_valid, "VALID", "", f"LoadGen: {reason}"
-    )
-    advice = "; ".join(run.errors)[:200] or "Read mlperf_log_detail.txt for lines with is_error."
-    yield _check("loadgen_errors", run.error_count == 0, run.error_count, 0, "errors", advice)
-    for name, met, todo in (
-        ("perf_constraints_met", run.perf_constraints_met, "Lower target_qps."),
-        ("min_duration_met", run.min_duration_met, "Let the run go on for min_duration."),
-        ("min_queries_met", run.min_queries_met, "Let the run issue min_query_count queries."),
-        ("early_stopping_met", run.early_stopping_met, "Lower target_qps, or issue more queries."),
-    ):
-        if met is not None:
-            yield _check(name, met, "yes" if met else "no", "yes", "", todo)
+    yield _check("loadgen_errors", run.error_count == 0, run.error_count, 0, "; ".join(run.errors)[:200])
+    for name in ("perf_constraints_met", "min_duration_met", "min_queries_met", "early_stopping_met"):
+        if getattr(run, name) is not None:
+            yield _flag(name, getattr(run, name))
 
 
 def _claim_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> Iterator[Check]:
     """Is the run of the kind that it claims to be?"""
-    needed = "Server" if claim.scenario == "Interactive" else claim.scenario
+    found, needed = run.loadgen_scenario, "Server" if claim.scenario == "Interactive" else claim.scenario
     yield _check(
-        "loadgen_scenario",
-        run.loadgen_scenario == needed,
-        run.loadgen_scenario,
-        needed,
-        "",
-        f"{claim.scenario} is run as LoadGen's {needed}.",
+        "loadgen_scenario", found == needed, found, needed, f"{claim.scenario} is LoadGen's {needed}."
     )
     if not model:
-        yield Check(
-            "model_rules",
-            NOT_JUDGED,
-            claim.model or "unknown",
-            "",
-            "",
-            "data/rounds.yaml has no rules for it.",
-        )
+        status = FAIL if claim.source == "measured" else NOT_JUDGED
+        todo = "data/rounds.yaml has no rules for it."
+        yield Check("model_rules", status, claim.model or "unknown", "", "", todo)
         return
     dropped = rules["drop_scenarios"].get(claim.model, [])
     allowed = [scenario for scenario in model["scenarios"] if scenario not in dropped]
-    yield _check(
-        "scenario_in_round",
-        claim.scenario in allowed,
-        claim.scenario,
-        " or ".join(allowed) or "none",
-        "",
-        f"{claim.round} has no {claim.scenario} for {claim.model}.",
-    )
+    todo = f"{claim.round} has no {claim.scenario} for {claim.model}."
+    words = " or ".join(allowed) or "none"
+    yield _check("scenario_in_round", claim.scenario in allowed, claim.scenario, words, todo)
 
 
 def _setting_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> Iterator[Check]:
@@ -284,105 +273,37 @@ def _setting_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> I
         others = [r for r, other in load_rules()["rounds"].items() if found in other["seeds"]]
         hint = f"This is a seed of {others[0]}." if others else "No round has this seed."
         todo = f"{hint} Use the LoadGen whose compiled-in seeds are {claim.round}'s (5.1.2 for v5.1)."
-        yield _check(f"seed_{name}", found == needed, str(found), str(needed), "", todo)
-    yield _check(
-        "min_duration",
-        run.min_duration_ms >= rules["min_duration_ms"],
-        run.min_duration_ms,
-        rules["min_duration_ms"],
-        "ms",
-        "Set *.Server.min_duration = 600000 in user.conf.",
-    )
+        yield _check(f"seed_{name}", found == needed, str(found), str(needed), todo)
+    least_ms = rules["min_duration_ms"]
+    yield _check("min_duration", run.min_duration_ms >= least_ms, run.min_duration_ms, least_ms)
     if run.loadgen_scenario in ("Server", "Offline"):
-        yield _check(
-            "duration",
-            run.duration_s * 1e3 >= rules["min_duration_ms"] * (1 - 1e-5),  # from a rate of six digits
-            round(run.duration_s, 3),
-            rules["min_duration_ms"] / 1e3,
-            "s",
-            "The run ended before its duration was over.",
-        )
-    percentile = run.detail.get("effective_target_latency_percentile")
+        good = run.duration_s * 1e3 >= least_ms * (1 - 1e-5)  # from a rate of six digits
+        yield _check("duration", good, round(run.duration_s, 3), least_ms / 1e3)
     if run.loadgen_scenario == "Server":
+        found = run.detail.get("effective_target_latency_percentile")
         needed = load_rules()["early_stopping"]["percentile"]
-        yield _check(
-            "latency_percentile",
-            percentile == needed,
-            percentile,
-            needed,
-            "",
-            "Drop target_latency_percentile.",
-        )
-    if not model:
-        return
-    yield _check(
-        "performance_sample_count",
-        run.performance_sample_count >= model["samples"],
-        run.performance_sample_count,
-        model["samples"],
-        "samples",
-        "Drop performance_sample_count_override from user.conf, or set it to the data set's size.",
-    )
+        yield _check("latency_percentile", found == needed, found or NAN, needed)
+    if model:
+        count = run.performance_sample_count
+        yield _check("performance_sample_count", count >= model["samples"], count, model["samples"])
     if model.get("equal_issue"):
-        yield _check(
-            "equal_issue",
-            run.equal_issue,
-            "on" if run.equal_issue else "off",
-            "on",
-            "",
-            "Drop sample_concatenate_permutation = 0 from user.conf.",
-        )
-    bound = model.get("target_latency_ms", {}).get(claim.scenario)
-    if bound:
-        yield _check(
-            "target_latency",
-            run.target_latency_ms <= bound,
-            run.target_latency_ms,
-            bound,
-            "ms",
-            "Drop target_latency.",
-        )
+        yield _flag("equal_issue", run.equal_issue)
+    if bound := model.get("target_latency_ms", {}).get(claim.scenario):
+        yield _check("target_latency", run.target_latency_ms <= bound, run.target_latency_ms, bound)
 
 
 def _token_latency_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> Iterator[Check]:
     """TTFT and TPOT against the limits of the claimed scenario, never against the log's own."""
     if not model.get("limits"):
         return
-    yield _check(
-        "use_token_latencies",
-        run.use_token_latencies,
-        "on" if run.use_token_latencies else "off",
-        "on",
-        "",
-        "Give LoadGen the model key with an underscore, llama3_1-405b-interactive: another key loses it silently.",
-    )
+    yield _flag("use_token_latencies", run.use_token_latencies)
     limits = limits_ms(claim.model, claim.scenario)
-    if limits is None or not run.use_token_latencies:
+    if limits is None or not run.use_token_latencies or math.isnan(run.query_count):
         return
     for figure, limit in zip(("ttft", "tpot"), limits, strict=True):
-        own = getattr(run, f"{figure}_limit_ms")
-        yield _check(
-            f"{figure}_setting",
-            own <= limit,
-            own,
-            limit,
-            "ms",
-            f"LoadGen judged by {own:g} ms: use the model key of {claim.scenario}, and drop the limit from user.conf.",
-        )
-        value = getattr(run, f"{figure}_p99_ms")
-        yield _check(
-            f"{figure}_p99",
-            value < limit,
-            value,
-            limit,
-            "ms",
-            f"{figure.upper()} p99 must be below {limit:g} ms: lower target_qps, or "
-            + (
-                "add context servers."
-                if figure == "ttft"
-                else "lower gen_batch_size or add generation servers."
-            ),
-        )
+        own, value = getattr(run, f"{figure}_limit_ms"), getattr(run, f"{figure}_p99_ms")
+        yield _check(f"{figure}_setting", own <= limit, own, limit)
+        yield _check(f"{figure}_p99", value < limit, value, limit)
         yield _early_stopping(run, figure, limit, own)
 
 
@@ -390,71 +311,49 @@ def _early_stopping(run: MlperfRun, figure: str, limit: float, own_limit: float)
     """Recompute early stopping: the over-limit queries that the percentiles allow against the exact allowance."""
     name, n = f"early_stopping_{figure}", int(run.query_count)
     allowed = allowed_over_limit(n, **load_rules()["early_stopping"])
-    fewest, most = over_limit_bounds(run, figure, limit)
-    word = getattr(run, f"early_stopping_{figure}")
-    todo = f"{allowed} of {n} queries may be over {limit:g} ms: lower target_qps."
     if allowed < 0:
         return Check(name, FAIL, n, 459, "queries", "Fewer than 459 queries cannot be judged: issue more.")
-    if fewest > allowed:
-        return Check(name, FAIL, fewest, allowed, "queries over the limit, at least", todo)
-    if "unsuccessful" in word:
-        todo = f"{todo} LoadGen: {' '.join(word.split())}"
-        return Check(name, FAIL, fewest, allowed, "queries over the limit, at least", todo)
-    if most <= allowed:
-        return Check(name, PASS, most, allowed, "queries over the limit, at most", todo)
-    if own_limit > limit or "successful" not in word:
-        said = f"LoadGen's count is of {own_limit:g} ms or absent, and the percentiles leave {fewest} to {most} open."
-        return Check(name, NOT_JUDGED, fewest, allowed, "queries over the limit, at least", said)
-    return Check(name, PASS, fewest, allowed, "queries over the limit, at least (LoadGen counted)", todo)
+    fewest, most = over_limit_bounds(run, figure, limit)
+    word = " ".join(getattr(run, name).split())
+    status, count, unit = PASS, fewest, "queries over the limit, at least"
+    todo = (
+        f"{allowed} of {n} queries may be over {limit:g} ms: lower target_qps. LoadGen: {word or 'nothing'}"
+    )
+    if fewest > allowed or "unsuccessful" in word:
+        status = FAIL
+    elif most <= allowed:
+        count, unit = most, "queries over the limit, at most"
+    elif own_limit > limit or "successful" not in word:
+        status = NOT_JUDGED
+        todo = f"LoadGen's count is of {own_limit:g} ms or absent; the percentiles leave {fewest} to {most} open."
+    return Check(name, status, count, allowed, unit, todo)
 
 
 def _count_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> Iterator[Check]:
     """Figures that must fit each other: queries, tokens, rates."""
     # without equal issue LoadGen draws a reserve of queries that it need not issue
     lost = run.generated_query_count - run.query_count
-    yield _check(
-        "queries_completed",
-        lost == 0 if run.equal_issue else lost >= 0 or math.isnan(lost),
-        run.query_count,
-        run.generated_query_count,
-        "queries",
-        "LoadGen judged another number of queries than it drew: the run was ended from outside.",
-    )
+    good = lost == 0 if run.equal_issue else lost >= 0 or math.isnan(lost)
+    yield _check("queries_completed", good, run.query_count, run.generated_query_count)
     if model and run.loadgen_scenario in ("Server", "Offline"):
         yield _query_count(run, model)
     if run.completed_tokens_per_s > 0 or run.use_token_latencies:
         tokens = run.completed_tokens_per_s / run.samples_per_s if run.samples_per_s else NAN
         most = model.get("max_tokens", math.inf)
         fits = 2 <= tokens <= most * (1 + 1e-5) and not run.tpot_min_ms <= 0 and not run.ttft_min_ms <= 0
-        yield _check(
-            "token_counts",
-            fits,
-            round(tokens, 3),
-            most,
-            "tokens a sample",
-            "An answer has 2 tokens or more and no more than the cap, TTFT and TPOT are above 0: "
-            "the system under test reports token counts or first tokens wrongly.",
-        )
+        yield _check("token_counts", fits, round(tokens, 3), most)
     if run.loadgen_scenario == "Server":
         yield _completed_rate(run)
 
 
 def _query_count(run: MlperfRun, model: dict) -> Check:
     """Server: whole permutations of the data set, enough for early stopping; Offline: samples in its one query."""
-    server = run.loadgen_scenario == "Server"
+    server, equal, samples = run.loadgen_scenario == "Server", model.get("equal_issue"), model["samples"]
     found = run.query_count if server else run.samples_per_query
-    least = model["samples"] if model.get("equal_issue") else (1 if server else None)
-    least = least or model.get("offline_samples", model["samples"])
-    whole = not model.get("equal_issue") or found % model["samples"] == 0
-    return _check(
-        "query_count",
-        found >= least and whole,
-        found,
-        least,
-        "queries" if server else "samples",
-        f"Needed: {least} or more"
-        + (f", in multiples of {model['samples']}." if model.get("equal_issue") else "."),
-    )
+    least = samples if equal else 1 if server else model.get("offline_samples", samples)
+    good = found >= least and (not equal or found % samples == 0)
+    todo = f"Needed: {least} or more{f', in multiples of {samples}' if equal else ''}."
+    return replace(_check("query_count", good, found, least, todo), unit="queries" if server else "samples")
 
 
 def _completed_rate(run: MlperfRun) -> Check:
@@ -463,18 +362,13 @@ def _completed_rate(run: MlperfRun) -> Check:
     Between the last scheduled query and the last answer no more time can pass than the longest latency: a lower
     completed rate contradicts the log's other figures.
     """
-    scheduled_s = run.query_count / run.scheduled_samples_per_s if run.scheduled_samples_per_s else NAN
-    longest_s = scheduled_s + run.latency_max_ms / 1e3
-    least = run.query_count / longest_s if longest_s > 0 else NAN
-    good = least * (1 - 2e-5) <= run.samples_per_s <= run.scheduled_samples_per_s * (1 + 2e-5)
+    scheduled, longest_s = run.scheduled_samples_per_s, run.latency_max_ms / 1e3
+    took_s = run.query_count / scheduled + longest_s if scheduled else NAN
+    least = run.query_count / took_s if took_s > 0 else NAN
+    good = least * (1 - 2e-5) <= run.samples_per_s <= scheduled * (1 + 2e-5)
+    todo = f"Scheduled were {scheduled:g} samples/s, and the longest answer took {longest_s:g} s: completed must lie between."
     return _check(
-        "completed_rate",
-        good,
-        run.samples_per_s,
-        round(least, 6),
-        "samples/s",
-        f"Scheduled were {run.scheduled_samples_per_s:g} samples/s, and the longest answer took "
-        f"{run.latency_max_ms / 1e3:g} s: completed must lie between these. Do the files belong to one run?",
+        "completed_rate", good, run.samples_per_s, round(least, 6), f"{todo} Do the files belong to one run?"
     )
 
 
@@ -484,83 +378,56 @@ def _client_checks(client: Mapping | None) -> Iterator[Check]:
         return
     failed = client.get("failed") or 0
     failed = sum(failed.values()) if isinstance(failed, Mapping) else int(failed)
-    good = failed == 0 and bool(client.get("valid_client", True))
     said = "; ".join(client.get("reasons") or []) or "see job/client_performance.json"
-    yield _check("client_failures", good, failed, 0, "requests", f"The client: {said}.")
+    good = failed == 0 and bool(client.get("valid_client", True))
+    yield _check("client_failures", good, failed, 0, f"The client: {said}.")
 
 
 def _accuracy_checks(
     claim: Claim, model: dict, scores: AccuracyScores | None, accuracy_run: MlperfRun | None
 ) -> Iterator[Check]:
-    """Accuracy bounds of the model. The open division waives the bounds."""
+    """Accuracy bounds of the model, which the open division waives; all samples evaluated; counts that fit each other."""
     if accuracy_run is not None:
-        count = len(
-            accuracy_run.errors
-        )  # as the checker counts: one published summary reports one that its log lacks
-        yield _check("accuracy_errors", count == 0, count, 0, "errors", "Read the accuracy run's detail log.")
+        # as the checker counts: one published summary reports one that its log lacks
+        count = len(accuracy_run.errors)
+        yield _check("accuracy_errors", count == 0, count, 0)
         seen = accuracy_run.generated_query_count * max(1, accuracy_run.samples_per_query)
         full = accuracy_run.dataset_samples
-        yield _check(
-            "accuracy_queries", seen >= full, seen, full, "samples", "The accuracy run left samples out."
-        )
-    bounds = model.get("accuracy") or {"scores": [None, None]}
+        yield _check("accuracy_queries", seen >= full, seen, full)
+    bounds = model.get("accuracy", {})
+    if not bounds:
+        yield Check("accuracy_scores", NOT_JUDGED, NAN, NAN, "", "No bounds are known here.")
+        return
     for name, (low, high) in bounds.items():
-        figure = scores.get(name) if scores is not None else NAN
-        label = f"accuracy_{name}"
+        figure = scores.get(name) if scores else NAN
+        high = math.inf if high is None else high
+        todo = f"{name} must be {low:g} to {high:g}. Check the decoding settings and the checkpoint."
+        check = _check(
+            f"accuracy_{name}", low <= figure <= high, figure, high if figure > high else low, todo
+        )
         if math.isnan(figure):
-            todo = (
-                "Make the accuracy run and evaluate it."
-                if model.get("accuracy")
-                else "No bounds are known here."
-            )
-            yield Check(label, NOT_JUDGED, NAN, low if low is not None else NAN, "", todo)
-            continue
-        status = PASS if (low is None or figure >= low) and (high is None or figure <= high) else FAIL
-        if claim.division == "open" and status == FAIL:
-            status = NOT_JUDGED
-        limit = high if high is not None and figure > high else low
-        said = f"{name} must be at least {low:g}" + (f" and at most {high:g}." if high is not None else ".")
-        yield Check(
-            label, status, figure, limit, "", said + " Check the decoding settings and the checkpoint."
-        )
-    if scores is not None and model.get("accuracy"):
-        yield from _accuracy_counts(model, scores)
-
-
-def _accuracy_counts(model: dict, scores: AccuracyScores) -> Iterator[Check]:
-    """All samples were evaluated, and the token counts of accuracy.txt fit each other."""
-    number, tokens, mean = scores.get("gen_num"), scores.get("gen_tok_len"), scores.get("tokens_per_sample")
+            check = replace(check, status=NOT_JUDGED, advice="Make the accuracy run and evaluate it.")
+        elif claim.division == "open" and check.status == FAIL:
+            check = replace(check, status=NOT_JUDGED)
+        yield check
+    if scores is None:
+        return
+    number, tokens, mean = (scores.get(name) for name in ("gen_num", "gen_tok_len", "tokens_per_sample"))
     if not math.isnan(number):
-        yield _check(
-            "accuracy_samples",
-            number == model["samples"],
-            number,
-            model["samples"],
-            "samples",
-            "Evaluate all samples.",
-        )
-    if number > 0 and not math.isnan(tokens) and not math.isnan(mean):
+        yield _check("accuracy_samples", number == model["samples"], number, model["samples"])
+    if number > 0 and not math.isnan(tokens + mean):
         fits = abs(tokens / number - mean) <= 0.0500001  # one decimal is written
-        yield _check(
-            "accuracy_token_counts",
-            fits,
-            round(tokens / number, 4),
-            mean,
-            "tokens a sample",
-            "gen_tok_len / gen_num must be tokens_per_sample: accuracy.txt contradicts itself.",
-        )
+        yield _check("accuracy_token_counts", fits, round(tokens / number, 4), mean)
 
 
 def _suggest(run: MlperfRun, checks: tuple[Check, ...]) -> str:
     """A first guess at the load, from how far the worst latency is over its limit; "" where none is due."""
-    over = [
-        c for c in checks if c.status == FAIL and c.name in ("ttft_p99", "tpot_p99") and c.figure >= c.limit
-    ]
+    gated = ("ttft_p99", "tpot_p99")
+    over = [c for c in checks if c.status == FAIL and c.name in gated and c.figure >= c.limit]
     if not over or math.isnan(run.target_qps):
         return ""
     worst = max(over, key=lambda check: check.figure / check.limit)
-    share = worst.limit / worst.figure
-    guess = math.floor(run.target_qps * share * 0.99 * 1000) / 1000
+    guess = math.floor(run.target_qps * worst.limit / worst.figure * 0.99 * 1000) / 1000
     return (
         f"{worst.name} is {worst.figure / worst.limit - 1:.1%} over its limit: try target_qps {guess:g} "
         f"(now {run.target_qps:g}). A first guess that takes latency as proportional to load."
@@ -583,17 +450,12 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield f"  Shortened on purpose: {', '.join([*listed, *claim.shortened])}."
     if verdict.not_judged:
         yield f"  Not judged: {', '.join(check.name for check in verdict.not_judged)}."
-    yield f"  Submittable: {'yes' if verdict.submittable else 'no'}{_why_not(verdict)}."
-
-
-def _why_not(verdict: Verdict) -> str:
     if verdict.submittable:
-        return ""
-    if verdict.claim.source != "measured":
-        return f", because its source is {verdict.claim.source}"
-    if verdict.failed:
-        return f", because {verdict.failed[0].name} fails"
-    return f", because {verdict.not_judged[0].name} is not judged"
+        yield f"  Submittable: yes{', by what was judged: the rest is still missing' if verdict.not_judged else ''}."
+    elif claim.source != "measured":
+        yield f"  Submittable: no, because its source is {claim.source}."
+    else:
+        yield f"  Submittable: no, because {verdict.failed[0].name} fails."
 
 
 def _figures(check: Check) -> str:

@@ -214,14 +214,22 @@ def test_unknown_round_is_refused_with_those_that_are_known():
 
 
 def test_model_without_rules_is_not_judged_and_never_submittable():
-    verdict = judge(read_run(DATA / "logs_full/performance"), Claim("", "Server"))
-    assert "model_rules" in {check.name for check in verdict.not_judged} and not verdict.submittable
+    run = read_run(DATA / "logs_full/performance")
+    published = judge(run, Claim("", "Server", source="published"))
+    assert "model_rules" in {check.name for check in published.not_judged} and published.valid
+    measured = judge(run, Claim("", "Server"))
+    assert "model_rules" in {check.name for check in measured.failed} and not measured.submittable
 
 
-def test_run_without_accuracy_can_be_valid_but_not_submittable():
+def test_run_without_accuracy_is_submittable_by_what_was_judged():
     verdict = judge(read_run(DATA / "logs_full/performance"), Claim("llama3.1-405b", "Interactive"))
-    assert verdict.valid and not verdict.submittable
-    assert "accuracy_rougeL is not judged" in verdict.text()
+    assert verdict.valid and verdict.submittable
+    assert "Not judged: accuracy_rougeL" in verdict.text() and "the rest is still missing" in verdict.text()
+
+
+def test_accuracy_run_is_no_performance_run():
+    verdict = judge(read_run(DATA / "logs_full/accuracy"), Claim("llama3.1-405b", "Interactive"))
+    assert "test_mode" in {check.name for check in verdict.failed}
 
 
 @pytest.mark.parametrize("source", ["rehearsed", "simulated", "published"])
