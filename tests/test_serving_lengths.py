@@ -87,13 +87,13 @@ def test_a_histogram_replaces_the_prompt_shape_and_nothing_else(tmp_path):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("", "no samples"),
-        ("tokens,samples\n1,2\n", "needs the header"),
+        ("", "no column"),
+        ("tokens,samples\n1,2\n", "no column up_to_tokens"),
         ("up_to_tokens,samples\n1000,5\n", "line 2: found 1000,5"),
         ("up_to_tokens,samples\n1000,0\n900,3\n", "line 3: found 900,3"),
         ("up_to_tokens,samples\n1000,0\n2000,nan\n", "line 3: found 2000,nan"),
         ("up_to_tokens,samples\n1000,0\n2000,0\n", "no samples"),
-        ("up_to_tokens,samples\n1000,x\n", "numbers below it"),
+        ("up_to_tokens,samples\n1000,x\n", "line 2: found 1000,x"),
     ],
 )
 def test_a_bad_histogram_says_what_is_needed(tmp_path, text, word):

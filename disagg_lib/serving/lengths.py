@@ -5,6 +5,8 @@ comparison and replaceable: every function that needs lengths takes an array, wh
 """
 
 import csv
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +25,10 @@ class LengthsError(DisaggError):
     """A lengths file cannot be used, or lengths were asked for that cannot exist."""
 
 
-def output_tokens_at(quantile: float) -> int:
-    """Output length at a quantile (0 to 1) of the built-in shape."""
+def output_tokens_at(quantile):
+    """Output length at a quantile (0 to 1; number or array) of the built-in shape."""
     percent, tokens = zip(*OUTPUT_PERCENTILES, strict=True)
-    return int(np.interp(100 * quantile, percent, tokens) + 0.5)
+    return np.floor(np.interp(100 * quantile, percent, tokens) + 0.5).astype(int)
 
 
 def _beta_quantiles(quantiles: np.ndarray, mean: float, cv: float) -> np.ndarray:
@@ -71,15 +73,33 @@ def built_in_lengths(
         edges, weights = np.array(input_histogram).T
         mass = np.concatenate(([0.0], np.cumsum(weights[1:])))
         inputs = np.interp(quantiles, mass / mass[-1], edges)
-    percent, tokens = zip(*OUTPUT_PERCENTILES, strict=True)
     stream = np.random.RandomState(seed)
     lengths = np.empty(count, LENGTHS)
-    for name, values in (
-        ("input_tokens", inputs),
-        ("output_tokens", np.interp(100 * quantiles, percent, tokens)),
-    ):
-        lengths[name] = np.floor(values + 0.5)[stream.permutation(count)]
+    lengths["input_tokens"] = np.floor(inputs + 0.5)[stream.permutation(count)]
+    lengths["output_tokens"] = output_tokens_at(quantiles)[stream.permutation(count)]
     return lengths
+
+
+def _rows(path: Path, columns: Sequence[str], need: str) -> Iterator[tuple[str, list[float]]]:
+    """(place in the file, numbers) of each row of a CSV file; NaN for what is no number, which no check lets pass."""
+    try:
+        with Path(path).open(newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [name for name in columns if name not in (reader.fieldnames or ())]
+            if missing:
+                raise LengthsError(f"{path}: no column {', '.join(missing)}; needs {need}")
+            for row in reader:
+                found = [row[name] for name in columns]
+                try:
+                    values = [float(text) for text in found]
+                except (TypeError, ValueError):
+                    values = [math.nan] * len(columns)
+                yield (
+                    f"{path}, line {reader.line_num}: found {','.join(map(str, found))}; needs {need}",
+                    values,
+                )
+    except (OSError, UnicodeDecodeError) as error:
+        raise LengthsError(f"{path}: cannot be read ({error}).") from None
 
 
 def read_histogram(path: Path) -> list[tuple[float, float]]:
@@ -92,24 +112,13 @@ def read_histogram(path: Path) -> list[tuple[float, float]]:
     ------
     LengthsError : says the line, what was found and what is needed.
     """
-    path = Path(path)
+    need = "up_to_tokens,samples: edges that ascend from 1, samples of 0 or more, 0 in the first row, the lower edge."
     rows: list[tuple[float, float]] = []
-    try:
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            for row in reader:
-                edge, samples = float(row["up_to_tokens"]), float(row["samples"])
-                above = rows[-1][0] if rows else 0.0
-                if not (above < edge < 2**31 and 0 <= samples < 1e12) or (not rows and samples):
-                    raise LengthsError(
-                        f"{path}, line {reader.line_num}: found {edge:g},{samples:g}; up_to_tokens must ascend from 1, samples be"
-                        " 0 or more, and 0 in the first row, the lower edge."
-                    )
-                rows.append((edge, samples))
-    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        raise LengthsError(
-            f"{path}: needs the header up_to_tokens,samples and numbers below it ({error!r})."
-        ) from None
+    for message, (edge, samples) in _rows(path, ("up_to_tokens", "samples"), need):
+        above = rows[-1][0] if rows else 0.0
+        if not (above < edge < 2**31 and 0 <= samples < 1e12) or (not rows and samples):
+            raise LengthsError(message)
+        rows.append((edge, samples))
     if not sum(samples for _, samples in rows):
         raise LengthsError(f"{path}: no samples in any bin.")
     return rows
@@ -131,29 +140,16 @@ def write_lengths_csv(lengths: np.ndarray, path: Path) -> None:
 
 def read_lengths_csv(path: Path) -> np.ndarray:
     """Read what write_lengths_csv wrote, or any CSV with these two columns of whole numbers (input >= 1, output >= 2)."""
-    path = Path(path)
-    try:
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            missing = set(LENGTHS.names) - set(reader.fieldnames or ())
-            if missing:
-                raise LengthsError(
-                    f"{path}: no column {', '.join(sorted(missing))}; the header must name {LENGTHS.names}."
-                )
-            rows = []
-            for row in reader:
-                try:
-                    pair = (int(row["input_tokens"]), int(row["output_tokens"]))
-                except (TypeError, ValueError):
-                    pair = (0, 0)
-                if pair[0] < 1 or pair[1] < 2 or max(pair) > 2**31 - 1:
-                    raise LengthsError(
-                        f"{path}, line {reader.line_num}: found {','.join(str(row[n]) for n in LENGTHS.names)};"
-                        " need two whole numbers, input_tokens >= 1 and output_tokens >= 2."
-                    )
-                rows.append(pair)
-    except (OSError, UnicodeDecodeError) as error:
-        raise LengthsError(f"{path}: cannot be read ({error}).") from None
+    need = (
+        f"the header {','.join(LENGTHS.names)} and whole numbers, input_tokens >= 1 and output_tokens >= 2."
+    )
+    rows = []
+    for message, (inputs, outputs) in _rows(path, LENGTHS.names, need):
+        if not (
+            1 <= inputs < 2**31 and 2 <= outputs < 2**31 and inputs.is_integer() and outputs.is_integer()
+        ):
+            raise LengthsError(message)
+        rows.append((inputs, outputs))
     if not rows:
         raise LengthsError(f"{path}: no samples below the header.")
     return np.array(rows, LENGTHS)
