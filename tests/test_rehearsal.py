@@ -212,14 +212,10 @@ def test_endpoints_answer_as_the_release_does(v51):
     assert ask(v51.port, "/health") == (200, b"") and ask(worker, "/health") == (200, b"")
     assert "rehearsal" in json.loads(ask(v51.port, "/version")[1])["version"]
     assert ask(v51.port, "/metrics")[0] == 404 and ask(v51.port, "/v1/models")[0] == 404
-    assert json.loads(ask(worker, "/v1/models")[1])["data"][0]["id"] == "/models/llama"
 
 
-def test_metrics_are_drained_by_reading_and_steps_are_logged(v51):
+def test_steps_are_logged(v51):
     ask(v51.port, "/v1/completions", STREAM)
-    first = json.loads(ask(v51.ports[3], "/metrics")[1])
-    assert first[-1]["inflightBatchingStats"]["numGenRequests"] == 1
-    assert json.loads(ask(v51.ports[3], "/metrics")[1]) == []
     assert "'num_generation_tokens': 1" in v51.log("rank8")
 
 
@@ -389,15 +385,15 @@ def refusal(tmp_path, rank=0, tasks=12, command="disaggregated_mpi_worker", **ch
         ({"context_servers__urls": ["http://a:1", "b:2"]}, "no scheme"),
         ({"context_servers__urls": ["a:1"]}, "has 1 urls for num_instances 2"),
         ({"context_servers__urls": ["a:1", "a:1"]}, "is the url of ctx0 and of ctx1"),
-        ({"context_servers__num_instances": 0, "context_servers__urls": []}, "num_instances 0"),
+        ({"context_servers__num_instances": 0, "context_servers__urls": []}, "num_instances: found 0"),
         ({"context_servers__disable_overlap_scheduler": False}, "disable_overlap_scheduler: true"),
         ({"context_servers__kv_cache_config": 5}, "kv_cache_config is 5; a mapping is needed"),
         (
             {"context_servers__kv_cache_config": {"free_gpu_memory_fraction": "most"}},
             "a number between 0 and 1",
         ),
-        ({"context_servers": [1]}, "context_servers is list"),
-        ({"context_servers__router": "random"}, "a mapping with type is needed"),
+        ({"context_servers": [1]}, "context_servers is [1]; a mapping is needed"),
+        ({"context_servers__router": "random"}, "router is 'random'; a mapping is needed"),
         ({"tasks": 11}, "ctx0 4 + ctx1 4 + gen0 4 = 12 ranks"),
         ({"context_servers__tensor_parallel_size": 1, "tasks": 6}, "no latency table for gb200 TP1"),
     ],
@@ -488,5 +484,5 @@ def test_no_tokens_answers_200_and_then_nothing(tmp_path):
 def test_slow_tokens_take_twenty_times_as_long(tmp_path):
     with v51_job(tmp_path, environment={"REHEARSAL_FAULT": "slow_tokens"}) as job:
         ask(job.port, "/v1/completions", STREAM)
-        slow = json.loads(ask(job.ports[3], "/metrics")[1])[-1]["iterLatencyMS"]
-        assert 0.02 * 20 * 15 < slow < 0.02 * 20 * 40
+        slow_s = float(job.log("rank8").rpartition("elapsed_time = ")[2].partition("s,")[0])
+        assert 0.02 * 20 * 15 < 1e3 * slow_s < 0.02 * 20 * 40

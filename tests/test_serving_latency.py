@@ -1,5 +1,6 @@
 """The shipped latency tables."""
 
+import numpy as np
 import pytest
 
 from disagg_lib.serving import latency, rules
@@ -9,16 +10,11 @@ SHIPPED = [(system, *shape) for system in ("gb200", "gb300", "b200") for shape i
 
 
 def context_ms(table, new, past=0):
-    return rules.context_step_ms(
-        table.context_tokens, table.context_ms, table.attention_new, table.attention_past, table.attention_ms, [new], [past], 1
-    )  # fmt: skip
+    return rules.context_step_ms(table.context, [new], [past], 1)
 
 
 def generation_ms(table, batch, tokens):
-    return rules.generation_step_ms(
-        table.generation_batch, table.generation_ms, table.kv_batch, table.kv_length, table.kv_ms, batch, tokens, (batch,),
-        False, 0.0,
-    )  # fmt: skip
+    return rules.generation_step_ms(table.generation, batch, tokens, (batch,), False, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -84,5 +80,13 @@ def test_a_damaged_table_file_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("system", "tp", "pp"), SHIPPED)
 def test_tables_are_within_two_percent_of_the_library(system, tp, pp):
     pytest.importorskip("aiconfigurator_core", reason="extra `latency` is not installed")
-    errors = latency.interpolation_errors(system, tp, pp, points=300, seed=1)
-    assert max(errors.values()) < 0.02
+    table, library = read_table(system, tp, pp), latency.compile_engine(system, tp, pp)
+    random = np.random.RandomState(1)
+    for _ in range(300):
+        new = int(random.randint(1, 8193))
+        past = int(random.randint(0, 20001 - new))
+        truth = library.predict_prefill_latency(1, new + past, past)
+        assert context_ms(table, new, past) == pytest.approx(truth, rel=0.02)
+        batch, length = int(random.randint(1, 513)), int(random.randint(500, 22001))
+        truth = library.decode_step_latency(batch, length, 2)
+        assert generation_ms(table, batch, length) == pytest.approx(truth, rel=0.02)

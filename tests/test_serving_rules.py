@@ -55,10 +55,10 @@ def test_a_batch_is_padded_to_the_next_captured_size(batch, padding, captured):
 
 def test_an_uncaptured_batch_cannot_step_faster_than_the_host_launches():
     table = ((1, 10), (5.0, 14.0), (1, 10), (0, 100), (0.0, 0.0, 0.0, 0.0))
-    assert rules.generation_step_ms(*table, 3, 50, (4,), True, 25.0) == pytest.approx(
+    assert rules.generation_step_ms(table, 3, 50, (4,), True, 25.0) == pytest.approx(
         8 - 1 + 1 / 3 * 0, abs=1.5
     )
-    assert rules.generation_step_ms(*table, 3, 50, (), True, 25.0) == 25.0
+    assert rules.generation_step_ms(table, 3, 50, (), True, 25.0) == 25.0
 
 
 def test_stages_overlap_steps_but_not_one_step_with_itself():
@@ -69,8 +69,8 @@ def test_stages_overlap_steps_but_not_one_step_with_itself():
 
 
 def test_kv_is_held_in_whole_blocks_and_moved_at_the_bandwidth():
-    assert rules.kv_tokens(100, 28, 32) == 128 and rules.kv_tokens(100, 29, 32) == 160
-    assert rules.transfer_ms(10_000, 258_048, 200.0, 5.0) == pytest.approx(5 + 12.9024)
+    assert rules.kv_tokens(100, 28) == 128 and rules.kv_tokens(100, 29) == 160
+    assert rules.transfer_ms(10_000, 258_048, 4, 8) == pytest.approx(5 + 12.9024)
 
 
 def test_least_loaded_takes_ties_in_turn():

@@ -41,8 +41,9 @@ def waits(service_s, utilisation, seed):
     arrivals = np.cumsum(np.random.RandomState(seed).exponential(service_s.mean() / utilisation, n))
     tokens = np.maximum(1, np.rint(service_s * 1000)).astype(np.int64)
     end, server, busy = np.empty(n), np.empty(n, np.int64), np.zeros((1, 8))
-    simulate._run_context(
-        arrivals, tokens, 1, False, False, ONE_MS_A_TOKEN, 2**40, 1, 1, 1.0, 1e9, busy, server, end
+    simulate._run_prompts(
+        arrivals, tokens, np.ones_like(tokens), np.zeros_like(tokens), 1, False, False, ONE_MS_A_TOKEN, ONE_MS_A_TOKEN, 2**40, 1,
+        1, 0, 1.0, 1.0, 1e9, busy, np.zeros(2, np.int64), server, end, end.copy(),
     )  # fmt: skip
     assert busy.sum() == pytest.approx(tokens.sum() / 1000)
     return end - arrivals - tokens / 1000
@@ -149,7 +150,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 def engine_args(group):
     return EngineArgs(
         group.tp, group.pp, group.max_batch_size, group.max_num_tokens, 2**20, True, group.kv_fraction, group.cuda_graph_sizes,
-        group.cuda_graph_padding, True, False, False,
+        group.cuda_graph_padding, True, False,
     )  # fmt: skip
 
 
@@ -161,7 +162,6 @@ async def run_engines(deployment, load, lengths):
     generation = GenerationEngine(engine_args(g), read_table("gb200", g.tp, g.pp), 1e-3)
     runners = [asyncio.create_task(e.run()) for e in (context, generation)]
     size = context.table.kv_bytes_per_token * c.tp * c.pp
-    gb_per_s = rules.TRANSFER_GB_PER_S_PER_GPU * min(c.tp * c.pp, g.tp * g.pp)
 
     class Clock:
         def __init__(self):
@@ -179,7 +179,7 @@ async def run_engines(deployment, load, lengths):
         context.submit(prompt)
         await prompt.done.wait()
         answer = Sequence(inputs, outputs, transport=Clock(), frame=lambda s: b"")
-        answer.transfer_s = rules.transfer_ms(inputs, size, gb_per_s, rules.TRANSFER_FIXED_MS) / 1e3
+        answer.transfer_s = rules.transfer_ms(inputs, size, c.tp * c.pp, g.tp * g.pp) / 1e3
         generation.submit(answer)
         await answer.done.wait()
         assert len(answer.transport.times) == outputs
@@ -321,3 +321,23 @@ def test_utilisation_is_the_share_of_time_that_a_server_computes():
     assert 0.75 < run.context_busy[:, 10:200].mean() < 0.9
     assert run.context_busy.max() < 1.5 and 0.99 < run.generation_busy[:, 10:200].mean() < 1.01
     assert len(run.end_s) == loadgen_rules.DATA_SET_SAMPLES
+
+
+def test_a_pipeline_stages_batch_never_passes_its_limit():
+    """Found by hypothesis: two requests ready at one boundary of a PP2 server with a batch of 1 joined one batch."""
+    context = ServerGroup(
+        count=2,
+        tp=8,
+        pp=2,
+        max_batch_size=3,
+        max_num_tokens=8192,
+        cuda_graph_sizes=(1, 2, 4, 8),
+        router="load_balancing",
+    )
+    generation = ServerGroup(count=1, tp=8, pp=2, max_batch_size=1, max_num_tokens=128, cuda_graph_sizes=())
+    run = simulate.simulate(
+        Deployment("gb200", context, generation, reserve_output_tokens=None),
+        made_load(np.array([1.0, 1.0])),
+        made_lengths([20000, 20000], [2, 60]),
+    )
+    assert (run.first_token_s < run.end_s).all()

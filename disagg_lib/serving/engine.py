@@ -5,7 +5,6 @@ step's output and not those after it. `simulate` runs the same rules in virtual 
 """
 
 import asyncio
-import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -33,15 +32,13 @@ class Sequence:
 class Engine:
     """What both servers share: the table, the stages, the waiting line and the record of steps."""
 
-    def __init__(self, args: EngineArgs, table: LatencyTable, seconds_per_ms: float, log_iteration=None):
+    def __init__(self, args: EngineArgs, table: LatencyTable, seconds_per_ms: float, log=None):
         self.args, self.table, self.scale = args, table, seconds_per_ms
         self.stage_free = [0.0] * args.pp
         self.waiting: deque[Sequence] = deque()
         self.wake = asyncio.Event()
         self.steps = 0
-        self.stats: deque[dict] = deque(maxlen=1000)
-        self.log_iteration = log_iteration
-        self.slowdown = 1.0
+        self.log = log
 
     def submit(self, sequence: Sequence) -> None:
         """Put a request at the end of the line."""
@@ -50,26 +47,11 @@ class Engine:
 
     def _record(self, step_ms: float, requests: int, context_tokens: int, generation_tokens: int) -> None:
         self.steps += 1
-        if self.args.print_iter_log and self.log_iteration:
-            self.log_iteration(
+        if self.args.print_iter_log and self.log:
+            self.log(
                 f"iter = {self.steps}, global_rank = 0, rank = 0, elapsed_time = {step_ms * self.scale:.4f}s,"
                 f" num_scheduled_requests: {requests}, states = {{'num_ctx_requests': {requests if context_tokens else 0},"
                 f" 'num_ctx_tokens': {context_tokens}, 'num_generation_tokens': {generation_tokens}}}"
-            )
-        if self.args.iter_stats:
-            self.stats.append(
-                {
-                    "iter": self.steps,
-                    "iterLatencyMS": step_ms * self.scale * 1000,
-                    "timestamp": time.strftime("%m-%d-%Y %H:%M:%S"),
-                    "numActiveRequests": requests,
-                    "numQueuedRequests": len(self.waiting),
-                    "inflightBatchingStats": {
-                        "numContextRequests": requests if context_tokens else 0,
-                        "numCtxTokens": context_tokens,
-                        "numGenRequests": generation_tokens,
-                    },
-                }
             )
 
     async def _until(self, when: float) -> None:
@@ -88,7 +70,7 @@ class ContextEngine(Engine):
     async def run(self) -> None:
         """Serve for ever; sets a sequence's `done` at the end of the step that holds its last prompt token."""
         loop = asyncio.get_running_loop()
-        table, args = self.table, self.args
+        table, args = self.table.context, self.args
         chunks = [0] * args.max_batch_size
         now = 0.0
         while True:
@@ -98,10 +80,7 @@ class ContextEngine(Engine):
             left = [s.input_tokens - s.computed for s in self.waiting]
             count = rules.context_chunks(left, 0, len(left), args.max_num_tokens, args.max_batch_size, chunks)
             done = [self.waiting[i].computed for i in range(count)]
-            step_ms = self.slowdown * rules.context_step_ms(
-                table.context_tokens, table.context_ms, table.attention_new, table.attention_past, table.attention_ms,
-                chunks, done, count,
-            )  # fmt: skip
+            step_ms = rules.context_step_ms(table, chunks, done, count)
             end = rules.stage_pass(start, step_ms * self.scale, self.stage_free)
             self._record(step_ms, count, sum(chunks[:count]), 0)
             for i in range(count):
@@ -118,9 +97,10 @@ class GenerationEngine(Engine):
     joins and its first token goes out. With PP, as many batches as stages take turns.
     """
 
-    def __init__(self, args: EngineArgs, table: LatencyTable, seconds_per_ms: float, log_iteration=None):
-        super().__init__(args, table, seconds_per_ms, log_iteration)
+    def __init__(self, args: EngineArgs, table: LatencyTable, seconds_per_ms: float, log=None):
+        super().__init__(args, table, seconds_per_ms, log)
         self.kv_capacity = table.kv_capacity_tokens(args.kv_fraction, args.max_num_tokens)
+        self.slowdown = 1.0
         self.kv_used = 0
         self.admitted = 0
         self.moving: list[Sequence] = []
@@ -129,7 +109,7 @@ class GenerationEngine(Engine):
     def _admit(self, start: float) -> None:
         while self.waiting and self.admitted < self.args.max_batch_size * self.args.pp:
             sequence = self.waiting[0]
-            need = rules.kv_tokens(sequence.input_tokens, sequence.output_tokens, rules.KV_BLOCK_TOKENS)
+            need = rules.kv_tokens(sequence.input_tokens, sequence.output_tokens)
             if self.kv_used + need > self.kv_capacity:
                 return
             self.waiting.popleft()
@@ -141,12 +121,10 @@ class GenerationEngine(Engine):
     def _emit(self, sequence: Sequence) -> bool:
         """Send the next token; False when the sequence has ended (or its client has gone)."""
         sequence.emitted += 1
-        gone = False
-        if sequence.transport is not None:
-            gone = sequence.transport.is_closing()
-            if not gone:
-                # Straight to the transport: never blocks the step on one slow reader, and at most an answer is buffered.
-                sequence.transport.write(sequence.frame(sequence))
+        gone = sequence.transport is not None and sequence.transport.is_closing()
+        if sequence.transport is not None and not gone:
+            # Straight to the transport: never blocks the step on one slow reader, and at most an answer is buffered.
+            sequence.transport.write(sequence.frame(sequence))
         if sequence.emitted < sequence.output_tokens and not gone:
             return True
         self.kv_used -= sequence.kv_tokens
@@ -156,31 +134,29 @@ class GenerationEngine(Engine):
 
     async def run(self) -> None:
         """Serve for ever."""
-        table, args = self.table, self.args
+        table, args = self.table.generation, self.args
         ends = [0.0] * args.pp
         now = 0.0
         turn = 0
         while True:
-            if not self.moving and not any(self.groups):
-                if not self.waiting:
+            if not any(self.groups):
+                if self.moving:
+                    now = max(now, min(s.ready for s in self.moving))
+                elif not self.waiting:
                     now = await self._work()
-            elif not any(self.groups):
-                now = max(now, min(s.ready for s in self.moving))
             start = max(now, self.stage_free[0], ends[turn])
             await self._until(start)
             group = [s for s in self.groups[turn] if self._emit(s)]
             self._admit(start)
-            if self.moving:
-                joining = [s for s in self.moving if s.ready <= start]
-                self.moving = [s for s in self.moving if s.ready > start]
-                group += [s for s in joining if self._emit(s)]
+            joining = [s for s in self.moving if s.ready <= start][: args.max_batch_size - len(group)]
+            self.moving = [s for s in self.moving if s not in joining]
+            group += [s for s in joining if self._emit(s)]
             self.groups[turn] = group
             if group:
                 mean_tokens = sum(s.input_tokens + s.emitted for s in group) / len(group)
                 step_ms = self.slowdown * rules.generation_step_ms(
-                    table.generation_batch, table.generation_ms, table.kv_batch, table.kv_length, table.kv_ms,
-                    len(group), mean_tokens, args.graph_sizes, args.graph_padding, rules.EAGER_FLOOR_MS,
-                )  # fmt: skip
+                    table, len(group), mean_tokens, args.graph_sizes, args.graph_padding, rules.EAGER_FLOOR_MS
+                )
                 ends[turn] = rules.stage_pass(start, step_ms * self.scale, self.stage_free)
                 self._record(step_ms, len(group), 0, len(group))
             turn = (turn + 1) % args.pp

@@ -44,6 +44,22 @@ class LatencyTable:
     kv_bytes_per_token: float
     weights_bytes: float
 
+    @property
+    def context(self) -> tuple:
+        """What `rules.context_step_ms` takes."""
+        return (
+            self.context_tokens,
+            self.context_ms,
+            self.attention_new,
+            self.attention_past,
+            self.attention_ms,
+        )
+
+    @property
+    def generation(self) -> tuple:
+        """What `rules.generation_step_ms` takes."""
+        return self.generation_batch, self.generation_ms, self.kv_batch, self.kv_length, self.kv_ms
+
     def kv_capacity_tokens(self, fraction: float, max_num_tokens: int) -> int:
         """KV-cache tokens of one server: `fraction` of what weights and activations leave free."""
         free = self.free_bytes - self.activation_bytes_per_token * max_num_tokens
@@ -105,39 +121,24 @@ GRID = {
     "attention_past": [0, 16, 32, 64, 128, 256, 512, 1024, 2048, 3072, *range(4096, 20481, 2048)],
     "generation_batch": sorted([*_SMALL, *_TILES[:16], 160, 192, 193, 224, 320, 448]),
     # Decode attention drops when the batch reaches a power of two.
-    "kv_batch": [
-        1,
-        2,
-        3,
-        4,
-        8,
-        12,
-        15,
-        16,
-        20,
-        24,
-        28,
-        31,
-        32,
-        40,
-        48,
-        56,
-        63,
-        64,
-        72,
-        80,
-        96,
-        112,
-        120,
-        127,
-        128,
-    ]
-    + [144, 160, 192, 224, 255, 256, 320, 384, 448, 511, 512, 768, 1024],
+    "kv_batch": [1, 2, 3, 4, 8, 12, 15, 16, 20, 24, 28, 31, 32, 40, 48, 56, 63, 64, 72, 80, 96, 112, 120, 127, 128, 144, 160,
+                 192, 224, 255, 256, 320, 384, 448, 511, 512, 768, 1024],
     "kv_length": [1, 512, *range(1024, 10241, 1024), *range(12288, 20481, 2048), 22016],
-}
+}  # fmt: skip
 
 
-def _library_system(system: str) -> str:
+def compile_engine(system: str, tp: int, pp: int):
+    """The library's model of one server shape."""
+    from aiconfigurator_core.sdk import EngineHandle
+
+    parallel = {"tp_size": tp, "pp_size": pp, **QUANTISATION}
+    return EngineHandle.compile(
+        MODEL, library_system(system), "trtllm", backend_version="current", **parallel
+    )
+
+
+def library_system(system: str) -> str:
+    """The library's name of a system."""
     return f"{system}_sxm" if system.startswith("b") else system
 
 
@@ -170,20 +171,17 @@ def build_table(system: str, shapes: list[tuple[int, int]]) -> dict:
     """Build a system's table with aiconfigurator-core 0.12; shapes are (TP, PP). Shapes that do not fit are left out."""
     from importlib.metadata import version
 
-    from aiconfigurator_core.sdk import EngineHandle, estimate_kv_cache
+    from aiconfigurator_core.sdk import estimate_kv_cache
 
-    library_system = _library_system(system)
     servers = {}
     for tp, pp in shapes:
-        parallel = {"tp_size": tp, "pp_size": pp, **QUANTISATION}
-        handle = EngineHandle.compile(MODEL, library_system, "trtllm", backend_version="current", **parallel)
         memory = estimate_kv_cache(
-            MODEL, library_system, "trtllm", "current", max_num_tokens=4096, max_batch_size=512,
-            memory_fraction_kind="of_free", memory_fraction_value=1.0, **parallel,
+            MODEL, library_system(system), "trtllm", "current", max_num_tokens=4096, max_batch_size=512,
+            memory_fraction_kind="of_free", memory_fraction_value=1.0, tp_size=tp, pp_size=pp, **QUANTISATION,
         )  # fmt: skip
         parts = memory["memory_breakdown"]
         servers[f"{tp}x{pp}"] = {
-            **_measure(handle),
+            **_measure(compile_engine(system, tp, pp)),
             "free_bytes": memory["total_kv_size_bytes"] + parts["activations_bytes"],
             "activation_bytes_per_token": parts["activations_bytes"] / 4096,
             # The library's figure ignores PP: each stage holds its own layers only.
@@ -194,7 +192,7 @@ def build_table(system: str, shapes: list[tuple[int, int]]) -> dict:
         "source": "simulated",
         "provenance": {
             "library": f"aiconfigurator-core {version('aiconfigurator-core')} (Apache-2.0)",
-            "system": library_system,
+            "system": library_system(system),
             "backend": "trtllm, slot current",
             "model": MODEL,
             **QUANTISATION,
@@ -202,44 +200,6 @@ def build_table(system: str, shapes: list[tuple[int, int]]) -> dict:
         "grid": GRID,
         "servers": servers,
     }
-
-
-def interpolation_errors(system: str, tp: int, pp: int, points: int, seed: int) -> dict[str, float]:
-    """Largest relative error of a shipped table against the library, at random context chunks and generation steps."""
-    import numpy as np
-    from aiconfigurator_core.sdk import EngineHandle
-
-    from disagg_lib.serving import rules
-
-    table = read_table(system, tp, pp)
-    handle = EngineHandle.compile(
-        MODEL,
-        _library_system(system),
-        "trtllm",
-        backend_version="current",
-        tp_size=tp,
-        pp_size=pp,
-        **QUANTISATION,
-    )
-    context, generation = [], []
-    random = np.random.RandomState(seed)
-    for _ in range(points):
-        new = int(random.randint(1, 8193))
-        past = int(random.randint(0, 20001 - new))
-        truth = handle.predict_prefill_latency(1, new + past, past)
-        mine = rules.context_step_ms(
-            table.context_tokens, table.context_ms, table.attention_new, table.attention_past, table.attention_ms,
-            [new], [past], 1,
-        )  # fmt: skip
-        context.append(abs(mine / truth - 1))
-        batch, length = int(random.randint(1, 513)), int(random.randint(500, 22001))
-        truth = handle.decode_step_latency(batch, length, 2)
-        mine = rules.generation_step_ms(
-            table.generation_batch, table.generation_ms, table.kv_batch, table.kv_length, table.kv_ms,
-            batch, length, (batch,), False, 0.0,
-        )  # fmt: skip
-        generation.append(abs(mine / truth - 1))
-    return {"context": max(context), "generation": max(generation)}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -141,9 +141,7 @@ def _prompt_seconds(system: str, tp: int, pp: int, max_num_tokens: int) -> tuple
         done, total = 0, 0.0
         while done < length:
             chunk = min(int(length) - done, max_num_tokens)
-            total += rules.context_step_ms(
-                t.context_tokens, t.context_ms, t.attention_new, t.attention_past, t.attention_ms, [chunk], [done], 1
-            )  # fmt: skip
+            total += rules.context_step_ms(t.context, [chunk], [done], 1)
             done += chunk
         seconds.append(total / 1e3)
     return grid, np.array(seconds)
@@ -171,8 +169,7 @@ def _generation_ms(d: Deployment, batch: float, mean_tokens: float) -> float:
     group = d.generation
     t = read_table(d.system, group.tp, group.pp)
     return d.generation_factor * rules.generation_step_ms(
-        t.generation_batch, t.generation_ms, t.kv_batch, t.kv_length, t.kv_ms, batch / group.pp, mean_tokens,
-        group.cuda_graph_sizes, group.cuda_graph_padding, rules.EAGER_FLOOR_MS,
+        t.generation, batch / group.pp, mean_tokens, group.cuda_graph_sizes, group.cuda_graph_padding, rules.EAGER_FLOOR_MS
     )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ How it differs from TensorRT-LLM:
   - Time passes as the serving model says: step times from a latency table x REHEARSAL_TIME_SCALE, the same rules as `simulate`.
     Loading takes 1.5 s x the scale. No GPU, no MPI: a rank that leads no server only sleeps.
   - The KV cache is not moved, only its time is spent. Stream interval, beams, several choices, conditional disaggregation
-    and service discovery are not rehearsed. Plain requests are refused by workers: each serves one phase.
+    and service discovery are not rehearsed. Plain requests are refused by workers: each serves one
+    phase, and a MODEL needs its --server_role. Workers have no /metrics.
   - Workers listen on the host named for them in urls and nowhere else.
 
 Environment:
@@ -25,6 +26,7 @@ Environment:
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -35,15 +37,9 @@ from disagg_lib.errors import DisaggError
 from disagg_lib.serving import serve_config
 from disagg_lib.serving.serve_config import ServeConfigError
 
-FAULTS = (
-    "none",
-    "crash_loading",
-    "crash_midrun",
-    "health_503",
-    "no_tokens",
-    "slow_tokens",
-    "truncated_stream",
-)
+# What may follow each fault's name.
+FAULTS = {"none": "", "crash_loading": "server", "crash_midrun": "server count", "health_503": "", "no_tokens": "",
+          "slow_tokens": "", "truncated_stream": "count"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,20 +63,16 @@ def read_knobs(environment) -> Knobs:
     if not 0 < scale < 1e4:
         raise ServeConfigError(f"REHEARSAL_TIME_SCALE is {text!r}; a number above 0 is needed.")
     fault = environment.get("REHEARSAL_FAULT") or "none"
-    name, *rest = fault.split(":")
-    server, count = "gen0", {"crash_midrun": 20, "truncated_stream": 7}.get(name, 0)
-    try:
-        if name in ("crash_loading", "crash_midrun") and rest:
-            server = rest.pop(0)
-        if name in ("crash_midrun", "truncated_stream") and rest:
-            count = int(rest.pop(0))
-    except ValueError:
-        rest = [fault]
-    if name not in FAULTS or rest or count < (name == "truncated_stream"):
+    match = re.fullmatch(r"(?P<name>\w+)(:(?P<server>[^:\d][^:]*))?(:(?P<count>\d+))?", fault)
+    found = match.groupdict() if match else {"name": fault, "server": None, "count": None}
+    name, server, count = found["name"], found["server"], found["count"]
+    extra = {key for key in ("server", "count") if found[key]} - set(FAULTS.get(name, "").split())
+    if not match or name not in FAULTS or extra or (name == "truncated_stream" and count == "0"):
         raise ServeConfigError(
             f"REHEARSAL_FAULT is {fault!r}; one of {', '.join(FAULTS)}, see --help for what may follow."
         )
-    return Knobs(scale, environment.get("REHEARSAL_SYSTEM", "gb200"), name, server, count)
+    count = int(count or {"crash_midrun": 20}.get(name, 7))
+    return Knobs(scale, environment.get("REHEARSAL_SYSTEM", "gb200"), name, server or "gen0", count)
 
 
 def log(name: str, text: str) -> None:
@@ -94,8 +86,8 @@ def _sleep_until_signalled() -> None:
     signal.sigwait(signals)
 
 
-def _whole_variable(environment, name: str) -> int:
-    text = environment.get(name, "")
+def _slurm_number(name: str) -> int:
+    text = os.environ.get(name, "")
     if not text.isdigit():
         raise ServeConfigError(
             f"{name} is {text!r}; an MPI worker is one rank of an srun step, which sets it."
@@ -103,10 +95,12 @@ def _whole_variable(environment, name: str) -> int:
     return int(text)
 
 
+# The HTTP side is imported where it is needed: a rank that only sleeps must stay small.
+
+
 def run_mpi_worker(options, knobs: Knobs) -> None:
     """One rank: the leader of a server serves, the others sleep."""
-    rank = _whole_variable(os.environ, "SLURM_PROCID")
-    tasks = _whole_variable(os.environ, "SLURM_NTASKS")
+    rank, tasks = _slurm_number("SLURM_PROCID"), _slurm_number("SLURM_NTASKS")
     file = serve_config.read_serve_file(options.config_file)
     world = sum(instance.ranks for instance in file.instances)
     if tasks != world or rank >= world:
@@ -115,16 +109,15 @@ def run_mpi_worker(options, knobs: Knobs) -> None:
             f"{options.config_file}: rank {rank} of {tasks}, but the servers need exactly {parts} = {world} ranks."
             f" Start {world} tasks."
         )
-    instance = next(i for i in file.instances if i.first_rank <= rank < i.first_rank + i.ranks)
-    if rank != instance.first_rank:
-        _sleep_until_signalled()
-        return
-    where = f"{options.config_file}: {instance.name} ({instance.role}_servers)"
-    args = serve_config.engine_args(where, instance.engine, file.dialect, instance.role)
-    from disagg_lib.serving.rehearsal_http import run_server
+    leader = next((i for i in file.instances if i.first_rank == rank), None)
+    if leader is None:
+        return _sleep_until_signalled()
+    where = f"{options.config_file}: {leader.name} ({leader.role}_servers)"
+    args = serve_config.engine_args(where, leader.engine, file.dialect, leader.role)
+    from disagg_lib.serving.rehearsal_http import Worker, run_server
 
-    model = str(instance.engine.get("model", "model"))
-    run_server(instance.name, instance.role, instance.host, instance.port, model, args, file.dialect, knobs)
+    worker = Worker(leader.name, leader.role, str(leader.engine.get("model", "model")), args, knobs)
+    run_server(worker, leader.host, leader.port, file.dialect)
 
 
 def run_orchestrator(options, knobs: Knobs) -> None:
@@ -137,32 +130,26 @@ def run_orchestrator(options, knobs: Knobs) -> None:
 
 def run_worker(options, knobs: Knobs) -> None:
     """A server of dialect 1.x: rank 0 of its step serves."""
-    if int(os.environ.get("SLURM_PROCID", "0")) != 0:
-        _sleep_until_signalled()
-        return
-    engine = serve_config.load_yaml(options.extra_llm_api_options) if options.extra_llm_api_options else {}
-    given = {
-        "tensor_parallel_size": options.tp_size,
-        "pipeline_parallel_size": options.pp_size,
-        "moe_expert_parallel_size": options.ep_size,
-        "max_batch_size": options.max_batch_size,
-        "max_num_tokens": options.max_num_tokens,
-        "max_seq_len": options.max_seq_len,
-        "backend": options.backend,
-    }
-    engine = {**{key: value for key, value in given.items() if value is not None}, **engine}
-    kv = options.kv_cache_free_gpu_memory_fraction
-    if kv is not None and "free_gpu_memory_fraction" not in (engine.get("kv_cache_config") or {}):
-        engine["kv_cache_config"] = {**(engine.get("kv_cache_config") or {}), "free_gpu_memory_fraction": kv}
-    role = options.server_role and options.server_role.lower()
-    if role not in (None, "context", "generation"):
-        raise ServeConfigError(f"--server_role {options.server_role}: context or generation is needed.")
-    where = str(options.extra_llm_api_options or "command line")
-    args = serve_config.engine_args(where, engine, "1.x", role, per_worker=True)
-    name = os.environ.get("REHEARSAL_SERVER_NAME") or f"{role or 'server'}@{options.port}"
-    from disagg_lib.serving.rehearsal_http import run_server
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        return _sleep_until_signalled()
+    role = (options.server_role or "").lower()
+    if role not in ("context", "generation"):
+        raise ServeConfigError(f"--server_role is {options.server_role}; context or generation is needed.")
+    file = options.extra_llm_api_options
+    known = serve_config.known_keys("engine", "both")
+    engine = {key: value for key, value in vars(options).items() if key in known and value is not None}
+    engine |= serve_config.load_yaml(file) if file else {}
+    fraction = options.kv_cache_free_gpu_memory_fraction
+    if fraction is not None:
+        engine["kv_cache_config"] = {
+            "free_gpu_memory_fraction": fraction,
+            **(engine.get("kv_cache_config") or {}),
+        }
+    args = serve_config.engine_args(str(file or "command line"), engine, "1.x", role, per_worker=True)
+    name = os.environ.get("REHEARSAL_SERVER_NAME") or f"{role}@{options.port}"
+    from disagg_lib.serving.rehearsal_http import Worker, run_server
 
-    run_server(name, role, options.host, options.port, options.model, args, "1.x", knobs)
+    run_server(Worker(name, role, options.model, args, knobs), options.host, options.port, "1.x")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -174,32 +161,24 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("-l", "--log_level", default="info")
-    if command == "disaggregated":
+    if command:
         add("-c", "--config_file", type=Path, required=True)
-        add(
-            "-t",
-            "--server_start_timeout",
-            type=float,
-            default=180,
-            help="s to wait for every worker's /health",
-        )
-        add(
-            "-r",
-            "--request_timeout",
-            type=float,
-            default=180,
-            help="s for one forwarded request, stream included",
-        )
+    if command == "disaggregated":
+        waits = "s to wait for every worker's /health"
+        add("-t", "--server_start_timeout", type=float, default=180, help=waits)
+        lasts = "s for one forwarded request, stream included"
+        add("-r", "--request_timeout", type=float, default=180, help=lasts)
         add("--metrics-log-interval", type=int, default=0)
     elif command == "disaggregated_mpi_worker":
-        add("-c", "--config_file", type=Path, required=True)
         add("--disable_gc", action="store_true")
     else:
         add("model")
         add("--host", default="localhost")
         add("--port", type=int, default=8000)
-        for name in ("tp_size", "pp_size", "ep_size", "max_batch_size", "max_num_tokens", "max_seq_len"):
-            add(f"--{name}", type=int)
+        for short, key in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "moe_expert")):
+            add(f"--{short}_size", dest=f"{key}_parallel_size", type=int)
+        for key in ("max_batch_size", "max_num_tokens", "max_seq_len"):
+            add(f"--{key}", type=int)
         add("--kv_cache_free_gpu_memory_fraction", type=float)
         add("--backend")
         add("--extra_llm_api_options", "--config", type=Path)
@@ -215,12 +194,8 @@ def main(arguments: list[str]) -> int:
     try:
         commands.get(command, run_worker)(options, read_knobs(os.environ))
     except DisaggError as error:
-        rank = os.environ.get("SLURM_PROCID")
-        print(
-            f"{'' if rank is None else f'rank {rank}: '}{type(error).__name__}: {error}",
-            file=sys.stderr,
-            flush=True,
-        )
+        rank = f"rank {os.environ['SLURM_PROCID']}: " if "SLURM_PROCID" in os.environ else ""
+        print(f"{rank}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 

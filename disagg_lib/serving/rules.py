@@ -1,8 +1,9 @@
 """How TensorRT-LLM schedules: the rules that the rehearsal server and the simulation both run.
 
 Plain Python on numbers and indexable sequences: the rehearsal calls them as they are, `simulate` compiles these same
-functions with numba. Times are in whatever unit the caller uses, step times in ms. Source: facts of TensorRT-LLM's
-PyTorch executor (first-come-first-served chunks, in-flight batching, GUARANTEED_NO_EVICT admission).
+functions with numba. Times are in whatever unit the caller uses, step times in ms; tables are `LatencyTable.context` and
+`.generation`. Source: facts of TensorRT-LLM's PyTorch executor (first-come-first-served chunks, in-flight batching,
+GUARANTEED_NO_EVICT admission).
 """
 
 KV_BLOCK_TOKENS = 32
@@ -12,8 +13,8 @@ TRANSFER_FIXED_MS = 5.0
 EAGER_FLOOR_MS = 25.0  # a step without CUDA graph: 126 layers at about 200 us of host work each
 
 
-def interpolate(xs, ys, x):
-    """Piecewise linear through (xs, ys), xs ascending; beyond the ends the last slope goes on."""
+def cell(xs, x):
+    """The neighbours low and high of x in xs (ascending), and how far it is from low to high; outside, the end cell's."""
     low, high = 0, len(xs) - 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -21,31 +22,23 @@ def interpolate(xs, ys, x):
             low = middle
         else:
             high = middle
-    return ys[low] + (ys[high] - ys[low]) * ((x - xs[low]) / (xs[high] - xs[low]))
+    return low, high, (x - xs[low]) / (xs[high] - xs[low])
+
+
+def interpolate(xs, ys, x):
+    """Piecewise linear through (xs, ys), xs ascending; beyond the ends the last slope goes on."""
+    low, high, u = cell(xs, x)
+    return ys[low] + (ys[high] - ys[low]) * u
 
 
 def interpolate_grid(xs, ys, grid, x, y):
     """Bilinear in grid[i * len(ys) + j] = value at (xs[i], ys[j]); beyond the ends the last slope goes on."""
-    low, high = 0, len(xs) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if xs[middle] <= x:
-            low = middle
-        else:
-            high = middle
-    left, right = 0, len(ys) - 1
-    while right - left > 1:
-        middle = (left + right) // 2
-        if ys[middle] <= y:
-            left = middle
-        else:
-            right = middle
-    u = (x - xs[low]) / (xs[high] - xs[low])
-    v = (y - ys[left]) / (ys[right] - ys[left])
-    row, next_row, n = low * len(ys), high * len(ys), left
-    near = grid[row + n] * (1 - v) + grid[row + right] * v
-    far = grid[next_row + n] * (1 - v) + grid[next_row + right] * v
-    return near * (1 - u) + far * u
+    low, high, u = cell(xs, x)
+    left, right, v = cell(ys, y)
+    near, far = low * len(ys), high * len(ys)
+    at_low = grid[near + left] * (1 - v) + grid[near + right] * v
+    at_high = grid[far + left] * (1 - v) + grid[far + right] * v
+    return at_low * (1 - u) + at_high * u
 
 
 def context_chunks(left, first, last, max_num_tokens, max_batch_size, chunks):
@@ -57,16 +50,16 @@ def context_chunks(left, first, last, max_num_tokens, max_batch_size, chunks):
     room = max_num_tokens
     count = 0
     while first + count < last and count < max_batch_size and room > 0:
-        chunk = min(left[first + count], room)
-        chunks[count] = chunk
-        room -= chunk
+        chunks[count] = min(left[first + count], room)
+        room -= chunks[count]
         count += 1
     return count
 
 
-def context_step_ms(tokens, dense_ms, new, past, attention_ms, chunks, done, count):
-    """Time of a context step: the dense part of all its tokens, plus attention of each request (new x past)."""
-    total = 0
+def context_step_ms(table, chunks, done, count, others=0):
+    """Time of a context step: the dense part of all its tokens (and `others`), plus attention of each request (new x past)."""
+    tokens, dense_ms, new, past, attention_ms = table
+    total = others
     attention = 0.0
     for i in range(count):
         total += chunks[i]
@@ -82,18 +75,30 @@ def captured_batch(batch, sizes, padding):
     return 0
 
 
-def generation_step_ms(
-    batches, dense_ms, kv_batches, kv_lengths, kv_ms, batch, mean_tokens, sizes, padding, eager_floor_ms
-):
+def generation_step_ms(table, batch, mean_tokens, sizes, padding, eager_floor_ms):
     """Time of a generation step: dense part of the padded batch, attention of the real one.
 
     Without a captured graph no step is shorter than eager_floor_ms, the time the host needs to launch it.
     """
+    batches, dense_ms, kv_batches, kv_lengths, kv_ms = table
     graph = captured_batch(batch, sizes, padding)
     attention = interpolate_grid(kv_batches, kv_lengths, kv_ms, batch, mean_tokens)
     if graph == 0:
         return max(interpolate(batches, dense_ms, batch) + attention, eager_floor_ms)
     return interpolate(batches, dense_ms, graph) + attention
+
+
+def mixed_step_ms(
+    context, generation, chunks, done, count, batch, mean_tokens, context_factor, generation_factor
+):
+    """Time of a step with `count` prompt chunks and one token for each of `batch` > 0 sequences (aggregated servers).
+
+    What the sequences alone would take is scaled by generation_factor, what the chunks add to it by context_factor.
+    """
+    dense = interpolate(context[0], context[1], batch)
+    attention = interpolate_grid(generation[2], generation[3], generation[4], batch, mean_tokens)
+    added = context_step_ms(context, chunks, done, count, batch) - dense
+    return context_factor * added + generation_factor * (dense + attention)
 
 
 def stage_pass(start, step, stage_free):
@@ -108,52 +113,21 @@ def stage_pass(start, step, stage_free):
     return start
 
 
-def kv_tokens(input_tokens, max_new_tokens, block):
+def kv_tokens(input_tokens, max_new_tokens):
     """KV-cache tokens that a request holds from admission to its end, in whole blocks (GUARANTEED_NO_EVICT)."""
-    return -(-(input_tokens + max_new_tokens) // block) * block
+    return -(-(input_tokens + max_new_tokens) // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
 
 
-def transfer_ms(input_tokens, bytes_per_token, gb_per_s, fixed_ms):
-    """Time to move a prompt's KV cache from context to generation server; gb_per_s is 10^9 bytes a second."""
-    return fixed_ms + input_tokens * bytes_per_token / (gb_per_s * 1e6)
+def transfer_ms(input_tokens, bytes_per_token, context_gpus, generation_gpus):
+    """Time to move a prompt's KV cache from a context to a generation server, over as many ports as both have GPUs for."""
+    gb_per_s = TRANSFER_GB_PER_S_PER_GPU * min(context_gpus, generation_gpus)
+    return TRANSFER_FIXED_MS + input_tokens * bytes_per_token / (gb_per_s * 1e6)
 
 
 def least_loaded(loads, turn):
     """Index of the smallest load; ties are taken in turn (router `load_balancing`)."""
     lowest = loads[0]
-    ties = 0
     for load in loads:
-        if load < lowest:
-            lowest, ties = load, 1
-        elif load == lowest:
-            ties += 1
-    skip = turn % ties
-    for i in range(len(loads)):
-        if loads[i] == lowest:
-            if skip == 0:
-                return i
-            skip -= 1
-    return 0
-
-
-def aggregated_step_ms(
-    tokens, dense_ms, new, past, attention_ms, kv_batches, kv_lengths, kv_ms,
-    chunks, done, count, batch, mean_tokens, context_factor, generation_factor,
-):  # fmt: skip
-    """Time of a mixed step of an aggregated server: `count` prompt chunks and one token for each of `batch` sequences.
-
-    What the sequences alone would take is scaled by generation_factor, what the chunks add to it by context_factor.
-    """
-    total = batch
-    attention = 0.0
-    for i in range(count):
-        total += chunks[i]
-        attention += interpolate_grid(new, past, attention_ms, chunks[i], done[i])
-    generation = 0.0
-    alone = 0.0
-    if batch > 0:
-        alone = interpolate(tokens, dense_ms, batch)
-        generation = alone + interpolate_grid(kv_batches, kv_lengths, kv_ms, batch, mean_tokens)
-    if count > 0:
-        attention += interpolate(tokens, dense_ms, total) - alone
-    return context_factor * attention + generation_factor * generation
+        lowest = min(lowest, load)
+    ties = [i for i in range(len(loads)) if loads[i] == lowest]
+    return ties[turn % len(ties)]

@@ -20,7 +20,6 @@ from disagg_lib.serving.latency import read_table
 from disagg_lib.serving.loadgen_rules import Load, percentile, worst_allowed
 
 INTERACTIVE_LIMITS_MS = (4500.0, 80.0)
-SERVER_LIMITS_MS = (6000.0, 175.0)
 MAX_OUTPUT_TOKENS = 2000
 TRACE_BINS = 256
 
@@ -113,23 +112,18 @@ def _jit(function):
     return njit(cache=True, nogil=True)(function)
 
 
-def _compile_rules() -> types.SimpleNamespace:
+def _compile_rules() -> types.ModuleType:
     """The functions of `rules`, each seeing the compiled ones by their names."""
-    names = dict(vars(rules))
+    compiled = types.ModuleType("compiled_rules")
+    names = vars(compiled)
+    names.update(vars(rules))
     for name, function in vars(rules).items():
         if isinstance(function, types.FunctionType):
             names[name] = _jit(types.FunctionType(function.__code__, names, name, function.__defaults__))
-    return types.SimpleNamespace(**names)
+    return compiled
 
 
 _rules = _compile_rules()
-_context_chunks, _context_step_ms, _stage_pass = (
-    _rules.context_chunks,
-    _rules.context_step_ms,
-    _rules.stage_pass,
-)
-_generation_step_ms, _aggregated_step_ms = _rules.generation_step_ms, _rules.aggregated_step_ms
-_least_loaded, _interpolate, _captured_batch = _rules.least_loaded, _rules.interpolate, _rules.captured_batch
 
 
 @_jit
@@ -138,53 +132,101 @@ def _record(busy, server, start, bin_s, seconds):
 
 
 @_jit
-def _run_context(
-    arrivals, inputs, servers, balanced, by_tokens, table, max_num_tokens, max_batch, pp, factor, bin_s, busy,
-    server_of, end_of,
+def _visited(i, n, servers, balanced):
+    """Which servers to bring up to query i's arrival: its own, or all if loads decide; after the last query, each to its end."""
+    if i >= n:
+        return i - n, i - n + 1
+    return (0, servers) if balanced else (i % servers, i % servers + 1)
+
+
+@_jit
+def _run_prompts(
+    arrivals, inputs, outputs, kv_need, servers, balanced, by_tokens, context_table, generation_table, max_num_tokens, max_batch,
+    pp, kv_capacity, context_factor, generation_factor, bin_s, busy, blocked, server_of, first_of, end_of,
 ):  # fmt: skip
-    """Serve every prompt; fills server_of, end_of (s) and busy."""
+    """Serve every query on servers that compute prompts; fills busy, blocked, server_of, first_of and end_of (s).
+
+    With outputs of 1 they are context servers: a query ends with its prompt. With longer ones they are aggregated servers, which
+    mix prompt chunks and generation in one step (of one stage).
+    """
     n = len(arrivals)
-    tokens, dense, new, past, attention = table
+    ring = outputs.max() + 1
     most = n if balanced else n // servers + 1
     line = np.empty((servers, most), np.int64)
     left = np.empty((servers, most), np.int64)
     done = np.zeros((servers, most), np.int64)
-    head = np.zeros(servers, np.int64)
-    tail = np.zeros(servers, np.int64)
-    seen = np.zeros(servers, np.int64)
-    loads = np.zeros(servers, np.int64)
-    now = np.zeros(servers)
-    free = np.zeros((servers, pp))
+    calendar = np.full((servers, ring), -1, np.int64)
+    following = np.empty(n, np.int64)
+    head, taken, tail = np.zeros(servers, np.int64), np.zeros(servers, np.int64), np.zeros(servers, np.int64)
+    active, token_sum = np.zeros(servers, np.int64), np.zeros(servers, np.int64)
+    emissions, kv_used = np.zeros(servers, np.int64), np.zeros(servers, np.int64)
+    seen, loads = np.zeros(servers, np.int64), np.zeros(servers, np.int64)
+    now, free = np.zeros(servers), np.zeros((servers, pp))
     chunks = np.empty(max_batch, np.int64)
     for i in range(n + servers):
-        # One round more than there are arrivals, to finish every server.
         until = arrivals[i] if i < n else np.inf
-        first, last = (0, servers) if balanced and i < n else (i % servers, i % servers + 1)
-        if i >= n:
-            first, last = i - n, i - n + 1
+        first, last = _visited(i, n, servers, balanced)
         for s in range(first, last):
-            while head[s] < tail[s]:
+            while active[s] > 0 or head[s] < tail[s]:
                 start = max(now[s], free[s, 0])
                 if start >= until:
                     break
-                count = _context_chunks(left[s], head[s], tail[s], max_num_tokens, max_batch, chunks)
-                step = factor * 1e-3 * _context_step_ms(
-                    tokens, dense, new, past, attention, chunks, done[s, head[s] :], count
-                )  # fmt: skip
-                end = _stage_pass(start, step, free[s])
+                if taken[s] < tail[s] and active[s] + taken[s] - head[s] == max_batch:
+                    blocked[0] += 1
+                while taken[s] < tail[s] and active[s] + taken[s] - head[s] < max_batch:
+                    need = kv_need[line[s, taken[s]]]
+                    if kv_used[s] + need > kv_capacity:
+                        blocked[1] += 1
+                        break
+                    kv_used[s] += need
+                    taken[s] += 1
+                room = max(max_num_tokens - active[s], 0)
+                count = _rules.context_chunks(left[s], head[s], taken[s], room, max_batch, chunks)
+                if active[s] == 0:
+                    step_ms = context_factor * _rules.context_step_ms(
+                        context_table, chunks, done[s, head[s] :], count
+                    )
+                else:
+                    step_ms = _rules.mixed_step_ms(
+                        context_table, generation_table, chunks, done[s, head[s] :], count, active[s], token_sum[s] / active[s],
+                        context_factor, generation_factor,
+                    )  # fmt: skip
+                step = 1e-3 * step_ms
+                end = _rules.stage_pass(start, step, free[s])
                 _record(busy, s, start, bin_s, step / pp)
+                emissions[s] += 1
+                token_sum[s] += active[s]
+                slot = emissions[s] % ring
+                q = calendar[s, slot]
+                calendar[s, slot] = -1
+                while q >= 0:
+                    end_of[q] = end
+                    active[s] -= 1
+                    token_sum[s] -= inputs[q] + outputs[q]
+                    kv_used[s] -= kv_need[q]
+                    loads[s] -= 1
+                    q = following[q]
                 for k in range(head[s], head[s] + count):
                     left[s, k] -= chunks[k - head[s]]
                     done[s, k] += chunks[k - head[s]]
-                while head[s] < tail[s] and left[s, head[s]] == 0:
-                    end_of[line[s, head[s]]] = end
+                while head[s] < taken[s] and left[s, head[s]] == 0:
+                    q = line[s, head[s]]
                     head[s] += 1
-            while seen[s] < head[s] and end_of[line[s, seen[s]]] <= until:
+                    first_of[q] = end
+                    if outputs[q] > 1:
+                        active[s] += 1
+                        token_sum[s] += inputs[q] + 1
+                        slot = (emissions[s] + outputs[q] - 1) % ring
+                        following[q] = calendar[s, slot]
+                        calendar[s, slot] = q
+            while (
+                seen[s] < head[s] and outputs[line[s, seen[s]]] == 1 and first_of[line[s, seen[s]]] <= until
+            ):
                 loads[s] -= inputs[line[s, seen[s]]] if by_tokens else 1
                 seen[s] += 1
         if i < n:
-            s = _least_loaded(loads, i) if balanced else i % servers
-            if head[s] == tail[s]:
+            s = _rules.least_loaded(loads, i) if balanced else i % servers
+            if active[s] == 0 and head[s] == tail[s]:
                 now[s] = until
             line[s, tail[s]] = i
             left[s, tail[s]] = inputs[i]
@@ -196,16 +238,14 @@ def _run_context(
 @_jit
 def _tabulate_generation(table, sizes, padding, eager_floor_ms, max_batch):
     """generation_step_ms for every batch at the table's KV lengths (between them it is linear), and the floor of each batch."""
-    batches, dense, kv_batches, kv_lengths, kv = table
+    kv_lengths = table[3]
     step_ms = np.empty((max_batch + 1, len(kv_lengths)))
     floor_ms = np.zeros(max_batch + 1)
     for batch in range(1, max_batch + 1):
-        if _captured_batch(batch, sizes, padding) == 0:
+        if _rules.captured_batch(batch, sizes, padding) == 0:
             floor_ms[batch] = eager_floor_ms
         for j in range(len(kv_lengths)):
-            step_ms[batch, j] = _generation_step_ms(
-                batches, dense, kv_batches, kv_lengths, kv, batch, kv_lengths[j], sizes, padding, 0.0
-            )  # fmt: skip
+            step_ms[batch, j] = _rules.generation_step_ms(table, batch, kv_lengths[j], sizes, padding, 0.0)
     return kv_lengths, step_ms, floor_ms
 
 
@@ -234,9 +274,7 @@ def _run_generation(
     loads = np.zeros(servers, np.int64)
     for i in range(n + servers):
         until = arrivals[order[i]] if i < n else np.inf
-        first, last = (0, servers) if balanced and i < n else (i % servers, i % servers + 1)
-        if i >= n:
-            first, last = i - n, i - n + 1
+        first, last = _visited(i, n, servers, balanced)
         for s in range(first, last):
             while True:
                 if active[s].sum() == 0:
@@ -282,7 +320,7 @@ def _run_generation(
                 kept = 0
                 for k in range(in_move[s]):
                     q = moving[s, k]
-                    if ready[q] > start:
+                    if ready[q] > start or active[s, g] == max_batch:
                         moving[s, kept] = q
                         kept += 1
                         continue
@@ -296,12 +334,16 @@ def _run_generation(
                 if active[s, g] > 0:
                     size = active[s, g]
                     mean = token_sum[s, g] / size
-                    step = factor * 1e-3 * max(_interpolate(kv_lengths, step_ms[size], mean), floor_ms[size])
-                    ends[s, g] = _stage_pass(start, step, free[s])
+                    step = (
+                        factor
+                        * 1e-3
+                        * max(_rules.interpolate(kv_lengths, step_ms[size], mean), floor_ms[size])
+                    )
+                    ends[s, g] = _rules.stage_pass(start, step, free[s])
                     _record(busy, s, start, bin_s, step / pp)
                 turn[s] = (g + 1) % pp
         if i < n:
-            s = _least_loaded(loads, i) if balanced else i % servers
+            s = _rules.least_loaded(loads, i) if balanced else i % servers
             if active[s].sum() == 0 and in_move[s] == 0 and head[s] == tail[s]:
                 now[s] = until
             line[s, tail[s]] = order[i]
@@ -310,102 +352,16 @@ def _run_generation(
             server_of[order[i]] = s
 
 
-@_jit
-def _run_aggregated(
-    arrivals, inputs, outputs, kv_need, servers, balanced, context_table, kv_table, max_num_tokens, max_batch, kv_capacity,
-    context_factor, generation_factor, bin_s, busy, blocked, server_of, first_of, end_of,
-):  # fmt: skip
-    """Serve every query on servers that mix prompt chunks and generation in one step; fills server_of, first_of, end_of (s)."""
-    n = len(arrivals)
-    tokens, dense, new, past, attention = context_table
-    kv_batches, kv_lengths, kv = kv_table
-    ring = outputs.max() + 1
-    most = n if balanced else n // servers + 1
-    line = np.empty((servers, most), np.int64)
-    left = np.empty((servers, most), np.int64)
-    done = np.zeros((servers, most), np.int64)
-    calendar = np.full((servers, ring), -1, np.int64)
-    following = np.empty(n, np.int64)
-    head, taken, tail = np.zeros(servers, np.int64), np.zeros(servers, np.int64), np.zeros(servers, np.int64)
-    active, token_sum = np.zeros(servers, np.int64), np.zeros(servers, np.int64)
-    emissions, kv_used = np.zeros(servers, np.int64), np.zeros(servers, np.int64)
-    now = np.zeros(servers)
-    loads = np.zeros(servers, np.int64)
-    chunks = np.empty(max_batch, np.int64)
-    for i in range(n + servers):
-        until = arrivals[i] if i < n else np.inf
-        first, last = (0, servers) if balanced and i < n else (i % servers, i % servers + 1)
-        if i >= n:
-            first, last = i - n, i - n + 1
-        for s in range(first, last):
-            while (active[s] > 0 or head[s] < tail[s]) and now[s] < until:
-                if taken[s] < tail[s] and active[s] + taken[s] - head[s] == max_batch:
-                    blocked[0] += 1
-                while taken[s] < tail[s] and active[s] + taken[s] - head[s] < max_batch:
-                    need = kv_need[line[s, taken[s]]]
-                    if kv_used[s] + need > kv_capacity:
-                        blocked[1] += 1
-                        break
-                    kv_used[s] += need
-                    taken[s] += 1
-                room = max(max_num_tokens - active[s], 0)
-                count = _context_chunks(left[s], head[s], taken[s], room, max_batch, chunks)
-                mean = token_sum[s] / active[s] if active[s] > 0 else 0.0
-                step = 1e-3 * _aggregated_step_ms(
-                    tokens, dense, new, past, attention, kv_batches, kv_lengths, kv,
-                    chunks, done[s, head[s] :], count, active[s], mean, context_factor, generation_factor,
-                )  # fmt: skip
-                _record(busy, s, now[s], bin_s, step)
-                now[s] += step
-                emissions[s] += 1
-                token_sum[s] += active[s]
-                slot = emissions[s] % ring
-                q = calendar[s, slot]
-                calendar[s, slot] = -1
-                while q >= 0:
-                    end_of[q] = now[s]
-                    active[s] -= 1
-                    token_sum[s] -= inputs[q] + outputs[q]
-                    kv_used[s] -= kv_need[q]
-                    loads[s] -= 1
-                    q = following[q]
-                for k in range(head[s], head[s] + count):
-                    left[s, k] -= chunks[k - head[s]]
-                    done[s, k] += chunks[k - head[s]]
-                while head[s] < taken[s] and left[s, head[s]] == 0:
-                    q = line[s, head[s]]
-                    head[s] += 1
-                    first_of[q] = now[s]
-                    active[s] += 1
-                    token_sum[s] += inputs[q] + 1
-                    slot = (emissions[s] + outputs[q] - 1) % ring
-                    following[q] = calendar[s, slot]
-                    calendar[s, slot] = q
-        if i < n:
-            s = _least_loaded(loads, i) if balanced else i % servers
-            if active[s] == 0 and head[s] == tail[s]:
-                now[s] = max(now[s], until)
-            line[s, tail[s]] = i
-            left[s, tail[s]] = inputs[i]
-            tail[s] += 1
-            loads[s] += 1
-            server_of[i] = s
-
-
 @cache
 def _tables(system: str, tp: int, pp: int):
-    t = read_table(system, tp, pp)
-    context = (t.context_tokens, t.context_ms, t.attention_new, t.attention_past, t.attention_ms)
-    generation = (t.generation_batch, t.generation_ms, t.kv_batch, t.kv_length, t.kv_ms)
-    return tuple(map(np.array, context)), tuple(map(np.array, generation)), t
+    table = read_table(system, tp, pp)
+    return tuple(map(np.array, table.context)), tuple(map(np.array, table.generation)), table
 
 
 @cache
 def _generation_steps(system: str, tp: int, pp: int, sizes: tuple[int, ...], padding: bool, max_batch: int):
-    table = _tables(system, tp, pp)[1]
-    return _tabulate_generation(
-        table, np.array(sorted(sizes), np.int64), padding, rules.EAGER_FLOOR_MS, max_batch
-    )
+    table, sizes = _tables(system, tp, pp)[1], np.array(sorted(sizes), np.int64)
+    return _tabulate_generation(table, sizes, padding, rules.EAGER_FLOOR_MS, max_batch)
 
 
 def simulate(deployment: Deployment, load: Load, lengths: np.ndarray) -> SimulatedRun:
@@ -419,68 +375,58 @@ def simulate(deployment: Deployment, load: Load, lengths: np.ndarray) -> Simulat
     ------
     SimulationError : a request that no server can ever admit (says what would fit), or a router that is not modelled.
     """
-    d, generation = deployment, deployment.generation
-    chosen = lengths[load.samples]
-    inputs, outputs = chosen["input_tokens"].astype(np.int64), chosen["output_tokens"].astype(np.int64)
-    n = len(inputs)
-    _, generation_table, table = _tables(d.system, generation.tp, generation.pp)
-    capacity = table.kv_capacity_tokens(generation.kv_fraction, generation.max_num_tokens)
-    reserved = outputs if d.reserve_output_tokens is None else np.maximum(outputs, d.reserve_output_tokens)
-    kv_need = rules.kv_tokens(inputs, reserved, rules.KV_BLOCK_TOKENS)
-    if kv_need.max() > capacity:
-        raise SimulationError(
-            f"{d.system} TP{generation.tp} PP{generation.pp} has room for {capacity} KV-cache tokens; the longest request"
-            f" needs {kv_need.max()}. Give the server more GPUs, or a larger memory fraction."
-        )
-    for group in (d.context, generation):
-        if group is not None and group.router not in ("round_robin", "load_balancing"):
+    d, c, g = deployment, deployment.context, deployment.generation
+    for group in filter(None, (c, g)):
+        if group.router not in ("round_robin", "load_balancing"):
             raise SimulationError(
                 f"router {group.router!r} is not modelled; round_robin and load_balancing are."
             )
-    bin_s = max(float(load.arrivals_s[-1]) * 1.1, 1.0) / TRACE_BINS
-    first, end = np.empty(n), np.empty(n)
-    server = np.empty(n, np.int64)
-    busy = np.zeros((generation.count, TRACE_BINS))
-    blocked = np.zeros(2, np.int64)
-    balanced = generation.router == "load_balancing"
-    if d.context is None:
-        context_table, _, _ = _tables(d.system, generation.tp, generation.pp)
-        _run_aggregated(
-            load.arrivals_s, inputs, outputs, kv_need, generation.count, balanced, context_table, generation_table[2:],
-            generation.max_num_tokens, generation.max_batch_size, capacity, d.context_factor, d.generation_factor, bin_s, busy,
-            blocked, server, first, end,
-        )  # fmt: skip
-        busy /= bin_s
-        return SimulatedRun(
-            load, inputs, outputs, server, first, server, first, end, bin_s, busy, busy, *blocked.tolist()
+    chosen = lengths[load.samples]
+    inputs, outputs = chosen["input_tokens"].astype(np.int64), chosen["output_tokens"].astype(np.int64)
+    context_table, generation_table, table = _tables(d.system, g.tp, g.pp)
+    capacity = table.kv_capacity_tokens(g.kv_fraction, g.max_num_tokens)
+    kv_need = rules.kv_tokens(inputs, np.maximum(outputs, d.reserve_output_tokens or 0))
+    if kv_need.max() > capacity:
+        raise SimulationError(
+            f"{d.system} TP{g.tp} PP{g.pp} has room for {capacity} KV-cache tokens; the longest request"
+            f" needs {kv_need.max()}. Give the server more GPUs, or a larger memory fraction."
         )
-    context = d.context
-    context_table, _, context_latency = _tables(d.system, context.tp, context.pp)
-    context_server, context_end = np.empty(n, np.int64), np.empty(n)
-    context_busy = np.zeros((context.count, TRACE_BINS))
-    _run_context(
-        load.arrivals_s, inputs, context.count, context.router == "load_balancing", context.router_tokens, context_table,
-        context.max_num_tokens, context.max_batch_size, context.pp, d.context_factor, bin_s, context_busy, context_server,
-        context_end,
-    )  # fmt: skip
-    steps = _generation_steps(
-        d.system, generation.tp, generation.pp, generation.cuda_graph_sizes, generation.cuda_graph_padding,
-        generation.max_batch_size,
-    )  # fmt: skip
-    gpu_pairs = min(context.tp * context.pp, generation.tp * generation.pp)
-    transfer = 1e-3 * rules.transfer_ms(
-        inputs, context_latency.kv_bytes_per_token * context.tp * context.pp,
-        rules.TRANSFER_GB_PER_S_PER_GPU * gpu_pairs, rules.TRANSFER_FIXED_MS,
-    )  # fmt: skip
-    _run_generation(
-        np.argsort(context_end, kind="stable"), context_end, inputs, outputs, kv_need, transfer, generation.count, balanced,
-        steps, generation.max_batch_size, generation.pp, capacity, d.generation_factor, bin_s, busy, blocked,
-        server, first, end,
-    )  # fmt: skip
-    context_busy /= bin_s
-    busy /= bin_s
+    bin_s = max(float(load.arrivals_s[-1]) * 1.1, 1.0) / TRACE_BINS
+
+    def unfilled(group):
+        """busy, blocked, server, first token and end, for a loop to fill."""
+        server = np.empty(len(inputs), np.int64)
+        return np.zeros((group.count, TRACE_BINS)), np.zeros(2, np.int64), server, *np.empty((2, len(inputs)))
+
+    busy, blocked, server, first, end = served = unfilled(g)
+    balanced = g.router == "load_balancing"
+    if c is None:
+        context_busy, context_server, context_end = busy, server, first
+        _run_prompts(
+            load.arrivals_s, inputs, outputs, kv_need, g.count, balanced, False, context_table, generation_table,
+            g.max_num_tokens, g.max_batch_size, 1, capacity, d.context_factor, d.generation_factor, bin_s, *served,
+        )  # fmt: skip
+    else:
+        context_table, context_generation_table, context_latency = _tables(d.system, c.tp, c.pp)
+        context_busy, _, context_server, context_end, _ = prompts = unfilled(c)
+        _run_prompts(
+            load.arrivals_s, inputs, np.ones_like(inputs), np.zeros_like(inputs), c.count, c.router == "load_balancing",
+            c.router_tokens, context_table, context_generation_table, c.max_num_tokens, c.max_batch_size, c.pp, 0,
+            d.context_factor, 1.0, bin_s, *prompts,
+        )  # fmt: skip
+        gpus, generation_gpus = c.tp * c.pp, g.tp * g.pp
+        kv_bytes = context_latency.kv_bytes_per_token * gpus
+        transfer = 1e-3 * rules.transfer_ms(inputs, kv_bytes, gpus, generation_gpus)
+        steps = _generation_steps(
+            d.system, g.tp, g.pp, g.cuda_graph_sizes, g.cuda_graph_padding, g.max_batch_size
+        )
+        _run_generation(
+            np.argsort(context_end, kind="stable"), context_end, inputs, outputs, kv_need, transfer, g.count, balanced, steps,
+            g.max_batch_size, g.pp, capacity, d.generation_factor, bin_s, *served,
+        )  # fmt: skip
     return SimulatedRun(
-        load, inputs, outputs, context_server, context_end, server, first, end, bin_s, context_busy, busy, *blocked.tolist()
+        load, inputs, outputs, context_server, context_end, server, first, end, bin_s, context_busy / bin_s, busy / bin_s,
+        *blocked.tolist(),
     )  # fmt: skip
 
 
@@ -522,14 +468,10 @@ def queue_lengths(run: SimulatedRun, points: int = TRACE_BINS) -> dict[str, np.n
     time_s = np.linspace(0, run.end_s.max(), points)
 
     def between(servers, start, end):
-        count = int(servers.max()) + 1
-        inside = np.empty((count, points), np.int64)
-        for s in range(count):
-            mine = servers == s
-            inside[s] = np.searchsorted(np.sort(start[mine]), time_s, "right") - np.searchsorted(
-                np.sort(end[mine]), time_s, "right"
-            )
-        return inside
+        def passed(times, s):
+            return np.searchsorted(np.sort(times[servers == s]), time_s, "right")
+
+        return np.array([passed(start, s) - passed(end, s) for s in range(servers.max() + 1)])
 
     return {
         "time_s": time_s,
