@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from disagg_lib.serving.rehearsal import main
+
 REHEARSAL = [sys.executable, "-m", "disagg_lib.serving.rehearsal"]
 DEADLINE_S = 30
 CONTEXT = {
@@ -259,10 +261,10 @@ def test_connections_are_reused(v51):
     assert len(ports) == 1
 
 
-def test_too_long_a_prompt_is_429_in_v51_and_the_worker_says_why(v51):
-    status, content = ask(v51.port, "/v1/completions", {**STREAM, "prompt": [1] * 22016})
-    assert (status, json.loads(content)) == (429, {"error": "Too many requests"})
-    assert "max_seq_len is 22016" in v51.log("orchestrator")
+def test_too_long_a_prompt_is_refused_by_the_worker_who_says_why(v51):
+    body = {**STREAM, "prompt": [1] * 22016, "disaggregated_params": {"request_type": "context_only"}}
+    status, content = ask(v51.ports[1], "/v1/completions", body)
+    assert status == 400 and "max_seq_len is 22016" in json.loads(content)["error"]
 
 
 def test_ranks_that_lead_nothing_stay_small_and_import_little(v51):
@@ -285,7 +287,7 @@ def test_workers_listen_on_loopback_only(v51):
 
 
 def test_sigterm_ends_every_process_cleanly_even_amid_a_stream(tmp_path):
-    with v51_job(tmp_path, ranks=(0, 1, 4, 8), environment={"REHEARSAL_TIME_SCALE": "1"}) as job:
+    with v51_job(tmp_path, ranks=(0, 1, 4, 8), environment={"REHEARSAL_TIME_SCALE": "0.2"}) as job:
         connection = http.client.HTTPConnection("127.0.0.1", job.port, timeout=DEADLINE_S)
         connection.request(
             "POST", "/v1/completions", json.dumps({**STREAM, "max_tokens": 2000, "min_tokens": 2000})
@@ -361,15 +363,18 @@ def test_dialect_1x_dies_of_an_unknown_nested_key(tmp_path):
 # What the real reader refuses
 
 
-def refusal(tmp_path, rank=0, tasks=12, command="disaggregated_mpi_worker", **changes):
-    """Message of a process that must refuse the file."""
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(flat_config([1, 2, 3, 4], **changes)))
-    done = subprocess.run(
-        [*REHEARSAL, command, "-c", tmp_path / "c.yaml"], capture_output=True, text=True, timeout=DEADLINE_S,
-        env={**os.environ, "SLURM_PROCID": str(rank), "SLURM_NTASKS": str(tasks)},
-    )  # fmt: skip
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    return done.stderr
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys):
+    """Runs a command that must refuse config.yaml, in this process, and gives its message."""
+
+    def run(rank=0, tasks=12, command="disaggregated_mpi_worker", text=None, **changes):
+        (tmp_path / "c.yaml").write_text(text or yaml.safe_dump(flat_config([1, 2, 3, 4], **changes)))
+        monkeypatch.setenv("SLURM_PROCID", str(rank))
+        monkeypatch.setenv("SLURM_NTASKS", str(tasks))
+        assert main([command, "-c", str(tmp_path / "c.yaml")]) == 1
+        return capsys.readouterr().err
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -398,36 +403,34 @@ def refusal(tmp_path, rank=0, tasks=12, command="disaggregated_mpi_worker", **ch
         ({"context_servers__tensor_parallel_size": 1, "tasks": 6}, "no latency table for gb200 TP1"),
     ],
 )
-def test_a_worker_refuses(tmp_path, changes, word):
-    assert word in refusal(tmp_path, **changes)
+def test_a_worker_refuses(refusal, changes, word):
+    assert word in refusal(**changes)
 
 
-def test_the_orchestrator_takes_any_engine_key_but_no_bad_url(tmp_path):
-    assert "no scheme" in refusal(
-        tmp_path, command="disaggregated", context_servers__urls=["http://a:1", "b:2"]
-    )
-    (tmp_path / "c.yaml").write_text("- a list\n")
-    done = subprocess.run(
-        [*REHEARSAL, "disaggregated", "-c", tmp_path / "c.yaml"], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "a mapping is needed" in done.stderr
+def test_the_orchestrator_takes_any_engine_key_but_no_bad_url_and_no_list(refusal):
+    assert "no scheme" in refusal(command="disaggregated", context_servers__urls=["http://a:1", "b:2"])
+    assert "a mapping is needed" in refusal(command="disaggregated", text="- a list\n")
 
 
 @pytest.mark.parametrize("fault", ["earthquake", "truncated_stream:0", "crash_midrun:gen0:x", "no_tokens:1"])
-def test_an_unknown_fault_is_refused(fault):
-    environment = {**os.environ, "REHEARSAL_FAULT": fault}
+def test_an_unknown_fault_is_refused(fault, monkeypatch, capsys):
+    monkeypatch.setenv("REHEARSAL_FAULT", fault)
+    assert main(["m"]) == 1
+    assert f"REHEARSAL_FAULT is '{fault}'" in capsys.readouterr().err
+
+
+def test_a_refusal_is_an_exit_status_and_one_line(tmp_path):
     done = subprocess.run(
-        [*REHEARSAL, "m"], env=environment, capture_output=True, text=True, timeout=DEADLINE_S
+        [*REHEARSAL, "disaggregated", "-c", tmp_path / "none"], capture_output=True, text=True
     )
-    assert done.returncode == 1 and f"REHEARSAL_FAULT is '{fault}'" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot be read as YAML" in done.stderr
 
 
 @pytest.mark.parametrize("command", [[], ["disaggregated"], ["disaggregated_mpi_worker"]])
-def test_help_says_how_it_differs(command):
-    done = subprocess.run(
-        [*REHEARSAL, *command, "--help"], capture_output=True, text=True, timeout=DEADLINE_S
-    )
-    assert done.returncode == 0 and "How it differs from TensorRT-LLM" in done.stdout
+def test_help_says_how_it_differs(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    assert "How it differs from TensorRT-LLM" in capsys.readouterr().out
 
 
 def test_load_balancing_takes_the_idle_server_and_ties_in_turn(tmp_path):
@@ -442,25 +445,26 @@ def test_load_balancing_takes_the_idle_server_and_ties_in_turn(tmp_path):
 
 def test_crash_loading_kills_the_named_server_and_the_orchestrator_names_it(tmp_path):
     with v51_job(
-        tmp_path, environment={"REHEARSAL_FAULT": "crash_loading:ctx1"}, ready=False, start_timeout=3
+        tmp_path, environment={"REHEARSAL_FAULT": "crash_loading:ctx1"}, ready=False, start_timeout=2
     ) as job:
         assert job.exit_status("rank4") == 1 and "crash_loading" in job.log("rank4")
         assert job.exit_status("orchestrator") == 1
-        assert "no health from ctx1 (127.0.0.1:" in job.log("orchestrator")
+        assert "ctx1 (127.0.0.1:" in job.log("orchestrator")
 
 
 def test_health_503_keeps_the_orchestrator_waiting(tmp_path):
-    with v51_job(
-        tmp_path, environment={"REHEARSAL_FAULT": "health_503"}, ready=False, start_timeout=2
-    ) as job:
-        assert job.exit_status("orchestrator") == 1
-        assert "no health from ctx0" in job.log("orchestrator") and "gen0" in job.log("orchestrator")
+    fault = {"REHEARSAL_FAULT": "health_503"}
+    with v51_job(tmp_path, ranks=(8,), environment=fault, ready=False, start_timeout=1) as job:
+        job.wait_for("rank8", "ready on")
+        assert ask(job.ports[3], "/health")[0] == 503
+        assert job.exit_status("orchestrator") == 1 and "gen0" in job.log("orchestrator")
 
 
 def test_crash_midrun_comes_after_n_requests(tmp_path):
     with v51_job(tmp_path, environment={"REHEARSAL_FAULT": "crash_midrun:gen0:2"}) as job:
-        statuses = [ask(job.port, "/v1/completions", STREAM)[0] for _ in range(3)]
-        assert statuses == [200, 200, 429]
+        answers = [ask(job.port, "/v1/completions", STREAM) for _ in range(3)]
+        assert [status for status, _ in answers] == [200, 200, 429]
+        assert json.loads(answers[2][1]) == {"error": "Too many requests"}
         assert job.exit_status("rank8") == 1
 
 
@@ -472,17 +476,28 @@ def test_truncated_stream_ends_without_done(tmp_path):
         assert 0 < len(token_ids(getattr(error.value, "partial", b""))) < 5
 
 
+@contextmanager
+def generation_server(folder, fault):
+    """A generation server alone: its job and a body that it takes."""
+    with v51_job(folder, ranks=(8,), environment={"REHEARSAL_FAULT": fault}, ready=False) as job:
+        job.wait_for("rank8", "ready on")
+        params = {"request_type": "generation_only", "ctx_request_id": 1, "first_gen_tokens": [5]}
+        yield job, {**STREAM, "disaggregated_params": params}
+
+
 def test_no_tokens_answers_200_and_then_nothing(tmp_path):
-    with v51_job(tmp_path, environment={"REHEARSAL_FAULT": "no_tokens"}) as job:
-        with closing(http.client.HTTPConnection("127.0.0.1", job.port, timeout=1)) as connection:
-            connection.request("POST", "/v1/completions", json.dumps(STREAM))
-            with connection.getresponse() as answer, pytest.raises(TimeoutError):
-                answer.read()
+    with (
+        generation_server(tmp_path, "no_tokens") as (job, body),
+        closing(http.client.HTTPConnection("127.0.0.1", job.ports[3], timeout=0.5)) as connection,
+    ):
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        with connection.getresponse() as answer, pytest.raises(TimeoutError):
+            answer.read()
         assert answer.status == 200
 
 
 def test_slow_tokens_take_twenty_times_as_long(tmp_path):
-    with v51_job(tmp_path, environment={"REHEARSAL_FAULT": "slow_tokens"}) as job:
-        ask(job.port, "/v1/completions", STREAM)
+    with generation_server(tmp_path, "slow_tokens") as (job, body):
+        assert token_ids(ask(job.ports[3], "/v1/completions", body)[1])[0] == 5
         slow_s = float(job.log("rank8").rpartition("elapsed_time = ")[2].partition("s,")[0])
         assert 0.02 * 20 * 15 < 1e3 * slow_s < 0.02 * 20 * 40

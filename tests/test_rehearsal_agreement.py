@@ -15,7 +15,7 @@ from disagg_lib.serving.loadgen_rules import Load
 from disagg_lib.serving.plan import GRAPH_SIZES
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate
 
-QUERIES, TARGET_QPS = 56, 2.4
+QUERIES, TARGET_QPS = 18, 2.4
 OVERLOADED_MS = 20.0
 
 

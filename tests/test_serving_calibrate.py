@@ -1,9 +1,11 @@
 """Calibration: two constants, fitted on some runs and scored on others."""
 
 import pytest
+import yaml
 
 from disagg_lib.serving.calibrate import (
     FIGURES,
+    SHIPPED,
     Calibration,
     CalibrationError,
     Observed,
@@ -11,7 +13,6 @@ from disagg_lib.serving.calibrate import (
     fit,
     observe,
     predict,
-    published_aggregated_runs,
     read_calibration,
     relative_errors,
     write_calibration,
@@ -23,6 +24,16 @@ GENERATION = ServerGroup(
     1, 4, max_batch_size=512, max_num_tokens=512, cuda_graph_sizes=tuple(range(8, 513, 8))
 )
 DISAGGREGATED = Deployment("gb200", ServerGroup(4, 4), GENERATION)
+
+
+def published_aggregated_runs():
+    """The published runs that the shipped calibration was fitted on and scored against."""
+    runs = {}
+    for name, e in yaml.safe_load(SHIPPED.read_text())["runs"].items():
+        group = ServerGroup(e["servers"], e["tp"], max_batch_size=e["batch"], max_num_tokens=e["tokens"])
+        deployment = Deployment(e["system"], None, group, reserve_output_tokens=None)
+        runs[name] = Observed(name, deployment, e["target_qps"], {key: e[key] for key in FIGURES})
+    return runs
 
 
 def made_run(name, qps, truth):
@@ -39,7 +50,7 @@ def test_fit_finds_the_constants_that_made_the_figures():
 def test_calibrate_scores_each_run_with_constants_of_the_others():
     truth = Calibration(0.9, 1.2)
     calibration, rows = calibrate(
-        [made_run("a", 2.5, truth), made_run("b", 3.0, truth)], range(4), range(10, 14)
+        [made_run("a", 2.5, truth), made_run("b", 3.0, truth)], range(2), range(10, 13)
     )
     assert calibration.fitted_on == ("a", "b")
     for row in rows:

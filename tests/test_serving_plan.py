@@ -59,7 +59,7 @@ def test_the_formula_orders_layouts_as_the_simulation_does():
     """Screening may be wrong by a fifth, but must not lose the best: its pick of 16 holds the best of 32."""
     scored = screen(20)[:32]
     lengths = built_in_lengths()
-    simulated = [highest_valid_qps(d, lengths, 0, guess=max(q, 0.05), error=0.02) for q, d in scored]
+    simulated = [highest_valid_qps(d, lengths, 0, guess=max(q, 0.05), error=0.04) for q, d in scored]
     assert int(np.argmax(simulated)) < 16
     assert np.corrcoef([q for q, _ in scored], simulated)[0, 1] > 0.7
 

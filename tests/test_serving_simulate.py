@@ -42,7 +42,7 @@ def waits(service_s, utilisation, seed):
     tokens = np.maximum(1, np.rint(service_s * 1000)).astype(np.int64)
     end, server, busy = np.empty(n), np.empty(n, np.int64), np.zeros((1, 8))
     simulate._run_prompts(
-        arrivals, tokens, np.ones_like(tokens), np.zeros_like(tokens), 1, False, False, ONE_MS_A_TOKEN, ONE_MS_A_TOKEN, 2**40, 1,
+        arrivals, tokens, np.ones_like(tokens), np.zeros_like(tokens), 1, False, False, ONE_MS_A_TOKEN, ONE_MS_A_TOKEN[2:], 2**40, 1,
         1, 0, 1.0, 1.0, 1e9, busy, np.zeros(2, np.int64), server, end, end.copy(),
     )  # fmt: skip
     assert busy.sum() == pytest.approx(tokens.sum() / 1000)

@@ -15,7 +15,7 @@ import yaml
 from disagg_lib.errors import DisaggError
 from disagg_lib.serving.lengths import LENGTHS, built_in_lengths
 from disagg_lib.serving.loadgen_rules import Load, draw_load, percentile
-from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate, summarise, with_factors
+from disagg_lib.serving.simulate import Deployment, simulate, summarise, with_factors
 
 FIGURES = ("ttft_mean_ms", "ttft_p50_ms", "tpot_mean_ms", "tpot_p50_ms")
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "calibration_aggregated.yaml"
@@ -65,7 +65,7 @@ def observe(run_dir: Path, deployment: Deployment, target_qps: float, time_scale
     path = Path(run_dir) / "job" / "queries_performance.csv"
     try:
         with path.open(newline="") as file:
-            rows = [row for row in csv.DictReader(file)]
+            rows = list(csv.DictReader(file))
         failed = sum(row["status"] != "ok" for row in rows)
         if failed or not rows:
             raise CalibrationError(
@@ -174,32 +174,15 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
         yaml.safe_dump(content, file, sort_keys=False)
 
 
-def _read(path: Path) -> dict:
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-        return content if isinstance(content, dict) else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CalibrationError(f"{path}: cannot be read as a calibration ({error}).") from None
-
-
 def read_calibration(path: Path = SHIPPED) -> Calibration:
     """Read a calibration file; the shipped one is for aggregated TensorRT engines only."""
-    content = _read(path)
-    factors = [content.get(key) for key in ("context_factor", "generation_factor")]
-    if not all(isinstance(f, int | float) and 0 < f < 100 for f in factors) or not content.get("fitted_on"):
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+        context, generation = float(content["context_factor"]), float(content["generation_factor"])
+        if not (0 < min(context, generation) <= max(context, generation) < 100 and content["fitted_on"]):
+            raise ValueError(f"factors {context:g} and {generation:g}")
+        return Calibration(context, generation, tuple(content["fitted_on"]))
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         raise CalibrationError(
-            f"{path}: needs fitted_on, context_factor and generation_factor; found {sorted(content)}."
-        )
-    return Calibration(float(factors[0]), float(factors[1]), tuple(content["fitted_on"]))
-
-
-def published_aggregated_runs(path: Path = SHIPPED) -> dict[str, Observed]:
-    """The published aggregated runs that the shipped calibration was fitted on and scored against."""
-    runs = {}
-    for name, entry in _read(path)["runs"].items():
-        group = ServerGroup(
-            entry["servers"], entry["tp"], max_batch_size=entry["batch"], max_num_tokens=entry["tokens"]
-        )
-        deployment = Deployment(entry["system"], None, group, reserve_output_tokens=None)
-        runs[name] = Observed(name, deployment, entry["target_qps"], {key: entry[key] for key in FIGURES})
-    return runs
+            f"{path}: needs fitted_on, context_factor and generation_factor; cannot be used ({error!r})."
+        ) from None

@@ -4,6 +4,7 @@ The screening formula (Kingman's waits for the context servers, a fixed point fo
 simulated; every figure of the ranking comes from `simulate`.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -203,37 +204,22 @@ def _candidates(
 ) -> list[Deployment]:
     """Every topology within the budget that no further context server would fit into, in rank order on whole nodes."""
     found = []
-    shapes = server_shapes(system)
-    for ctx_tp, ctx_pp in shapes:
-        for gen_tp, gen_pp in shapes:
-            if ctx_pp not in pp or gen_pp > 1:
-                continue  # params files have no PP for generation servers
-            ctx_gpus, gen_gpus = ctx_tp * ctx_pp, gen_tp * gen_pp
-            for servers in range(1, (gpus - ctx_gpus) // gen_gpus + 1):
-                count = (gpus - servers * gen_gpus) // ctx_gpus
-                # A generation server begins where the context servers end: it must not straddle a node for that.
-                if (count * ctx_gpus) % min(gpus_per_node, gen_gpus):
-                    count -= 1
-                if count < 1:
-                    continue
-                found += [
-                    calibration.apply(
-                        Deployment(
-                            system,
-                            ServerGroup(count, ctx_tp, ctx_pp, 128, tokens),
-                            ServerGroup(
-                                servers,
-                                gen_tp,
-                                gen_pp,
-                                batch,
-                                batch,
-                                tuple(n for n in GRAPH_SIZES if n <= batch),
-                            ),
-                        )
-                    )
-                    for tokens in CONTEXT_TOKENS
-                    for batch in GENERATION_BATCHES
-                ]
+    for (ctx_tp, ctx_pp), (gen_tp, gen_pp) in itertools.product(server_shapes(system), repeat=2):
+        if ctx_pp not in pp or gen_pp > 1:
+            continue  # params files have no PP for generation servers
+        ctx_gpus = ctx_tp * ctx_pp
+        for servers in range(1, (gpus - ctx_gpus) // gen_tp + 1):
+            count = (gpus - servers * gen_tp) // ctx_gpus
+            # A generation server begins where the context servers end: it must not straddle a node for that.
+            if (count * ctx_gpus) % min(gpus_per_node, gen_tp):
+                count -= 1
+            if count < 1:
+                continue
+            for tokens, batch in itertools.product(CONTEXT_TOKENS, GENERATION_BATCHES):
+                context = ServerGroup(count, ctx_tp, ctx_pp, 128, tokens)
+                sizes = tuple(n for n in GRAPH_SIZES if n <= batch)
+                generation = ServerGroup(servers, gen_tp, 1, batch, batch, sizes)
+                found.append(calibration.apply(Deployment(system, context, generation)))
     return found
 
 
@@ -262,18 +248,13 @@ def screen(
         )
     inputs = lengths["input_tokens"][::10].astype(float)
     mean_input, mean_output = float(lengths["input_tokens"].mean()), float(lengths["output_tokens"].mean())
-    context_qps, generation_qps = {}, {}
-    scored = []
-    for d in candidates:
-        context = context_qps.get(d.context)
-        if context is None:
-            context = context_qps[d.context] = _context_qps(d, inputs, limits_ms[0] / 1e3)
-        generation = generation_qps.get(d.generation)
-        if generation is None:
-            generation = generation_qps[d.generation] = _generation_qps(
-                d, mean_input, mean_output, limits_ms[1]
-            )
-        scored.append((min(context, generation), d))
+    by_context = {d.context: d for d in candidates}
+    by_generation = {d.generation: d for d in candidates}
+    context = {g: _context_qps(d, inputs, limits_ms[0] / 1e3) for g, d in by_context.items()}
+    generation = {
+        g: _generation_qps(d, mean_input, mean_output, limits_ms[1]) for g, d in by_generation.items()
+    }
+    scored = [(min(context[d.context], generation[d.generation]), d) for d in candidates]
     scored.sort(key=lambda pair: (-pair[0], pair[1].gpus, pair[1].generation.max_batch_size))
     best = {}
     for qps, d in scored:
@@ -326,13 +307,10 @@ def qps_over_seeds(
 ) -> np.ndarray:
     """Highest VALID QPS of each seed, shape (seeds,)."""
     lengths = built_in_lengths() if lengths is None else lengths
-    found = []
+    found: list[float] = []
     for seed in seeds:
-        found.append(
-            highest_valid_qps(
-                deployment, lengths, seed, limits_ms, found[-1] if found and found[-1] else guess
-            )
-        )
+        near = found[-1] if found and found[-1] else guess
+        found.append(highest_valid_qps(deployment, lengths, seed, limits_ms, near))
     return np.array(found)
 
 
@@ -359,9 +337,8 @@ def check_saturation(deployment: Deployment, target_qps: float, lengths: np.ndar
     context, generation = saturation_qps(deployment, built_in_lengths() if lengths is None else lengths)
     most = min(context, generation)
     if target_qps > most:
-        name, group = (
-            ("context", deployment.context) if context < generation else ("generation", deployment.generation)
-        )
+        name = "context" if context < generation else "generation"
+        group = getattr(deployment, name)
         raise PlanError(
             f"target_qps {target_qps:g} is beyond saturation: {_shape(group)} {name} servers are always busy from"
             f" {most:.2f} queries/s. Choose less than {0.9 * most:.2f}, or more {name} servers."
@@ -374,7 +351,7 @@ def _tray_down(d: Deployment, role: str, gpus_per_node: int) -> Deployment | Non
     lost = math.ceil(gpus_per_node / (group.tp * group.pp)) if group else 0
     return (
         replace(d, **{role: replace(group, count=group.count - lost)})
-        if group and group.count > lost
+        if lost and group.count > lost
         else None
     )
 
@@ -388,15 +365,13 @@ def _row(
     rows = [summarise(run, limits_ms) for run in runs]
     median = {key: float(np.median([row[key] for row in rows])) for key in
               ("completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms")}  # fmt: skip
-    less = {}
-    for role in ("context", "generation"):
+    guess = 0.9 * float(np.median(qps))
+    less = {"context": 0.0, "generation": 0.0}
+    for role in less:
         smaller = _tray_down(d, role, gpus_per_node)
-        guess = 0.9 * float(np.median(qps))
-        less[role] = (
-            float(np.median(qps_over_seeds(smaller, lengths, seeds[:2], limits_ms, guess, QUICK_QPS_ERROR)))
-            if smaller
-            else 0.0
-        )
+        if smaller:
+            found = qps_over_seeds(smaller, lengths, seeds[:2], limits_ms, guess, QUICK_QPS_ERROR)
+            less[role] = float(np.median(found))
     binding = [row["binds"] for row in rows]
     return PlanRow(
         deployment=d,

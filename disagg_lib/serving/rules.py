@@ -56,10 +56,10 @@ def context_chunks(left, first, last, max_num_tokens, max_batch_size, chunks):
     return count
 
 
-def context_step_ms(table, chunks, done, count, others=0):
-    """Time of a context step: the dense part of all its tokens (and `others`), plus attention of each request (new x past)."""
+def context_step_ms(table, chunks, done, count):
+    """Time of a context step: the dense part of all its tokens, plus attention of each request (new x past)."""
     tokens, dense_ms, new, past, attention_ms = table
-    total = others
+    total = 0
     attention = 0.0
     for i in range(count):
         total += chunks[i]
@@ -88,17 +88,23 @@ def generation_step_ms(table, batch, mean_tokens, sizes, padding, eager_floor_ms
     return interpolate(batches, dense_ms, graph) + attention
 
 
-def mixed_step_ms(
-    context, generation, chunks, done, count, batch, mean_tokens, context_factor, generation_factor
-):
+def mixed_step_ms(context, kv, chunks, done, count, batch, mean_tokens, context_factor, generation_factor):
     """Time of a step with `count` prompt chunks and one token for each of `batch` > 0 sequences (aggregated servers).
 
     What the sequences alone would take is scaled by generation_factor, what the chunks add to it by context_factor.
     """
-    dense = interpolate(context[0], context[1], batch)
-    attention = interpolate_grid(generation[2], generation[3], generation[4], batch, mean_tokens)
-    added = context_step_ms(context, chunks, done, count, batch) - dense
-    return context_factor * added + generation_factor * (dense + attention)
+    tokens, dense_ms, new, past, attention_ms = context
+    kv_batches, kv_lengths, kv_ms = kv
+    dense = interpolate(tokens, dense_ms, batch)
+    generation = dense + interpolate_grid(kv_batches, kv_lengths, kv_ms, batch, mean_tokens)
+    total = batch
+    added = 0.0
+    for i in range(count):
+        total += chunks[i]
+        added += interpolate_grid(new, past, attention_ms, chunks[i], done[i])
+    if count > 0:
+        added += interpolate(tokens, dense_ms, total) - dense
+    return context_factor * added + generation_factor * generation
 
 
 def stage_pass(start, step, stage_free):

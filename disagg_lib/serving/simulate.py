@@ -106,10 +106,10 @@ class SimulatedRun:
 _SOURCE = hashlib.sha256(Path(__file__).read_bytes() + Path(rules.__file__).read_bytes()).hexdigest()[:10]
 
 
-def _jit(function):
+def _jit(function, inline="never"):
     # numba's cache looks at one file; the name carries both, so that a change in either is never served stale.
     function.__qualname__ += f"_{_SOURCE}"
-    return njit(cache=True, nogil=True)(function)
+    return njit(cache=True, nogil=True, inline=inline)(function)
 
 
 def _compile_rules() -> types.ModuleType:
@@ -119,7 +119,9 @@ def _compile_rules() -> types.ModuleType:
     names.update(vars(rules))
     for name, function in vars(rules).items():
         if isinstance(function, types.FunctionType):
-            names[name] = _jit(types.FunctionType(function.__code__, names, name, function.__defaults__))
+            copy = types.FunctionType(function.__code__, names, name, function.__defaults__)
+            # Every step looks up tables: inlined, that makes aggregated runs a quarter faster.
+            names[name] = _jit(copy, "always" if name == "cell" else "never")
     return compiled
 
 
@@ -141,7 +143,7 @@ def _visited(i, n, servers, balanced):
 
 @_jit
 def _run_prompts(
-    arrivals, inputs, outputs, kv_need, servers, balanced, by_tokens, context_table, generation_table, max_num_tokens, max_batch,
+    arrivals, inputs, outputs, kv_need, servers, balanced, by_tokens, context_table, kv_table, max_num_tokens, max_batch,
     pp, kv_capacity, context_factor, generation_factor, bin_s, busy, blocked, server_of, first_of, end_of,
 ):  # fmt: skip
     """Serve every query on servers that compute prompts; fills busy, blocked, server_of, first_of and end_of (s).
@@ -188,7 +190,7 @@ def _run_prompts(
                     )
                 else:
                     step_ms = _rules.mixed_step_ms(
-                        context_table, generation_table, chunks, done[s, head[s] :], count, active[s], token_sum[s] / active[s],
+                        context_table, kv_table, chunks, done[s, head[s] :], count, active[s], token_sum[s] / active[s],
                         context_factor, generation_factor,
                     )  # fmt: skip
                 step = 1e-3 * step_ms
@@ -403,15 +405,15 @@ def simulate(deployment: Deployment, load: Load, lengths: np.ndarray) -> Simulat
     if c is None:
         context_busy, context_server, context_end = busy, server, first
         _run_prompts(
-            load.arrivals_s, inputs, outputs, kv_need, g.count, balanced, False, context_table, generation_table,
+            load.arrivals_s, inputs, outputs, kv_need, g.count, balanced, False, context_table, generation_table[2:],
             g.max_num_tokens, g.max_batch_size, 1, capacity, d.context_factor, d.generation_factor, bin_s, *served,
         )  # fmt: skip
     else:
-        context_table, context_generation_table, context_latency = _tables(d.system, c.tp, c.pp)
+        context_table, _, context_latency = _tables(d.system, c.tp, c.pp)
         context_busy, _, context_server, context_end, _ = prompts = unfilled(c)
         _run_prompts(
             load.arrivals_s, inputs, np.ones_like(inputs), np.zeros_like(inputs), c.count, c.router == "load_balancing",
-            c.router_tokens, context_table, context_generation_table, c.max_num_tokens, c.max_batch_size, c.pp, 0,
+            c.router_tokens, context_table, generation_table[2:], c.max_num_tokens, c.max_batch_size, c.pp, 0,
             d.context_factor, 1.0, bin_s, *prompts,
         )  # fmt: skip
         gpus, generation_gpus = c.tp * c.pp, g.tp * g.pp
