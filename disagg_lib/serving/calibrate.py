@@ -53,6 +53,9 @@ class Calibration:
         return with_factors(deployment, self.context_factor, self.generation_factor)
 
 
+UNCALIBRATED = Calibration()
+
+
 def observe(run_dir: Path, deployment: Deployment, target_qps: float, time_scale: float = 1.0) -> Observed:
     """A run of the project's own client, with the arrivals and lengths that it recorded in job/queries_performance.csv.
 

@@ -68,27 +68,27 @@ class LatencyTable:
 
 @cache
 def _read_file(path: Path) -> dict:
+    if not path.exists():
+        system, *known = (
+            p.stem.removeprefix("latency_") for p in (path, *sorted(DATA.glob("latency_*.json")))
+        )
+        raise LatencyTableError(
+            f"no latency table for system {system!r}; there are {', '.join(known)}. Build one with"
+            f" `python -m disagg_lib.serving.latency {system} --out {path.name}` (extra `latency`)."
+        )
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise LatencyTableError(f"{path}: cannot be read as a latency table ({error}).") from None
 
 
-def table_file(system: str) -> Path:
-    """The shipped table file of a system."""
-    path = DATA / f"latency_{system}.json"
-    if not path.exists():
-        known = sorted(p.stem.removeprefix("latency_") for p in DATA.glob("latency_*.json"))
-        raise LatencyTableError(
-            f"no latency table for system {system!r}; there are {', '.join(known)}. Build one with"
-            f" `python -m disagg_lib.serving.latency {system} --out {path.name}` (extra `latency`)."
-        )
-    return path
+def _system_file(system: str) -> dict:
+    return _read_file(DATA / f"latency_{system}.json")
 
 
 def server_shapes(system: str) -> list[tuple[int, int]]:
     """The (TP, PP) pairs that the system's table holds."""
-    return [tuple(map(int, key.split("x"))) for key in _read_file(table_file(system))["servers"]]
+    return [tuple(map(int, key.split("x"))) for key in _system_file(system)["servers"]]
 
 
 def read_table(system: str, tp: int, pp: int = 1) -> LatencyTable:
@@ -98,13 +98,12 @@ def read_table(system: str, tp: int, pp: int = 1) -> LatencyTable:
     ------
     LatencyTableError : no table for the system, or none for this TP and PP; says which there are.
     """
-    content = _read_file(table_file(system))
+    content = _system_file(system)
     entry = content["servers"].get(f"{tp}x{pp}")
     if entry is None:
         known = ", ".join(f"TP{t} PP{p}" for t, p in server_shapes(system))
         raise LatencyTableError(f"no latency table for {system} TP{tp} PP{pp}; there are {known}.")
-    values = {**content["grid"], **entry}
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    values = {key: tuple(v) if isinstance(v, list) else v for key, v in (content["grid"] | entry).items()}
     return LatencyTable(system=system, tp=tp, pp=pp, **values)
 
 

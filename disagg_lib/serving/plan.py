@@ -15,7 +15,7 @@ import numpy as np
 
 from disagg_lib.errors import DisaggError
 from disagg_lib.serving import rules
-from disagg_lib.serving.calibrate import Calibration
+from disagg_lib.serving.calibrate import UNCALIBRATED, Calibration
 from disagg_lib.serving.latency import read_table, server_shapes
 from disagg_lib.serving.lengths import built_in_lengths
 from disagg_lib.serving.loadgen_rules import draw_load
@@ -199,13 +199,11 @@ def _generation_qps(d: Deployment, mean_input: float, mean_output: float, tpot_l
     return best * d.generation.count
 
 
-def _candidates(
-    system: str, gpus: int, gpus_per_node: int, pp: Sequence[int], calibration
-) -> list[Deployment]:
+def _candidates(system: str, gpus: int, gpus_per_node: int, calibration: Calibration) -> list[Deployment]:
     """Every topology within the budget that no further context server would fit into, in rank order on whole nodes."""
     found = []
     for (ctx_tp, ctx_pp), (gen_tp, gen_pp) in itertools.product(server_shapes(system), repeat=2):
-        if ctx_pp not in pp or gen_pp > 1:
+        if gen_pp > 1:
             continue  # params files have no PP for generation servers
         ctx_gpus = ctx_tp * ctx_pp
         for servers in range(1, (gpus - ctx_gpus) // gen_tp + 1):
@@ -229,8 +227,7 @@ def screen(
     lengths: np.ndarray | None = None,
     limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
     gpus_per_node: int = 4,
-    calibration: Calibration | None = None,
-    pp: Sequence[int] = (1, 2),
+    calibration: Calibration = UNCALIBRATED,
 ) -> list[tuple[float, Deployment]]:
     """All layouts within the budget with the formula's QPS, best first; of each layout the best chunk and batch.
 
@@ -239,7 +236,7 @@ def screen(
     PlanError : nothing fits; says the smallest budget that does.
     """
     lengths = built_in_lengths() if lengths is None else lengths
-    candidates = _candidates(system, gpus, gpus_per_node, pp, calibration or Calibration())
+    candidates = _candidates(system, gpus, gpus_per_node, calibration)
     if not candidates:
         least = sum(2 * [min(tp * pp for tp, pp in server_shapes(system))])
         raise PlanError(
@@ -349,11 +346,9 @@ def _tray_down(d: Deployment, role: str, gpus_per_node: int) -> Deployment | Non
     """The deployment without the servers of this role that one tray holds; None if nothing is left."""
     group = getattr(d, role)
     lost = math.ceil(gpus_per_node / (group.tp * group.pp)) if group else 0
-    return (
-        replace(d, **{role: replace(group, count=group.count - lost)})
-        if lost and group.count > lost
-        else None
-    )
+    if not lost or group.count <= lost:
+        return None
+    return replace(d, **{role: replace(group, count=group.count - lost)})
 
 
 def _row(
@@ -398,32 +393,30 @@ def plan(
     limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
     seeds: Sequence[int] = range(8),
     gpus_per_node: int = 4,
-    calibration: Calibration | None = None,
-    pp: Sequence[int] = (1, 2),
+    calibration: Calibration = UNCALIBRATED,
     simulated: int = 16,
     ranked: int = 6,
 ) -> list[PlanRow]:
     """Rank topologies for a GPU budget by the median highest VALID QPS.
 
     The formula picks `simulated` layouts out of all; two seeds each pick `ranked` of those, and the chunk size of the first three; these
-    get all seeds. `pp` are the pipeline depths that context servers may have.
+    get all seeds.
 
     Raises
     ------
     PlanError : nothing fits the budget, or nothing that fits can meet the limits at any QPS.
     """
     lengths = built_in_lengths() if lengths is None else lengths
-    scored = screen(gpus, system, lengths, limits_ms, gpus_per_node, calibration, pp)[:simulated]
+    scored = screen(gpus, system, lengths, limits_ms, gpus_per_node, calibration)[:simulated]
     with ThreadPoolExecutor(2) as pool:  # the simulation's loops hold no lock
 
         def quick(pairs):
             """(median QPS over two seeds, deployment) of each, best first; those that are never VALID are left out."""
 
             def one(pair):
-                qps = qps_over_seeds(
-                    pair[1], lengths, seeds[:2], limits_ms, max(pair[0], 0.05), QUICK_QPS_ERROR
-                )
-                return float(np.median(qps)) if qps.min() > 0 else 0.0, pair[1]
+                guess, d = max(pair[0], 0.05), pair[1]
+                qps = qps_over_seeds(d, lengths, seeds[:2], limits_ms, guess, QUICK_QPS_ERROR)
+                return float(np.median(qps)) if qps.min() > 0 else 0.0, d
 
             return sorted((p for p in pool.map(one, pairs) if p[0] > 0), key=lambda p: (-p[0], p[1].gpus))
 
@@ -458,7 +451,7 @@ def aggregated_alternative(
     lengths: np.ndarray | None = None,
     limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
     seeds: Sequence[int] = range(8),
-    calibration: Calibration | None = None,
+    calibration: Calibration = UNCALIBRATED,
     gpus_per_node: int = 4,
 ) -> PlanRow:
     """The same budget with aggregated servers (256 sequences, 2048 tokens a step): does disaggregation pay?"""
@@ -466,6 +459,6 @@ def aggregated_alternative(
     if gpus < tp:
         raise PlanError(f"{gpus} GPUs hold no TP{tp} server; {tp} are needed.")
     group = ServerGroup(gpus // tp, tp, max_batch_size=256, max_num_tokens=2048)
-    d = (calibration or Calibration()).apply(Deployment(system, None, group, reserve_output_tokens=None))
+    d = calibration.apply(Deployment(system, None, group, reserve_output_tokens=None))
     qps = qps_over_seeds(d, lengths, seeds, limits_ms, 0.15 * group.count)
     return _row(d, gpus, gpus_per_node, lengths, seeds, limits_ms, qps)

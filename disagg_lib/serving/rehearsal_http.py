@@ -170,11 +170,7 @@ class Answer:
 def usage_of(sequence: Sequence) -> dict:
     """The usage object of an answer."""
     prompt, completion = sequence.input_tokens, sequence.output_tokens
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-    }
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 class Worker:
