@@ -160,6 +160,9 @@ class Experiment(BaseModel):
     work_dir: str | None = _parameter(
         None, "folder in the container in which the servers start", pattern=r"^/"
     )
+    client_dir: str | None = _parameter(
+        None, "folder with LoadGen and numpy for the client; 00_setup builds it"
+    )
     # the other ways to serve and to measure
     system_name: str | None = _parameter(None, "SYSTEM_NAME of the NVIDIA harness", pattern=r"^[\w.-]+$")
     harness_dir: str | None = _parameter(None, "path of closed/NVIDIA, for client: nvidia_harness")
@@ -509,7 +512,14 @@ def load_experiment(
         experiment = Experiment(**values, provenance=provenance)
         paths = {
             name: _absolute(value, root)
-            for name in ("scratch_dir", "model_dir", "dataset_path", "harness_dir", "container_image")
+            for name in (
+                "scratch_dir",
+                "model_dir",
+                "dataset_path",
+                "harness_dir",
+                "client_dir",
+                "container_image",
+            )
             if (value := getattr(experiment, name)) and (name != "container_image" or value.endswith(".sqsh"))
         }
         experiment = Experiment(**{**values, **paths}, provenance=provenance)

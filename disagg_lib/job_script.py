@@ -83,6 +83,10 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
         arithmetic=topology_arithmetic(e) if e.servers else f"no servers: measures {e.endpoint_url}",
         environment=_environment_variables(e),
         python=python if ours else "python3",
+        # The container's PYTHONPATH stays behind it: the client brings LoadGen, the container the rest.
+        with_client_dir=f'env PYTHONPATH={shlex.quote(e.client_dir)}"${{PYTHONPATH:+:$PYTHONPATH}}" '
+        if e.client_dir
+        else "",
         client_python=python if ours else "python3",
         serve='"$PYTHON" -m disagg_lib.serving.rehearsal' if e.engine == "rehearsal" else "trtllm-serve",
         launch="trtllm-llmapi-launch " if e.engine == "trtllm" else "",

@@ -42,6 +42,7 @@ CASES = {
     },
     "v5.1_nvidia_harness": SITE
     | {"client": "nvidia_harness", "system_name": "GB200-NVL72_x20", "harness_dir": "/code"},
+    "v5.1_client_dir": SITE | {"client_dir": "/scr atch/client_env"},
     "odd_paths_slurm": SITE
     | {"container_image": '/im ages/$(id)\'s; "x".sqsh', "scratch_dir": "/scr atch/`id`"},
 }
