@@ -7,15 +7,18 @@ or not at all.
 from __future__ import annotations
 
 import base64
+import collections
 import hashlib
 import html
 import io
+import itertools
 import json
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -23,8 +26,9 @@ import yaml
 
 from . import results
 from .errors import DisaggError
-from .mlperf_logs import ACCURACY, DETAIL, SUMMARY, LogError
+from .mlperf_logs import ACCURACY, DETAIL, SUMMARY, LogError, read_accuracy_txt
 from .redaction import Redactor, SecretError, collect_names
+from .run_folder import read_json_lines, sha256
 
 LARGEST_MIB = 50  # the checker's bound on a file, and a crate nobody minds to download
 
@@ -44,13 +48,11 @@ class Shared:
 
     def text(self) -> str:
         """A few lines for a person."""
-        counts: dict[str, int] = {}
+        counts = collections.Counter()
         for item in self.replaced:
-            counts[item["placeholder"]] = counts.get(item["placeholder"], 0) + item["times"]
-        lines = [
-            f"Wrote {self.path}",
-            f"Replaced: {', '.join(f'{k} x {n}' for k, n in sorted(counts.items())) or 'nothing'}",
-        ]
+            counts[item["placeholder"]] += item["times"]
+        replaced = ", ".join(f"{mark} x {times}" for mark, times in sorted(counts.items()))
+        lines = [f"Wrote {self.path}", f"Replaced: {replaced or 'nothing'}"]
         lines += [f"Left out: {item}" for item in self.left_out]
         return "\n".join(lines + [f"Still missing: {item}" for item in self.missing])
 
@@ -83,42 +85,30 @@ def _gather(run_dir: Path | str) -> _Run:
             left_out.append(f"{name}: larger than {LARGEST_MIB} MiB")
         elif path.suffix == ".png":
             pictures[name] = path.read_bytes()
-        elif (text := _text(path)) is not None:
-            texts[name] = text
         else:
-            left_out.append(f"{name}: no text, cannot be searched for names")
+            try:
+                texts[name] = path.read_bytes().decode("utf-8")
+            except UnicodeDecodeError:
+                texts[name] = "\0"
+            if "\0" in texts[name]:
+                del texts[name]
+                left_out.append(f"{name}: no text, cannot be searched for names")
     # pages hold minified scripts in which anything looks like a name; their notebooks hold the same words
-    searched = {name: _without_pictures(text) for name, text in texts.items() if not name.endswith(".html")}
+    searched = {
+        name: re.sub(r"[A-Za-z0-9+/=]{200,}", "", text)  # without pictures
+        for name, text in texts.items()
+        if not name.endswith(".html")
+    }
     names = collect_names(folder, searched, results.read_parameters(folder / "experiment.yaml"))
-    return _Run(
-        folder,
-        texts,
-        pictures,
-        tuple(left_out),
-        names,
-        Redactor(names, own={str(folder.resolve()), str(Path.cwd())}),
-    )
-
-
-def _text(path: Path) -> str | None:
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    return None if "\0" in text else text
-
-
-def _without_pictures(text: str) -> str:
-    return re.sub(r"[A-Za-z0-9+/=]{200,}", "", text)
+    redactor = Redactor(names, own={str(folder.resolve()), str(Path.cwd())})
+    return _Run(folder, texts, pictures, tuple(left_out), names, redactor)
 
 
 def _write_into(dest: Path | str, write: Callable[[Path], None], redactor: Redactor) -> Path:
     """Let `write` fill a draft folder; it becomes `dest` only if no secret is in it. Nothing is overwritten."""
     dest = Path(dest)
     if dest.exists():
-        raise ExportError(
-            f"{dest}: is already there; needed a new folder. Nothing is overwritten: give another name"
-        )
+        raise ExportError(f"{dest}: is already there; nothing is overwritten. Give another name")
     dest.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".export-", dir=dest.parent))
     try:
@@ -197,17 +187,13 @@ figure { margin: 1rem 0; } img { max-width: 100%; background: white; }
 def _index(run: _Run, pages: list[str]) -> str:
     """The run on one page: verdict, table, figures, what was run, how to repeat it, what was replaced."""
     say = lambda text: html.escape(run.redactor.text(text, "index.html"))  # noqa: E731  a word used in every line below
-    name = say(run.folder.resolve().name)
-    source = results.folder_source(run.folder)
+    name, source = say(run.folder.resolve().name), results.folder_source(run.folder)
     parts = [f"<h1>{name} <span class='source'>{source}</span></h1>"]
     try:
-        verdict = results.verdict_text(run.folder)
-        table = results.runs_table([run.folder])
-        parts += [
-            f"<pre>{say(verdict)}</pre>",
-            "<h2>Figures</h2>",
-            f"<pre>{say(results.format_table(table))}</pre>",
-        ]
+        verdict, table = results.verdict_text(run.folder), results.runs_table([run.folder])
+        parts.append(
+            f"<pre>{say(verdict)}</pre><h2>Figures</h2><pre>{say(results.format_table(table))}</pre>"
+        )
     except LogError as error:
         parts.append(f"<p>No verdict: {say(str(error))}</p>")
     for title, draw in results.FIGURES.items():
@@ -217,30 +203,24 @@ def _index(run: _Run, pages: list[str]) -> str:
         except LogError as error:
             parts.append(f"<p>No figure of {title}: {say(str(error))}</p>")
             continue
-        data = base64.b64encode(picture.getvalue()).decode()
-        parts.append(
-            f"<figure><img alt='{title} of this run, {source}' src='data:image/png;base64,{data}'></figure>"
-        )
+        data = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+        parts.append(f"<figure><img alt='{title} of this run, {source}' src='{data}'></figure>")
     given = _given(run.folder)
     rows = "".join(f"<tr><td>{say(n)}<td>{say(str(v))}<td>{say(w)}" for n, v, w in given)
+    manifest = json.loads(run.texts.get("manifest.json", "{}"))
+    versions = {**manifest.get("versions", {}), "commit": (manifest.get("git") or {}).get("commit")}
     parts += [
         "<h2>What was run</h2>",
         f"<table><tr><th>parameter<th>value<th>from{rows}</table>" if given else "",
+        f"<p>{say(', '.join(f'{k} {v}' for k, v in versions.items() if v))}</p>",
+        f"<h2>How to repeat it</h2><pre>{say(_repeat(given))}</pre>",
     ]
-    manifest = json.loads(run.texts.get("manifest.json", "{}"))
-    versions = {**manifest.get("versions", {}), "commit": (manifest.get("git") or {}).get("commit")}
-    parts.append(f"<p>{say(', '.join(f'{k} {v}' for k, v in versions.items() if v))}</p>")
-    parts += ["<h2>How to repeat it</h2>", f"<pre>{say(_repeat(given))}</pre>"]
     links = "".join(f"<li><a href='{page}'>{page}</a>" for page in pages)
     parts.append(f"<h2>Notebooks</h2><ul>{links}</ul>" if pages else "")
-    marks = sorted({item["placeholder"] for item in run.redactor.listed()})
-    parts.append(
-        f"<p>Names and paths of the site are replaced by {html.escape(', '.join(marks) or 'nothing')}.</p>"
-    )
-    return (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style>"
-        + "\n".join(parts)
-    )
+    marks = ", ".join(sorted({item["placeholder"] for item in run.redactor.listed()}))
+    parts.append(f"<p>Names and paths of the site are replaced by {html.escape(marks or 'nothing')}.</p>")
+    head = f"<meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang='en'>{head}" + "\n".join(parts)
 
 
 def _given(folder: Path) -> list[tuple[str, object, str]]:
@@ -264,6 +244,11 @@ _PROFILES = {
     "https://w3id.org/ro/wfrun/workflow/0.5": ("Workflow Run Crate", "0.5"),
     "https://w3id.org/workflowhub/workflow-ro-crate/1.0": ("Workflow RO-Crate", "1.0"),
 }
+_BIOSCHEMAS = "https://bioschemas.org/profiles"
+_FORMATS = {".json": "application/json", ".ipynb": "application/x-ipynb+json", ".yaml": "application/yaml",
+            ".csv": "text/csv", ".html": "text/html", ".png": "image/png", ".py": "text/x-python",
+            ".jsonl": "application/jsonl"}  # fmt: skip
+_OUTPUTS = ("mlperf/", "logs/", "job/progress", "job/phases", "job/client", "job/queries")
 _INPUTS = ("experiment.yaml", "config.yaml", "user.conf", "job/settings.json", "job/lengths.csv")
 
 
@@ -277,7 +262,7 @@ def export_crate(run_dir: Path | str, dest: Path | str) -> Shared:
     run = _gather(run_dir)
     if "job.sh" not in run.texts:
         raise ExportError(
-            f"{run.folder}: found no job.sh; needed the workflow of the crate. Write it with 03_configuration"
+            f"{run.folder}: found no job.sh; needed the crate's workflow. 03_configuration writes it"
         )
 
     def write(draft: Path) -> None:
@@ -301,9 +286,11 @@ def _crate_readme(run: _Run) -> str:
         words = results.verdict_text(run.folder)
     except LogError as error:
         words = f"No verdict: {error}"
-    name = run.folder.resolve().name
-    lines = [f"# {name}", "", words, "", "Repeat with:", "", f"    {_repeat(_given(run.folder))}", ""]
-    return run.redactor.text("\n".join(lines), "README.md")
+    return run.redactor.text(_readme(run, run.folder.resolve().name, words), "README.md")
+
+
+def _readme(run: _Run, title: str, words: str) -> str:
+    return f"# {title}\n\n{words}\n\nRepeat with:\n\n    {_repeat(_given(run.folder))}\n"
 
 
 def _describe(run: _Run, draft: Path) -> None:
@@ -312,143 +299,69 @@ def _describe(run: _Run, draft: Path) -> None:
     from rocrate.model.contextentity import ContextEntity
     from rocrate.rocrate import ROCrate
 
+    crate = ROCrate(version="1.1")
+
+    def add(identifier: str, kind: str, /, **properties):
+        return crate.add(ContextEntity(crate, identifier, {"@type": kind, **properties}))
+
     source = results.folder_source(run.folder)
     title = run.redactor.text(run.folder.resolve().name, "ro-crate-metadata.json")
-    crate = ROCrate(version="1.1")
     crate.name = f"MLPerf Inference run {title} ({source})"
     crate.description = (
         f"Llama-3.1-405B on disaggregated TensorRT-LLM, LoadGen's Server scenario; source: {source}. "
         "Names and paths of the site are replaced; redaction.json counts the replacements."
     )
-    crate.license = crate.add(
-        ContextEntity(
-            crate,
-            "https://spdx.org/licenses/Apache-2.0",
-            {"@type": "CreativeWork", "name": "Apache License 2.0"},
-        )
-    )
-    profiles = [
-        crate.add(ContextEntity(crate, url, {"@type": "CreativeWork", "name": name, "version": version}))
-        for url, (name, version) in _PROFILES.items()
+    crate.license = add("https://spdx.org/licenses/Apache-2.0", "CreativeWork", name="Apache License 2.0")
+    crate.root_dataset["conformsTo"] = [
+        add(url, "CreativeWork", name=name, version=version) for url, (name, version) in _PROFILES.items()
     ]
-    crate.root_dataset["conformsTo"] = profiles
-    agent = crate.add(
-        ContextEntity(
-            crate, "#site", {"@type": "Organization", "name": "the site that ran it (name withheld)"}
-        )
-    )
+    agent = add("#site", "Organization", name="the site that ran it (name withheld)")
     crate.root_dataset["author"] = crate.root_dataset["publisher"] = agent
-    bash = crate.add(
-        ComputerLanguage(
-            crate,
-            "#bash",
-            {"name": "Bash", "alternateName": "bash", "url": {"@id": "https://www.gnu.org/software/bash/"}},
-        )
+    home = add("https://www.gnu.org/software/bash/", "WebSite", name="GNU Bash")
+    bash = ComputerLanguage(
+        crate, "#bash", {"name": "Bash", "alternateName": "bash", "url": {"@id": home.id}}
     )
-    crate.add(
-        ContextEntity(crate, "https://www.gnu.org/software/bash/", {"@type": "WebSite", "name": "GNU Bash"})
-    )
+    properties = {
+        "name": "job.sh: servers, orchestrator, LoadGen",
+        "encodingFormat": "application/x-sh",
+        "version": sha256(draft / "job.sh")[:12],
+        "conformsTo": {"@id": f"{_BIOSCHEMAS}/ComputationalWorkflow/1.0-RELEASE"},
+    }
     job = crate.add_workflow(
-        draft / "job.sh",
-        "job.sh",
-        main=True,
-        lang=bash,
-        properties={
-            "name": "job.sh: servers, orchestrator, LoadGen",
-            "encodingFormat": "application/x-sh",
-            "version": hashlib.sha256((draft / "job.sh").read_bytes()).hexdigest()[:12],
-            "conformsTo": {"@id": "https://bioschemas.org/profiles/ComputationalWorkflow/1.0-RELEASE"},
-        },
+        draft / "job.sh", "job.sh", main=True, lang=crate.add(bash), properties=properties
     )
     files = {}
     for path in sorted(p for p in draft.rglob("*") if p.is_file() and p.name != "job.sh"):
         name = path.relative_to(draft).as_posix()
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        properties = {
-            "name": name,
-            "contentSize": str(path.stat().st_size),
-            "sha256": digest,
-            "encodingFormat": _format(path),
-        }
-        if name == "README.md":
-            properties["about"] = {"@id": "./"}
-        files[name] = crate.add_file(path, name, properties=properties)
-    inputs = [name for name in _INPUTS if name in files]
-    outputs = [
-        name
-        for name in files
-        if name.startswith(("mlperf/", "logs/", "job/progress", "job/phases", "job/client", "job/queries"))
-    ]
-    for kind, names in (("input", inputs), ("output", outputs)):
-        parameters = []
+        properties = {"name": name, "contentSize": str(path.stat().st_size), "sha256": sha256(path),
+                      "encodingFormat": _FORMATS.get(path.suffix, "text/plain")}  # fmt: skip
+        about = {"about": {"@id": "./"}} if name == "README.md" else {}
+        files[name] = crate.add_file(path, name, properties=properties | about)
+    chosen = {
+        "input": [name for name in _INPUTS if name in files],
+        "output": [name for name in files if name.startswith(_OUTPUTS)],
+    }
+    for kind, names in chosen.items():
         for name in names:
-            slot = {
-                "@type": "FormalParameter",
-                "name": name,
-                "additionalType": "File",
-                "conformsTo": {"@id": "https://bioschemas.org/profiles/FormalParameter/1.0-RELEASE"},
-            }
-            parameter = crate.add(
-                ContextEntity(crate, f"#{kind}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}", slot)
+            slot = f"#{kind}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
+            conforms = {"@id": f"{_BIOSCHEMAS}/FormalParameter/1.0-RELEASE"}
+            files[name]["exampleOfWork"] = add(
+                slot, "FormalParameter", name=name, additionalType="File", conformsTo=conforms
             )
-            files[name]["exampleOfWork"] = parameter
-            parameters.append(parameter)
-        job[kind] = parameters
-    crate.root_dataset["mentions"] = crate.add(
-        _action(crate, run, job, agent, [files[n] for n in inputs], [files[n] for n in outputs])
-    )
-    crate.metadata.write(draft)
-
-
-def _action(crate, run: _Run, job, agent, objects: list, made: list):
-    """The run as a CreateAction, with the times and the end of its phases."""
-    from datetime import UTC, datetime
-
-    from rocrate.model.contextentity import ContextEntity
-
-    phases = [
-        json.loads(line) for line in run.texts.get("job/phases.jsonl", "").splitlines() if line.endswith("}")
-    ]
+        job[kind] = [files[name]["exampleOfWork"] for name in names]
+    phases = read_json_lines(draft / "job/phases.jsonl")
     done = bool(phases) and phases[-1]["phase"] == "done"
-    action = {
-        "name": "run of job.sh",
-        "instrument": job,
-        "agent": agent,
-        "object": objects,
-        "result": made,
-        "actionStatus": f"http://schema.org/{'Completed' if done else 'Failed'}ActionStatus",
-        "description": "LoadGen's runs, with the servers that job.sh started and ended.",
-    }
-    if phases:
-        times = [
-            datetime.fromtimestamp(phases[place]["time_s"], UTC).isoformat(timespec="seconds")
-            for place in (0, -1)
-        ]
-        action |= {"startTime": times[0], "endTime": times[1]}
+    action = add("#run", "CreateAction", name="run of job.sh")
+    action["instrument"], action["agent"] = job, agent
+    action["object"], action["result"] = ([files[name] for name in names] for names in chosen.values())
+    action["actionStatus"] = f"http://schema.org/{'Completed' if done else 'Failed'}ActionStatus"
+    action["description"] = "LoadGen's runs, with the servers that job.sh started and ended."
+    for key, phase in zip(("startTime", "endTime"), phases[:1] + phases[-1:], strict=False):
+        action[key] = datetime.fromtimestamp(phase["time_s"], UTC).isoformat(timespec="seconds")
     if not done:
-        action["error"] = run.redactor.text(
-            str(phases[-1]["phase"]) if phases else "the job never began", "ro-crate-metadata.json"
-        )
-    entity = ContextEntity(crate, "#run", {"@type": "CreateAction"})
-    for key, value in action.items():
-        entity[key] = value
-    return entity
-
-
-def _format(path: Path) -> str:
-    formats = {
-        ".json": "application/json",
-        ".ipynb": "application/x-ipynb+json",
-        ".yaml": "application/yaml",
-        ".csv": "text/csv",
-    }
-    formats |= {
-        ".html": "text/html",
-        ".png": "image/png",
-        ".py": "text/x-python",
-        ".jsonl": "application/jsonl",
-    }
-    return formats.get(path.suffix, "text/plain")
+        action["error"] = phases[-1]["phase"] if phases else "the job never began"
+    crate.root_dataset["mentions"] = action
+    crate.metadata.write(draft)
 
 
 # -- submission
@@ -456,51 +369,24 @@ def _format(path: Path) -> str:
 
 #: fields of systems/<system>.json that must be there and say something, then those that may be empty; v5.1
 SYSTEM_FIELDS = (
-    *(
-        "division",
-        "submitter",
-        "system_type",
-        "status",
-        "system_name",
-        "number_of_nodes",
-        "host_processor_model_name",
-    ),
-    *(
-        "host_processors_per_node",
-        "host_processor_core_count",
-        "host_memory_capacity",
-        "host_memory_configuration",
-    ),
-    *("host_storage_capacity", "host_storage_type", "host_networking", "host_network_card_count"),
-    *(
-        "host_networking_topology",
-        "accelerators_per_node",
-        "accelerator_model_name",
-        "accelerator_memory_capacity",
-    ),
-    *(
-        "accelerator_host_interconnect",
-        "accelerator_memory_configuration",
-        "accelerator_interconnect",
-        "cooling",
-    ),
-    *("framework", "operating_system", "other_software_stack"),
-)
+    "division", "submitter", "system_type", "status", "system_name", "number_of_nodes", "host_processor_model_name",
+    "host_processors_per_node", "host_processor_core_count", "host_memory_capacity", "host_memory_configuration",
+    "host_storage_capacity", "host_storage_type", "host_networking", "host_network_card_count", "host_networking_topology",
+    "accelerators_per_node", "accelerator_model_name", "accelerator_memory_capacity", "accelerator_host_interconnect",
+    "accelerator_memory_configuration", "accelerator_interconnect", "cooling", "framework", "operating_system",
+    "other_software_stack",
+)  # fmt: skip
 SYSTEM_FIELDS_EMPTY = (
-    *(
-        "host_processor_frequency",
-        "host_processor_caches",
-        "host_processor_interconnect",
-        "accelerator_frequency",
-    ),
-    *(
-        "accelerator_interconnect_topology",
-        "accelerator_on-chip_memories",
-        "hw_notes",
-        "sw_notes",
-        "system_type_detail",
-    ),
-)
+    "host_processor_frequency", "host_processor_caches", "host_processor_interconnect", "accelerator_frequency",
+    "accelerator_interconnect_topology", "accelerator_on-chip_memories", "hw_notes", "sw_notes", "system_type_detail",
+)  # fmt: skip
+_NAME = r"[A-Za-z0-9][\w.-]*"
+_ALLOWED = {
+    "division": "closed|open|network",
+    "status": "available|preview|rdi",
+    "submitter": _NAME,
+    "system_id": _NAME,
+}
 MEASUREMENTS = {
     "input_data_types": "int32",
     "retraining": "No",
@@ -508,6 +394,8 @@ MEASUREMENTS = {
     "weight_data_types": "fp4",
     "weight_transformations": "quantization",
 }
+_CODE = ("config.yaml", "config.ctx.yaml", "config.gen.yaml", "job.sh", "experiment.yaml", "job/settings.json",
+         "job/job_agent.py", "job/loadgen_client.py")  # fmt: skip
 _TEST06_LINES = ("First token check pass", "EOS check pass", "Sample length check pass")
 
 
@@ -532,7 +420,7 @@ def export_submission(run_dir: Path | str, dest: Path | str, system: Path | str)
     verdict = result.verdict
     if verdict.claim.source != "measured":
         raise ExportError(
-            f"{run.folder}: its source is {verdict.claim.source}; needed: measured. Only a run on the system itself is a submission"
+            f"{run.folder}: its source is {verdict.claim.source}; needed: measured, on the system itself"
         )
     if not verdict.valid:
         raise ExportError(f"{run.folder}: the run is INVALID; needed a VALID one. {verdict.text()}")
@@ -543,9 +431,8 @@ def export_submission(run_dir: Path | str, dest: Path | str, system: Path | str)
     missing: list[str] = []
 
     def write(draft: Path) -> None:
-        missing.extend(
-            _write_tree(draft / fields["division"] / fields["submitter"], run, result, fields, Path(system))
-        )
+        root = draft / fields["division"] / fields["submitter"]
+        missing.extend(_write_tree(root, run, result, fields, Path(system)))
 
     path = _write_into(dest, write, run.redactor)
     return Shared(path, tuple(run.redactor.listed()), run.left_out, tuple(missing))
@@ -555,95 +442,62 @@ def _system_fields(path: Path) -> dict:
     """The fields of a system description, checked as the checker does."""
     if not path.is_file():
         raise ExportError(
-            f"{path}: no such file; needed the system description. Copy params/system.example.yaml and fill it in"
+            f"{path}: no such file; needed a system description: copy params/system.example.yaml, fill it in"
         )
     fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(fields, dict):
         raise ExportError(f"{path}: found {type(fields).__name__}; needed `field: value` lines")
-    empty = [name for name in ("system_id", *SYSTEM_FIELDS) if not str(fields.get(name) or "").strip()]
+    texts = {name: str(fields.get(name) or "").strip() for name in ("system_id", *SYSTEM_FIELDS)}
+    empty = [name for name, text in texts.items() if not text]
     bad = [
         f"{name}: {fields[name]}"
-        for name in ("division", "submitter", "system_id")
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", str(fields.get(name) or "x"))
+        for name, pattern in _ALLOWED.items()
+        if texts[name] and not re.fullmatch(pattern, str(fields[name]))
     ]
-    bad += (
-        [f"division: {fields['division']}"]
-        if fields.get("division") not in (None, "", "closed", "open", "network")
-        else []
-    )
-    bad += (
-        [f"status: {fields['status']}"]
-        if fields.get("status") not in (None, "", "available", "preview", "rdi")
-        else []
-    )
     if empty or bad:
         found = f"empty {', '.join(empty)}" if empty else f"unusable {'; '.join(bad)}"
-        raise ExportError(
-            f"{path}: found {found}; needed a word for each (division closed, open or network; names without blanks)"
-        )
+        needed = "a word for each (division closed, open or network; names without blanks)"
+        raise ExportError(f"{path}: found {found}; needed {needed}")
     return fields
 
 
 def _write_tree(root: Path, run: _Run, result: results.RunResult, fields: dict, system: Path) -> list[str]:
     """Everything below <division>/<submitter>; returns what is missing."""
     missing = []
-    model, scenario, name = (
-        result.verdict.claim.model,
-        result.verdict.claim.scenario,
-        str(fields["system_id"]),
-    )
-    clean = run.redactor.text
+    claim, name, clean = result.verdict.claim, str(fields["system_id"]), run.redactor.text
+    bench, closed = f"{name}/{claim.model}/{claim.scenario}", fields["division"] == "closed"
     described = {key: fields.get(key, "") for key in SYSTEM_FIELDS + SYSTEM_FIELDS_EMPTY}
     _put(root / "systems" / f"{name}.json", clean(json.dumps(described, indent=4) + "\n", "system"))
-    place = root / "results" / name / model / scenario
-    for part, source, files in (
-        ("performance/run_1", result.files.performance, (SUMMARY, DETAIL)),
-        ("accuracy", result.files.accuracy, (SUMMARY, DETAIL)),
-    ):
-        for file in files:
-            if source and (source / file).is_file():
-                _put(place / part / file, _unedited(run, source / file))
-            else:
-                missing.append(
-                    f"results/{name}/{model}/{scenario}/{part}/{file}: make the {part.split('/')[0]} run"
-                )
-    missing += _put_accuracy(place / "accuracy", run, result)
-    measured = root / "measurements" / name / model / scenario
-    _put(measured / "user.conf", clean(run.texts.get("user.conf", ""), "user.conf"))
+    logs = {"performance/run_1": result.files.performance, "accuracy": result.files.accuracy}
+    for (part, source), file in itertools.product(logs.items(), (SUMMARY, DETAIL)):
+        if source and (source / file).is_file():
+            _put(root / "results" / bench / part / file, _unedited(run, source / file))
+        else:
+            missing.append(f"results/{bench}/{part}/{file}: make the {part.split('/')[0]} run")
+    missing += _put_accuracy(root / "results" / bench / "accuracy", run, result)
     if not run.texts.get("user.conf"):
         missing.append("user.conf: the run folder has none")
-    _put(measured / "README.md", clean(_tree_readme(run, result), "README.md"))
+    readme = clean(_readme(run, f"{claim.model}, {claim.scenario}", result.verdict.text()), "README.md")
     values = {**MEASUREMENTS, **(fields.get("measurements") or {})}
-    _put(measured / f"{name}_{scenario}.json", json.dumps(values, indent=4) + "\n")
-    code = root / "code" / model
-    for file in (
-        "config.yaml",
-        "config.ctx.yaml",
-        "config.gen.yaml",
-        "job.sh",
-        "experiment.yaml",
-        "job/settings.json",
-        "job/job_agent.py",
-        "job/loadgen_client.py",
-    ):
+    measured, code = root / "measurements" / bench, root / "code" / claim.model
+    _put(measured / "user.conf", clean(run.texts.get("user.conf", ""), "user.conf"))
+    _put(measured / "README.md", readme)
+    _put(measured / f"{name}_{claim.scenario}.json", json.dumps(values, indent=4) + "\n")
+    for file in _CODE:
         if file in run.texts:
             _put(code / file, clean(run.texts[file], file))
-    _put(code / "README.md", clean(_tree_readme(run, result), "README.md"))
-    missing += _put_test06(root / "compliance" / name / model / scenario / "TEST06", run, fields["division"])
-    calibration = fields.get("calibration")
-    if calibration:
-        beside = system.parent / str(calibration)
-        text = (
-            beside.read_text(encoding="utf-8")
-            if len(str(calibration)) < 200 and beside.is_file()
-            else str(calibration)
-        )
+    _put(code / "README.md", readme)
+    missing += _put_test06(root / "compliance" / bench / "TEST06", run, closed)
+    text = str(fields.get("calibration") or "")
+    if text:
+        beside = system.parent / text[:200]
+        text = beside.read_text(encoding="utf-8") if beside.is_file() else text
         _put(root / "calibration.md", clean(text.rstrip() + "\n", "calibration.md"))
-    elif fields["division"] == "closed":
+    elif closed:
         missing.append("calibration.md: give `calibration`, a text or a file, in the system description")
-    if fields["division"] == "closed" and scenario != "Offline":
+    if closed and claim.scenario != "Offline":
         missing.append(
-            f"results/{name}/{model}/Offline: closed wants Offline beside {scenario}; open does not"
+            f"results/{name}/{claim.model}/Offline: closed wants it beside {claim.scenario}; open does not"
         )
     return missing
 
@@ -651,13 +505,9 @@ def _write_tree(root: Path, run: _Run, result: results.RunResult, fields: dict, 
 def _unedited(run: _Run, path: Path) -> bytes:
     """LoadGen's file as it is; refused if redaction would change it."""
     raw = path.read_bytes()
-    before = dict(run.redactor.replaced)
-    if run.redactor.text(raw.decode("utf-8", "replace"), path.name) != raw.decode("utf-8", "replace"):
-        marks = sorted(
-            mark
-            for (file, mark), n in run.redactor.replaced.items()
-            if file == path.name and n > before.get((file, mark), 0)
-        )
+    text, before = raw.decode("utf-8", "replace"), run.redactor.replaced.copy()
+    if run.redactor.text(text, path.name) != text:
+        marks = sorted(mark for _, mark in run.redactor.replaced - before)
         raise SecretError(
             f"{path.relative_to(run.folder)}: found {', '.join(marks)} in LoadGen's own file, which must go unedited; "
             "needed none. Measure again without that name in LoadGen's settings"
@@ -675,39 +525,27 @@ def _put_accuracy(place: Path, run: _Run, result: results.RunResult) -> list[str
     folder = result.files.accuracy
     if not folder or not (folder / ACCURACY).is_file():
         return [f"accuracy/{ACCURACY}: make the accuracy run"]
-    raw = (folder / ACCURACY).read_bytes()
+    raw, path = (folder / ACCURACY).read_bytes(), folder / "accuracy.txt"
     _put(place / ACCURACY, truncate_accuracy_log(raw))
-    written = [
-        path for path in (folder / "accuracy.txt", run.folder / "tables/accuracy.txt") if path.is_file()
-    ]
-    if not written:
+    if not path.is_file():
         return ["accuracy/accuracy.txt: evaluate the accuracy run (python -m disagg_lib evaluate RUN)"]
-    text, digest = written[0].read_text(encoding="utf-8"), hashlib.sha256(raw).hexdigest()
-    named = re.search(r"(?m)^hash=([0-9a-f]{64})", text)
-    if named and named[1] != digest:
+    text, digest = path.read_text(encoding="utf-8"), hashlib.sha256(raw).hexdigest()
+    named = read_accuracy_txt(path).sha256
+    if named not in ("", digest):
         raise ExportError(
-            f"{written[0]}: found hash={named[1][:12]}..., but {ACCURACY} has {digest[:12]}...; needed the scores of this log. "
+            f"{path}: found hash={named[:12]}..., but {ACCURACY} has {digest[:12]}...; needed the scores of this log. "
             "Evaluate again"
         )
-    _put(
-        place / "accuracy.txt",
-        run.redactor.text(text if named else f"{text.rstrip()}\n\nhash={digest}\n", "accuracy.txt"),
-    )
+    text = text if named else f"{text.rstrip()}\n\nhash={digest}\n"
+    _put(place / "accuracy.txt", run.redactor.text(text, "accuracy.txt"))
     return []
 
 
-def _put_test06(place: Path, run: _Run, division: str) -> list[str]:
+def _put_test06(place: Path, run: _Run, closed: bool) -> list[str]:
     """The TEST06 slot: the verification's words, and the log it judged."""
-    verified = next(
-        (n for n in ("mlperf/test06/verify_accuracy.txt", "tables/verify_accuracy.txt") if n in run.texts),
-        None,
-    )
-    if verified is None:
-        return (
-            ["compliance/.../TEST06/verify_accuracy.txt: run test mode test06, then verify it"]
-            if division == "closed"
-            else []
-        )
+    verified = "mlperf/test06/verify_accuracy.txt"
+    if verified not in run.texts:
+        return ["compliance/.../TEST06/verify_accuracy.txt: run TEST06, then verify it"] if closed else []
     text = run.texts[verified]
     _put(place / "verify_accuracy.txt", run.redactor.text(text, verified))
     log = run.folder / "mlperf/test06" / ACCURACY
@@ -715,17 +553,6 @@ def _put_test06(place: Path, run: _Run, division: str) -> list[str]:
         _put(place / "accuracy" / ACCURACY, truncate_accuracy_log(log.read_bytes()))
     lacking = [line for line in _TEST06_LINES if not re.search(rf"(?m)^{line}: (?:True|Skipped)", text)]
     return [f"TEST06 has no line `{line}: True`" for line in lacking]
-
-
-def _tree_readme(run: _Run, result: results.RunResult) -> str:
-    """README.md of the measurements: what ran, by which command, with what verdict."""
-    lines = [
-        f"# {result.verdict.claim.model}, {result.verdict.claim.scenario}",
-        "",
-        result.verdict.text(),
-        "",
-    ]
-    return "\n".join([*lines, "Repeat with:", "", f"    {_repeat(_given(run.folder))}", ""])
 
 
 # -- rebuilt
@@ -758,9 +585,5 @@ def recompute(run_dir: Path | str) -> pd.DataFrame:
 
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of the files in tables/ and figures/."""
-    files = [
-        path for part in ("tables", "figures") for path in sorted((folder / part).glob("*")) if path.is_file()
-    ]
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
-    }
+    files = [path for part in ("tables", "figures") for path in (folder / part).glob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
