@@ -24,29 +24,22 @@ __all__ = ["figure_interactivity", "figure_latency_distributions", "figure_timel
 SOURCES = ("measured", "rehearsed", "simulated", "published")
 #: columns in order; a row always has all of them
 COLUMNS = (
-    *("folder", "division", "submitter", "system", "model", "accelerator", "accelerators_total", "nodes"),
-    *("scenario", "round", "source", "loadgen_valid", "valid", "submittable", "first_failed", "shortened"),
-    *("samples_per_s", "completed_tokens_per_s", "completed_tokens_per_s_per_gpu", "target_qps"),
-    *("scheduled_samples_per_s", "ttft_mean_ms", "ttft_p50_ms", "ttft_p90_ms", "ttft_p95_ms", "ttft_p99_ms"),
-    *(
-        "ttft_p999_ms",
-        "ttft_limit_ms",
-        "tpot_mean_ms",
-        "tpot_p50_ms",
-        "tpot_p90_ms",
-        "tpot_p95_ms",
-        "tpot_p99_ms",
-    ),
-    *("tpot_p999_ms", "tpot_limit_ms", "latency_p50_s", "latency_p99_s", "duration_s", "min_duration_ms"),
-    *("query_count", "error_count", "accuracy_rougeL", "accuracy_exact_match", "tokens_per_sample"),
-    *("loadgen_scenario", "loadgen_version", "test_datetime", "log_path", "error"),
+    "folder", "division", "submitter", "system", "model", "accelerator", "accelerators_total", "nodes",
+    "scenario", "round", "source", "loadgen_valid", "valid", "submittable", "first_failed", "shortened",
+    "samples_per_s", "completed_tokens_per_s", "completed_tokens_per_s_per_gpu", "target_qps", "scheduled_samples_per_s",
+    "ttft_mean_ms", "ttft_p50_ms", "ttft_p90_ms", "ttft_p95_ms", "ttft_p99_ms", "ttft_p999_ms", "ttft_limit_ms",
+    "tpot_mean_ms", "tpot_p50_ms", "tpot_p90_ms", "tpot_p95_ms", "tpot_p99_ms", "tpot_p999_ms", "tpot_limit_ms",
+    "latency_p50_s", "latency_p99_s", "duration_s", "min_duration_ms", "query_count", "error_count",
+    "accuracy_rougeL", "accuracy_exact_match", "tokens_per_sample",
+    "loadgen_scenario", "loadgen_version", "test_datetime", "log_path", "error",
+)  # fmt: skip
+_WORDS = frozenset((
+    "folder", "division", "submitter", "system", "model", "accelerator", "scenario", "round", "source", "loadgen_valid",
+    "first_failed", "shortened", "loadgen_scenario", "loadgen_version", "test_datetime", "log_path", "error",
+))  # fmt: skip
+_WHOLE = dict.fromkeys(
+    ("accelerators_total", "nodes", "min_duration_ms", "query_count", "error_count"), "Int64"
 )
-_WORDS = frozenset(
-    ("folder", "division", "submitter", "system", "model", "accelerator", "scenario", "round", "source")
-    + ("loadgen_valid", "first_failed", "shortened", "loadgen_scenario", "loadgen_version", "test_datetime")
-    + ("log_path", "error")
-)
-_WHOLE = ("accelerators_total", "nodes", "min_duration_ms", "query_count", "error_count")
 
 
 @dataclass(frozen=True)
@@ -71,30 +64,28 @@ def find_logs(folder: Path | str) -> RunFiles:
     ------
     LogError : missing_folder, empty_folder, or missing_file when none of the known layouts fits.
     """
-    folder = Path(folder)
-    base = folder
+    folder = base = Path(folder)
     given = (folder / DETAIL).is_file()
     if given:
-        base = Path(folder.resolve()) if folder.name in ("", ".", "..") else folder
+        base = folder.resolve() if folder.name in ("", ".", "..") else folder
         while re.fullmatch(r"run_\d+|performance|accuracy|mlperf", base.name) and base.parent != base:
             base = base.parent
-    performance = (
-        folder if given else _first_folder(base, ("mlperf/performance", "performance/run_1", "performance"))
-    )
     accuracy = _first_folder(base, ("mlperf/accuracy", "accuracy"))
-    if given and folder.name == "accuracy":
-        performance = None
+    if not given:
+        performance = _first_folder(base, ("mlperf/performance", "performance/run_1", "performance"))
+    else:
+        performance = None if folder.name == "accuracy" else folder
     if performance is None and accuracy is None:
         if (base / "experiment.yaml").is_file():
-            raise LogError(
-                "missing_file",
-                base / "mlperf",
-                "no logs of LoadGen",
-                "mlperf/performance with LoadGen's files",
-                "The job has not measured yet, or failed before it did: see job/phases.jsonl.",
-            )
+            todo = "The job has not measured yet, or failed before it did: see job/phases.jsonl."
+            needed = "mlperf/performance with LoadGen's files"
+            raise LogError("missing_file", base / "mlperf", "no logs of LoadGen", needed, todo)
         read_run(folder)  # says what is wrong with a folder of logs
-    origin = _origin(base / "SOURCE.txt")
+    return _run_files(folder, base, performance, accuracy)
+
+
+def _run_files(folder: Path, base: Path, performance: Path | None, accuracy: Path | None) -> RunFiles:
+    """The files beside the logs, read."""
     return RunFiles(
         folder=folder,
         base=base,
@@ -102,7 +93,7 @@ def find_logs(folder: Path | str) -> RunFiles:
         accuracy=accuracy,
         parameters=read_parameters(base / "experiment.yaml"),
         settings=_json(base / "job/settings.json") or {},
-        origin=origin,
+        origin=_origin(base / "SOURCE.txt"),
         system=_json(base / "system.json") or {},
         client=_json(base / "job/client_performance.json"),
     )
@@ -121,9 +112,8 @@ def _json(path: Path) -> dict | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except ValueError as error:
-        raise LogError(
-            "cut_log", path, f"no JSON ({error})", "a JSON object", "Copy the file again."
-        ) from error
+        found = f"no JSON ({error})"
+        raise LogError("cut_log", path, found, "a JSON object", "Copy the file again.") from error
     return found if isinstance(found, dict) else {}
 
 
@@ -137,13 +127,9 @@ def read_parameters(path: Path) -> dict[str, object]:
         recorded = yaml.load(path.read_text(encoding="utf-8", errors="replace"), Loader=loader)["parameters"]
         return {name: entry["value"] for name, entry in recorded.items()}
     except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise LogError(
-            "bad_experiment",
-            path,
-            f"{type(error).__name__}: {error}",
-            "`parameters:` with a `value:` for each name",
-            "It must be the file that 03_configuration wrote.",
-        ) from error
+        found, needed = f"{type(error).__name__}: {error}", "`parameters:` with a `value:` for each name"
+        todo = "It must be the file that 03_configuration wrote."
+        raise LogError("bad_experiment", path, found, needed, todo) from error
 
 
 def _origin(path: Path) -> dict[str, str]:
@@ -170,33 +156,26 @@ def source_of(files: RunFiles) -> str:
 
 def folder_source(run_dir: Path | str) -> str:
     """Source of a run folder whose job may have left no logs yet."""
-    base = Path(run_dir)
-    settings = _json(base / "job/settings.json") or {}
-    files = RunFiles(
-        base, base, None, None, read_parameters(base / "experiment.yaml"), settings, {}, {}, None
-    )
-    return source_of(files)
+    return source_of(_run_files(Path(run_dir), Path(run_dir), None, None))
 
 
 def claim_of(files: RunFiles, run: MlperfRun, source: str | None = None) -> Claim:
     """What a run claims: its own settings first, then SOURCE.txt and folder names, then LoadGen's settings."""
-    parts = [
-        part
-        for text in (files.origin.get("path", ""), str(files.base))
-        for part in re.split(r"[/\\]|__", text)
-    ]
-    model = model_of(str(files.settings.get("client", {}).get("model_key", "")))
-    model = (
-        model or next((found for part in parts if (found := model_of(part))), "") or _model_by_samples(run)
+    named = f"{files.origin.get('path', '')}/{files.base}"
+    parts = re.split(r"[/\\]|__", named)
+    model_key = str(files.settings.get("client", {}).get("model_key", ""))
+    models = (found for name in (model_key, *parts) if (found := model_of(name)))
+    model = next(models, "") or _model_by_samples(run)
+    division = (
+        parts[0] if parts[0] in ("closed", "open", "network") else files.system.get("division", "closed")
     )
+    found = re.search(r"inference_results_(v\d+\.\d+)", files.origin.get("repository", ""))
     return Claim(
         model=model,
-        scenario=_scenario(files, run, model, parts),
-        round=_round(files),
+        scenario=_scenario(run, model, model_key, parts),
+        round=str(files.parameters.get("round") or (found[1] if found else "v5.1")),
         source=source or source_of(files),
-        division=parts[0]
-        if parts[0] in ("closed", "open", "network")
-        else str(files.system.get("division", "closed")),
+        division=str(division),
         shortened=_rehearsed_settings(files),
     )
 
@@ -210,11 +189,11 @@ def _rehearsed_settings(files: RunFiles) -> tuple[str, ...]:
     return (f"outputs (mean {files.parameters.get('rehearsal_output_tokens')} of 646 tokens)", *pace)
 
 
-def _scenario(files: RunFiles, run: MlperfRun, model: str, parts: list[str]) -> str:
+def _scenario(run: MlperfRun, model: str, model_key: str, parts: list[str]) -> str:
     """Interactive is LoadGen's Server with other limits: only names and limits tell."""
     if run.loadgen_scenario != "Server":
         return run.loadgen_scenario
-    if "interactive" in str(files.settings.get("client", {}).get("model_key", "")):
+    if "interactive" in model_key:
         return "Interactive"
     named = [part.capitalize() for part in parts if part.lower() in ("server", "interactive")]
     if named:
@@ -229,12 +208,6 @@ def _model_by_samples(run: MlperfRun) -> str:
     models = load_rules()["models"].items()
     same = [m for m, rules in models if rules.get("limits") and rules["samples"] == run.dataset_samples]
     return same[0] if len(same) == 1 else ""
-
-
-def _round(files: RunFiles) -> str:
-    """The round a run claims: its `round` parameter, the results repository it is from, else v5.1, this project's."""
-    found = re.search(r"inference_results_(v\d+\.\d+)", files.origin.get("repository", ""))
-    return str(files.parameters.get("round") or (found[1] if found else "v5.1"))
 
 
 @dataclass(frozen=True)
@@ -268,16 +241,10 @@ def read_result(folder: Path | str, source: str | None = None, claim: Claim | No
     accuracy_run, accuracy_error = _read_accuracy_run(files)
     run = read_run(files.performance) if files.performance else accuracy_run
     if run is None:
-        raise LogError(
-            "missing_file",
-            files.folder,
-            "no readable run",
-            "a performance run",
-            accuracy_error or "Measure again.",
-        )
-    # ours lies in tables/, because nothing is written beside LoadGen's files
-    written = [folder / "accuracy.txt" for folder in (files.accuracy, files.base / "tables") if folder]
-    scores = next((read_accuracy_txt(path) for path in written if path.is_file()), None)
+        todo = accuracy_error or "Measure again."
+        raise LogError("missing_file", files.folder, "no readable run", "a performance run", todo)
+    written = files.accuracy / "accuracy.txt" if files.accuracy else None
+    scores = read_accuracy_txt(written) if written and written.is_file() else None
     claim = claim or claim_of(files, run, source)
     verdict = judge(run, claim, scores, accuracy_run, files.client, accuracy_error)
     return RunResult(files, run, accuracy_run, verdict, scores.scores if scores else {}, accuracy_error)
@@ -301,8 +268,7 @@ def run_row(run_dir: Path | str, source: str | None = None) -> dict:
 
 def _row(result: RunResult) -> dict:
     run, verdict, files = result.run, result.verdict, result.files
-    row = empty_row(files.folder)
-    row.update({name: getattr(run, name) for name in COLUMNS if hasattr(run, name)})
+    row = empty_row(files.folder) | {name: getattr(run, name) for name in COLUMNS if hasattr(run, name)}
     limits = limits_ms(verdict.claim.model, verdict.claim.scenario) or (run.ttft_limit_ms, run.tpot_limit_ms)
     row.update(
         _identity(result),
@@ -338,7 +304,7 @@ def _identity(result: RunResult) -> dict:
     """Who ran what on which system."""
     files, claim = result.files, result.verdict.claim
     path = files.origin.get("path", "").split("/")  # division/submitter/results/system/benchmark/scenario/...
-    known = path if len(path) > 5 and path[2] == "results" else ["", "", "", "", "", ""]
+    known = path if len(path) > 5 and path[2] == "results" else [""] * 6
     system = files.system
     nodes = system.get("number_of_nodes", files.settings.get("node_count", NAN))
     per_node = system.get("accelerators_per_node", files.settings.get("gpus_per_node", NAN))
@@ -350,9 +316,7 @@ def _identity(result: RunResult) -> dict:
         "accelerator": system.get("accelerator_model_name", ""),
         "nodes": _whole(nodes),
         "accelerators_total": _whole(nodes) * _whole(per_node),
-        "log_path": f"{files.origin['path']}/{DETAIL}"
-        if known[0]
-        else str((files.performance or files.accuracy) / DETAIL),
+        "log_path": f"{files.origin['path'] if known[0] else result.run.log_dir}/{DETAIL}",
     }
 
 
@@ -397,17 +361,12 @@ def write_outputs(run_dir: Path | str, dest: Path | str | None = None) -> list[P
 
 
 #: the figures of one run, by the name of their file
-FIGURES = {
-    "latency": figure_latency_distributions,
-    "timeline": figure_timeline,
-    "topology": figure_topology,
-}
+FIGURES = {"latency": figure_latency_distributions, "timeline": figure_timeline, "topology": figure_topology}
 
 
 def as_table(rows: list[dict]) -> pd.DataFrame:
     """Rows as a table with COLUMNS; counts whole, NaN where there is none."""
-    whole = dict.fromkeys(_WHOLE, "Int64")
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"valid": bool, "submittable": bool, **whole})
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"valid": bool, "submittable": bool, **_WHOLE})
 
 
 def runs_table(folders: Iterable[Path | str], source: str | None = None) -> pd.DataFrame:
@@ -466,21 +425,14 @@ def format_table(table: pd.DataFrame) -> str:
     lines = []
     good = table[table["loadgen_scenario"] != ""]  # read; an unreadable accuracy run leaves the rest standing
     if len(good):
-        folders = [Path(str(folder)).name or str(folder) for folder in good["folder"]]
-        cells = [["run", *folders]]
+        cells = [["run", *(Path(str(folder)).name or str(folder) for folder in good["folder"])]]
         for name, (heading, decimals) in TERMINAL.items():
             shown = [_cell(value, decimals) for value in good[name]]
             if set(shown) != {"-"}:
                 cells.append([heading, *shown])
-        if len(good) <= 3:  # upright: a run is a column
-            widths = [max(len(row[i]) for row in cells) for i in range(len(folders) + 1)]
-            rows = cells
-        else:
-            rows = [list(row) for row in zip(*cells, strict=True)]
-            widths = [max(len(row[i]) for row in rows) for i in range(len(cells))]
-        lines += [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
-        ]
+        rows = cells if len(good) <= 3 else list(zip(*cells, strict=True))  # few: a run is a column
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     lines += [f"{row.folder}: {row.error}" for row in table[table["error"] != ""].itertuples()]
     return "\n".join(lines)
 
@@ -498,22 +450,21 @@ def _cell(value: object, decimals: int | None) -> str:
 
 #: figures whose difference can be judged against the published rows' own spread
 COMPARED = (
-    *("completed_tokens_per_s", "ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms"),
-    *("tpot_mean_ms", "tpot_p50_ms", "tpot_p99_ms", "latency_p50_s", "latency_p99_s"),
-)
+    "completed_tokens_per_s", "ttft_mean_ms", "ttft_p50_ms", "ttft_p99_ms", "tpot_mean_ms", "tpot_p50_ms", "tpot_p99_ms",
+    "latency_p50_s", "latency_p99_s",
+)  # fmt: skip
 
 
 @functools.cache
 def _published() -> pd.DataFrame:
-    path = Path(__file__).parent / "data" / "published_v5.1.csv"
-    table = pd.read_csv(path, comment="#").rename(columns={"tokens_per_s": "completed_tokens_per_s"})
-    table = table.rename(columns={"valid": "loadgen_valid"})
+    table = pd.read_csv(Path(__file__).parent / "data/published_v5.1.csv", comment="#")
+    table = table.rename(columns={"tokens_per_s": "completed_tokens_per_s", "valid": "loadgen_valid"})
     table["completed_tokens_per_s_per_gpu"] = table["completed_tokens_per_s"] / table["accelerators_total"]
     table["folder"] = table["log_path"].str.replace("/performance/run_1/mlperf_log_detail.txt", "")
     words = {name: "" for name in _WORDS if name not in table}
     table = table.assign(**words).assign(source="published", round="v5.1", submittable=False)
     table["valid"] = table["loadgen_valid"] == "VALID"  # MLCommons accepted them
-    return table.reindex(columns=list(COLUMNS)).astype(dict.fromkeys(_WHOLE, "Int64"))
+    return table.reindex(columns=list(COLUMNS)).astype(_WHOLE)
 
 
 def published_table(scenario: str | None = None) -> pd.DataFrame:
@@ -583,30 +534,21 @@ def compare(table: pd.DataFrame, baseline: str | Path) -> pd.DataFrame:
     ------
     DisaggError : the baseline is not in the table, or could not be read.
     """
-    chosen = table[(table["folder"] == str(baseline)) & (table["error"] == "")]
+    readable = table[table["error"] == ""]
+    chosen = readable[readable["folder"] == str(baseline)]
     if len(chosen) != 1:
         folders = ", ".join(table["folder"])
-        raise DisaggError(
-            f"baseline {baseline}: found {len(chosen)} such readable runs; needed one of: {folders}"
-        )
+        raise DisaggError(f"baseline {baseline}: found {len(chosen)} such runs; needed one of: {folders}")
     base = chosen.iloc[0]
     rows = []
-    for _, run in table[(table["folder"] != str(baseline)) & (table["error"] == "")].iterrows():
+    for _, run in readable[readable["folder"] != str(baseline)].iterrows():
         obstacle = _obstacle(base, run)
         for figure in COMPARED:
             if pd.isna(base[figure]) or pd.isna(run[figure]):
                 continue
             difference = 100 * (run[figure] / base[figure] - 1)
-            rows.append(
-                [
-                    run["folder"],
-                    figure,
-                    base[figure],
-                    run[figure],
-                    difference,
-                    *_noise(figure, base, difference, obstacle),
-                ]
-            )
+            noise = _noise(figure, base["scenario"], difference, obstacle)
+            rows.append([run["folder"], figure, base[figure], run[figure], difference, *noise])
     names = ["folder", "figure", "baseline", "value", "difference_percent", "noise_percent", "word"]
     return pd.DataFrame(rows, columns=names)
 
@@ -616,23 +558,21 @@ def _obstacle(base: pd.Series, run: pd.Series) -> str:
     for name in ("source", "model", "scenario"):
         if base[name] != run[name]:
             return f"not comparable: {name} {base[name]} and {run[name]}"
-    if base["scenario"] != "Offline" and not math.isclose(
-        base["target_qps"], run["target_qps"], rel_tol=1e-6
-    ):
-        return f"not comparable: target_qps {base['target_qps']:g} and {run['target_qps']:g}"
+    loads = base["target_qps"], run["target_qps"]
+    if base["scenario"] != "Offline" and not math.isclose(*loads, rel_tol=1e-6):
+        return "not comparable: target_qps {:g} and {:g}".format(*loads)
     return ""
 
 
-def _noise(figure: str, base: pd.Series, difference: float, obstacle: str) -> tuple[float, str]:
+def _noise(figure: str, scenario: str, difference: float, obstacle: str) -> tuple[float, str]:
     """The band in percent, and the word."""
-    if base["scenario"] not in ("Server", "Interactive", "Offline"):
+    if scenario not in ("Server", "Interactive", "Offline"):
         return NAN, "not comparable: no published runs of this scenario"
-    if base["scenario"] == "Offline" and figure != "completed_tokens_per_s":
+    if scenario == "Offline" and figure != "completed_tokens_per_s":
         return NAN, "not comparable: follows from the number of samples"
-    band = noise_band(figure, base["scenario"]).pairs_95_percent
-    size = 100 * (
-        math.exp(abs(math.log1p(difference / 100))) - 1
-    )  # a fall as large as the rise that undoes it
+    band = noise_band(figure, scenario).pairs_95_percent
+    # a fall is as large as the rise that undoes it
+    size = 100 * (math.exp(abs(math.log1p(difference / 100))) - 1)
     return band, obstacle or ("beyond the noise" if size > band else "inside the noise")
 
 
