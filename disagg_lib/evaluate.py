@@ -30,10 +30,8 @@ from disagg_lib.mlperf_logs import read_accuracy_log
 
 UUID = re.compile(r"\w{8}-\w{4}-\w{4}-\w{4}-\w{12}")
 # transformers applies these to decoded text if tokenizer_config.json says clean_up_tokenization_spaces.
-CLEAN_UPS = tuple((" " + mark, mark) for mark in (".", "?", "!", ",")) + (
-    (" ' ", "'"),
-    *((" " + mark, mark) for mark in ("n't", "'m", "'s", "'ve", "'re")),
-)
+CLEAN_UPS = [(" " + mark, mark) for mark in (".", "?", "!", ",")]
+CLEAN_UPS += [(" ' ", "'"), *((" " + mark, mark) for mark in ("n't", "'m", "'s", "'ve", "'re"))]
 
 
 class EvaluationError(DisaggError):
@@ -91,10 +89,8 @@ def sentence_splitter() -> tuple[Callable[[str], str], str]:
 
         nltk.data.find("tokenizers/punkt_tab")
     except (ImportError, LookupError):
-        return (
-            str.strip,
-            "answers not cut into sentences (no NLTK punkt_tab data): gen_len may differ by blanks",
-        )
+        why = "answers not cut into sentences (no NLTK punkt_tab data): gen_len may differ by blanks"
+        return str.strip, why
     return lambda text: "\n".join(nltk.sent_tokenize(text.strip())), "sentences cut with NLTK punkt_tab"
 
 
@@ -104,19 +100,15 @@ def load_decoder(tokenizer_dir: Path) -> Callable[[Sequence[Sequence[int]]], lis
 
     path = Path(tokenizer_dir) / "tokenizer.json"
     if not path.is_file():
-        raise EvaluationError(
-            f"{path}: no such file; needed is the tokenizer of Llama-3.1-405B-Instruct (a model directory)"
-        )
+        raise EvaluationError(f"{path}: no such file; needed is the model's tokenizer (a model directory)")
     tokenizer = Tokenizer.from_file(str(path))
     config = path.with_name("tokenizer_config.json")
     tidy = config.is_file() and json.loads(config.read_text()).get("clean_up_tokenization_spaces", False)
 
     def decode(answers):
         texts = tokenizer.decode_batch([list(map(int, ids)) for ids in answers], skip_special_tokens=True)
-        return [
-            functools.reduce(lambda text, pair: text.replace(*pair), CLEAN_UPS, t) if tidy else t
-            for t in texts
-        ]
+        pairs = CLEAN_UPS if tidy else ()
+        return [functools.reduce(lambda text, pair: text.replace(*pair), pairs, text) for text in texts]
 
     return decode
 
@@ -141,10 +133,7 @@ def evaluate_answers(
         raise EvaluationError(f"metric {', '.join(unknown)}: known are {', '.join(METRICS)}")
     split, _ = sentence_splitter()
     texts = [split(text) for text in decode(answers)]
-    items = [
-        (metric, split(reference), text)
-        for metric, reference, text in zip(metrics, references, texts, strict=True)
-    ]
+    items = list(zip(metrics, map(split, references), texts, strict=True))
     scores = np.empty(len(items))
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         for done, value in enumerate(pool.imap(score, items, chunksize=32)):
@@ -156,9 +145,14 @@ def evaluate_answers(
     for name, chosen in (("rougeL", is_rouge), ("exact_match", ~is_rouge)):
         if chosen.any():
             result[name] = float(scores[chosen].mean())
+    return {**result, "gen_len": sum(map(len, texts)), **token_counts(answers)}
+
+
+def token_counts(answers: Sequence[Sequence[int]]) -> dict:
+    """gen_num, gen_tok_len and tokens_per_sample (one decimal) of answers' ids."""
     tokens = sum(map(len, answers))
-    result.update(gen_len=sum(map(len, texts)), gen_num=len(texts), gen_tok_len=tokens)
-    return {**result, "tokens_per_sample": round(tokens / len(texts), 1)}
+    mean = round(tokens / len(answers), 1)
+    return {"gen_num": len(answers), "gen_tok_len": tokens, "tokens_per_sample": mean}
 
 
 def first_answers(log_path: Path) -> dict[int, np.ndarray]:
@@ -173,9 +167,8 @@ def first_answers(log_path: Path) -> dict[int, np.ndarray]:
         raise EvaluationError(f"{log_path}: no answers; is this an accuracy run?")
     empty = sorted(index for index, ids in answers.items() if not len(ids))
     if empty:
-        raise EvaluationError(
-            f"{log_path}: {len(empty)} samples have no answer (first: {empty[0]}): requests failed, the run is INVALID"
-        )
+        found = f"{len(empty)} samples have no answer (first: {empty[0]})"
+        raise EvaluationError(f"{log_path}: {found}: requests failed, the run is INVALID")
     return answers
 
 
@@ -220,13 +213,8 @@ def evaluate(
     tables = Path(run_dir) / "tables"
     tables.mkdir(exist_ok=True)
     if data_set is None:
-        tokens = sum(map(len, ids))
         notes = ["no reference outputs (synthetic data set): rougeL and exact_match do not exist"]
-        result = {
-            "gen_num": len(ids),
-            "gen_tok_len": tokens,
-            "tokens_per_sample": round(tokens / len(ids), 1),
-        }
+        result = token_counts(ids)
     else:
         if tokenizer_dir is None:
             raise EvaluationError("a data set with references needs tokenizer_dir (the model directory)")
@@ -234,10 +222,8 @@ def evaluate(
         if order[-1] >= len(frame):
             raise EvaluationError(f"{data_set}: {len(frame)} samples, but the log answers sample {order[-1]}")
         chosen = frame.iloc[order]
-        decode = load_decoder(tokenizer_dir)
-        result = evaluate_answers(
-            ids, list(chosen["gt_output"]), list(chosen["metric"]), decode, processes, progress
-        )
+        told = list(chosen["gt_output"]), list(chosen["metric"])
+        result = evaluate_answers(ids, *told, load_decoder(tokenizer_dir), processes, progress)
         notes = [sentence_splitter()[1]]
         if len(order) < len(frame):
             notes.append(f"{len(order)} of {len(frame)} samples")
@@ -257,15 +243,12 @@ def read_references(path: Path, sha256: str | None, trust: bool):
         if sha256 and found != sha256.lower():
             raise EvaluationError(f"{path}: sha256 is {found}, needed is {sha256}: another or a damaged file")
         if not sha256 and trust is not True:
-            raise EvaluationError(
-                f"{path}: not opened, because a pickle runs code when it is read. Its sha256 is {found}: give it if you "
-                "know this file, or set trust_dataset: true"
-            )
+            why = f"not opened, because a pickle runs code when it is read. Its sha256 is {found}"
+            raise EvaluationError(f"{path}: {why}: give it if you know this file, or set trust_dataset: true")
         file.seek(0)
         frame = pd.read_pickle(file, compression=None)
     missing = {"gt_output", "metric"} - set(frame.columns)
     if missing:
-        raise EvaluationError(
-            f"{path}: no column {', '.join(sorted(missing))}; found {', '.join(frame.columns)}"
-        )
+        found = ", ".join(frame.columns)
+        raise EvaluationError(f"{path}: no column {', '.join(sorted(missing))}; found {found}")
     return frame

@@ -129,53 +129,34 @@ def collect_names(
 
 def _strings(value: object) -> Iterable[str]:
     """The texts in a parameter's value; mounts such as /a:/b,/c:/d fall apart into paths."""
-    if isinstance(value, str):
-        yield value
-        yield from (part for part in re.split(r"[,:]", value) if part.startswith("/"))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _strings(part)
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            yield text
+            yield from (part for part in re.split(r"[,:]", text) if part.startswith("/"))
 
 
 def _worth(kind: str, name: str) -> bool:
     """Whether a collected name can be replaced everywhere without spoiling ordinary words."""
     if kind == "path":
         return name.count("/") > 1 or (len(name) > 4 and name[1:].lower() not in _COMMON)
-    if name.lower() in _COMMON or name.lower() in _OWN_HOSTS or name.startswith("127."):
-        return False
-    if re.fullmatch(
-        r"NODE_\d+|[\d.]+", name
-    ):  # config.yaml's own placeholder; addresses have a pattern of their own
-        return False
-    return len(name) >= 3
+    # NODE_1 is config.yaml's own placeholder; addresses have a pattern of their own
+    ours = name.lower() in _COMMON | _OWN_HOSTS or re.fullmatch(r"NODE_\d+|[\d.]+", name)
+    return not ours and len(name) >= 3
 
 
 def _variants(name: str) -> list[str]:
     """A name as it stands in JSON, HTML, a shell script and a URL."""
-    forms = {
-        name,
-        json.dumps(name)[1:-1],
-        html.escape(name),
-        html.escape(name, quote=False),
-        urllib.parse.quote(name),
-    }
-    forms |= {
-        json.dumps(name, ensure_ascii=False)[1:-1],
-        shlex.quote(name).strip("'"),
-        json.dumps(json.dumps(name)[1:-1])[1:-1],
-    }
-    return sorted(forms - {""}, key=len, reverse=True)
+    quoted = [json.dumps(name, ensure_ascii=plain)[1:-1] for plain in (True, False)]
+    forms = {name, *quoted, json.dumps(quoted[0])[1:-1], html.escape(name), html.escape(name, quote=False)}
+    forms |= {urllib.parse.quote(name), shlex.quote(name).strip("'")}
+    return sorted(forms, key=len, reverse=True)
 
 
 _BLOB = re.compile(r"(base64,|\"image/(?:png|jpeg)\": ?\")((?:[A-Za-z0-9+/=]|\\n|\s){100,})")
 
 
-def _whole(form: str) -> str:
-    return re.escape(form) if form.startswith("/") else _word(form)
-
-
 def _word(form: str) -> str:
-    """Pattern of a name: anywhere if it is no plain word, else where it stands alone."""
+    """Pattern of a name: anywhere if it is a path or no plain word, else where it stands alone."""
     plain = re.fullmatch(r"[A-Za-z]+", form)
     return rf"{_BEFORE}{form}(?![A-Za-z0-9])" if plain else re.escape(form)
 
@@ -192,9 +173,7 @@ class Redactor:
         # what follows a path of the site may name people and projects: it goes too; below our own folders it is ours
         self.paths = re.compile(rf"(?:{paths})(?P<rest>[\w.@%+~=-]*(?:/[\w.@%+~=-]*)*)") if paths else None
         self.own = frozenset(own)
-        self.replaced: collections.Counter[tuple[str, str]] = (
-            collections.Counter()
-        )  # (file, placeholder) -> times
+        self.replaced: collections.Counter[tuple[str, str]] = collections.Counter()  # file, placeholder
 
     def text(self, text: str, file: str) -> str:
         """The text without what must not leave, `file` for the list. Pictures in it stay as they are."""
@@ -223,7 +202,7 @@ class Redactor:
         """Replace the group `name` of each match."""
 
         def replace(match: re.Match) -> str:
-            if match["name"].startswith("REDACTED_") or _harmless(match["name"], mark, file):
+            if _harmless(match["name"], mark, file):
                 return match[0]
             begin, end = (place - match.start() for place in match.span("name"))
             return match[0][:begin] + self._mark(file, mark) + match[0][end:]
@@ -242,30 +221,24 @@ class Redactor:
         SecretError : naming the file and the kind, never the secret itself.
         """
         text = _BLOB.sub("", raw.decode("utf-8", "replace"))
-        rest = [
+        rest = {
             mark
             for form, mark in self.placeholders.items()
-            if len(form) >= 4 and form in text and re.search(_whole(form), text)
-        ]
-        found = [match for pattern in (_TOKENS, *_ASSIGNED) for match in pattern.finditer(text)]
-        if any(
-            not _harmless(match["name"], "REDACTED_token", file)
-            for match in found
-            if not match["name"].startswith("REDACTED_")
-        ):
-            rest.append("REDACTED_token")
+            if len(form) >= 4 and form in text and re.search(_word(form), text)
+        }
+        for match in (match for pattern in (_TOKENS, *_ASSIGNED) for match in pattern.finditer(text)):
+            if not _harmless(match["name"], "REDACTED_token", file):
+                rest.add("REDACTED_token")
         if rest:
             raise SecretError(
-                f"{file}: found {', '.join(sorted(set(rest)))} still in it; needed none. Nothing was shared: "
+                f"{file}: found {', '.join(sorted(rest))} still in it; needed none. Nothing was shared: "
                 "take the file out of the run folder, or the name out of the file, and export again"
             )
 
     def listed(self) -> list[dict]:
         """What was replaced: file, placeholder, times. The originals are not in it."""
-        return [
-            {"file": file, "placeholder": mark, "times": times}
-            for (file, mark), times in sorted(self.replaced.items())
-        ]
+        replaced = sorted(self.replaced.items())
+        return [{"file": file, "placeholder": mark, "times": times} for (file, mark), times in replaced]
 
 
 _NO_SECRETS = re.compile(
@@ -275,10 +248,11 @@ _NO_SECRETS = re.compile(
 
 def _harmless(name: str, mark: str, file: str) -> bool:
     """Values after a key such as `token` that are settings or our own code, and version numbers like an address."""
+    if name.startswith("REDACTED_"):
+        return True
     if mark == "REDACTED_token":
-        return bool(_NO_SECRETS.fullmatch(name)) or (
-            file.endswith(".py") and bool(re.fullmatch(r"[A-Za-z_.]+", name))
-        )
+        code = file.endswith(".py") and re.fullmatch(r"[A-Za-z_.]+", name)
+        return bool(code or _NO_SECRETS.fullmatch(name))
     if mark == "REDACTED_address":
         return any(int(part) > 255 for part in name.split("."))
     return mark == "REDACTED_account" and name.lower() in ("none", "null", "")

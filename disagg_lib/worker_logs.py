@@ -5,6 +5,7 @@ Split by rank, searched for the error that came first, and read for TensorRT-LLM
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,16 +57,13 @@ def read_lines(path: Path | str) -> Iterator[LogLine]:
     """Lines of a labelled log, one at a time: such a log grows to GB with iteration lines on."""
     path = Path(path)
     if not path.is_file():
-        raise LogError(
-            "missing_file", path, "no such file", "the workers' log", "See logs/ of the run folder."
-        )
+        todo = "See logs/ of the run folder."
+        raise LogError("missing_file", path, "no such file", "the workers' log", todo)
     with path.open(encoding="utf-8", errors="replace", newline=None) as file:
         for number, line in enumerate(file, 1):
-            labelled = _LABEL.match(line.rstrip("\n"))
-            if labelled:
-                yield LogLine(number, int(labelled[1]), labelled[2])
-            else:
-                yield LogLine(number, None, line.rstrip("\n"))
+            text = line.rstrip("\n")
+            label = _LABEL.match(text)
+            yield LogLine(number, int(label[1]), label[2]) if label else LogLine(number, None, text)
 
 
 def split_ranks(path: Path | str) -> dict[int | None, list[str]]:
@@ -82,8 +80,7 @@ def first_error(path: Path | str, around: int = 12) -> FirstError | None:
     Lines reach the file late and out of order, so a line's own stamp decides; a line without one (a traceback) counts
     at the newest stamp that the file had shown, which is when it arrived at the earliest.
     """
-    newest: datetime | None = None
-    best: tuple | None = None
+    newest = best = None
     for line in read_lines(path):
         stamp = _time_of(line.text)
         newest = max(filter(None, (newest, stamp)), default=None)
@@ -96,37 +93,29 @@ def first_error(path: Path | str, around: int = 12) -> FirstError | None:
     if best is None:
         return None
     _, line, when = best
-    rank = line.rank
+    rank, message = line.rank, line.text
     named = _TASK.search(line.text)
     if rank is None and named:
         rank = int(named[1])  # `srun: error: node3: task 7: Killed`
     before, after = _around(path, line, around)
-    return FirstError(
-        rank, line.number, when, line.text, _message(line.text, after), (*before, line.text, *after)
-    )
+    if "Traceback (most recent call last)" in message:  # the exception's own line is at its foot
+        message = next((text.strip() for text in after if _EXCEPTION.match(text.strip())), message)
+    return FirstError(rank, line.number, when, line.text, message, (*before, line.text, *after))
 
 
 def _around(path: Path | str, wanted: LogLine, around: int) -> tuple[list[str], list[str]]:
     """The same rank's lines before and after a line; after it as far as its traceback goes."""
-    before: list[str] = []
-    after: list[str] = []
+    before, after = collections.deque(maxlen=around), []
     for line in read_lines(path):
         if line.rank != wanted.rank or line.number == wanted.number:
             continue
         if line.number < wanted.number:
-            before = [*before, line.text][-around:]
+            before.append(line.text)
         elif len(after) < 4 * around:
             after.append(line.text)
         else:
             break
-    return before, after
-
-
-def _message(text: str, after: list[str]) -> str:
-    """The line that says what went wrong: the exception at the foot of a traceback, else the line itself."""
-    if "Traceback (most recent call last)" not in text:
-        return text
-    return next((line.strip() for line in after if _EXCEPTION.match(line.strip())), text)
+    return list(before), after
 
 
 def _time_of(text: str) -> datetime | None:
@@ -134,9 +123,9 @@ def _time_of(text: str) -> datetime | None:
     if not found:
         return None
     try:
-        if found[1]:
-            return datetime.strptime(found[1], "%m/%d/%Y-%H:%M:%S")
-        return datetime.fromisoformat(found[2])
+        return (
+            datetime.strptime(found[1], "%m/%d/%Y-%H:%M:%S") if found[1] else datetime.fromisoformat(found[2])
+        )
     except ValueError:  # digits in the shape of a time, such as 99/99/2025
         return None
 
@@ -156,11 +145,10 @@ ITERATION_KEYS = {
     "device_step_ms": "prev_device_step_time",
 }
 _ITERATION = re.compile(r"\biter = \d+, global_rank = ")
-_PAIR = re.compile(
-    r"(\w+)\s*[=:] (\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)(ms|s)?(?=,)"
-)  # the comma shows that it is whole
+# a figure is whole only with the comma, or brace, behind it: without one it may be cut
+_PAIR = re.compile(r"(\w+)\s*[=:] (\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)(ms|s)?(?=,)")
 _STATES = re.compile(r"states = \{(.*)")
-_STATE = re.compile(r"'(\w+)': ([\d.]+)(?=[,}])")  # without its comma or brace a figure may be cut
+_STATE = re.compile(r"'(\w+)': ([\d.]+)(?=[,}])")
 
 
 def iteration_table(path: Path | str) -> pd.DataFrame:
