@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import hashlib
 import html
 import io
@@ -86,12 +87,10 @@ def _gather(run_dir: Path | str) -> _Run:
         elif path.suffix == ".png":
             pictures[name] = path.read_bytes()
         else:
-            try:
+            with contextlib.suppress(UnicodeDecodeError):
                 texts[name] = path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError:
-                texts[name] = "\0"
-            if "\0" in texts[name]:
-                del texts[name]
+            if "\0" in texts.get(name, "\0"):
+                texts.pop(name, None)
                 left_out.append(f"{name}: no text, cannot be searched for names")
     # pages hold minified scripts in which anything looks like a name; their notebooks hold the same words
     searched = {
@@ -191,9 +190,8 @@ def _index(run: _Run, pages: list[str]) -> str:
     parts = [f"<h1>{name} <span class='source'>{source}</span></h1>"]
     try:
         verdict, table = results.verdict_text(run.folder), results.runs_table([run.folder])
-        parts.append(
-            f"<pre>{say(verdict)}</pre><h2>Figures</h2><pre>{say(results.format_table(table))}</pre>"
-        )
+        parts.append(f"<pre>{say(verdict)}</pre><h2>Figures</h2>")
+        parts.append(f"<pre>{say(results.format_table(table))}</pre>")
     except LogError as error:
         parts.append(f"<p>No verdict: {say(str(error))}</p>")
     for title, draw in results.FIGURES.items():
@@ -261,9 +259,7 @@ def export_crate(run_dir: Path | str, dest: Path | str) -> Shared:
     """
     run = _gather(run_dir)
     if "job.sh" not in run.texts:
-        raise ExportError(
-            f"{run.folder}: found no job.sh; needed the crate's workflow. 03_configuration writes it"
-        )
+        raise ExportError(f"{run.folder}: found no job.sh; needed the workflow. 03_configuration writes it")
 
     def write(draft: Path) -> None:
         for name, text in run.texts.items():
@@ -318,18 +314,15 @@ def _describe(run: _Run, draft: Path) -> None:
     agent = add("#site", "Organization", name="the site that ran it (name withheld)")
     crate.root_dataset["author"] = crate.root_dataset["publisher"] = agent
     home = add("https://www.gnu.org/software/bash/", "WebSite", name="GNU Bash")
-    bash = ComputerLanguage(
-        crate, "#bash", {"name": "Bash", "alternateName": "bash", "url": {"@id": home.id}}
-    )
+    words = {"name": "Bash", "alternateName": "bash", "url": {"@id": home.id}}
+    bash = crate.add(ComputerLanguage(crate, "#bash", words))
     properties = {
         "name": "job.sh: servers, orchestrator, LoadGen",
         "encodingFormat": "application/x-sh",
         "version": sha256(draft / "job.sh")[:12],
         "conformsTo": {"@id": f"{_BIOSCHEMAS}/ComputationalWorkflow/1.0-RELEASE"},
     }
-    job = crate.add_workflow(
-        draft / "job.sh", "job.sh", main=True, lang=crate.add(bash), properties=properties
-    )
+    job = crate.add_workflow(draft / "job.sh", "job.sh", main=True, lang=bash, properties=properties)
     files = {}
     for path in sorted(p for p in draft.rglob("*") if p.is_file() and p.name != "job.sh"):
         name = path.relative_to(draft).as_posix()
@@ -344,10 +337,11 @@ def _describe(run: _Run, draft: Path) -> None:
     for kind, names in chosen.items():
         for name in names:
             slot = f"#{kind}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
-            conforms = {"@id": f"{_BIOSCHEMAS}/FormalParameter/1.0-RELEASE"}
-            files[name]["exampleOfWork"] = add(
-                slot, "FormalParameter", name=name, additionalType="File", conformsTo=conforms
-            )
+            conforms = {
+                "additionalType": "File",
+                "conformsTo": {"@id": f"{_BIOSCHEMAS}/FormalParameter/1.0-RELEASE"},
+            }
+            files[name]["exampleOfWork"] = add(slot, "FormalParameter", name=name, **conforms)
         job[kind] = [files[name]["exampleOfWork"] for name in names]
     phases = read_json_lines(draft / "job/phases.jsonl")
     done = bool(phases) and phases[-1]["phase"] == "done"
@@ -381,12 +375,8 @@ SYSTEM_FIELDS_EMPTY = (
     "accelerator_interconnect_topology", "accelerator_on-chip_memories", "hw_notes", "sw_notes", "system_type_detail",
 )  # fmt: skip
 _NAME = r"[A-Za-z0-9][\w.-]*"
-_ALLOWED = {
-    "division": "closed|open|network",
-    "status": "available|preview|rdi",
-    "submitter": _NAME,
-    "system_id": _NAME,
-}
+_ALLOWED = {"division": "closed|open|network", "status": "available|preview|rdi"}
+_ALLOWED |= {"submitter": _NAME, "system_id": _NAME}
 MEASUREMENTS = {
     "input_data_types": "int32",
     "retraining": "No",
@@ -419,9 +409,7 @@ def export_submission(run_dir: Path | str, dest: Path | str, system: Path | str)
     result = results.read_result(run.folder)
     verdict = result.verdict
     if verdict.claim.source != "measured":
-        raise ExportError(
-            f"{run.folder}: its source is {verdict.claim.source}; needed: measured, on the system itself"
-        )
+        raise ExportError(f"{run.folder}: its source is {verdict.claim.source}; needed: measured")
     if not verdict.valid:
         raise ExportError(f"{run.folder}: the run is INVALID; needed a VALID one. {verdict.text()}")
     fields = _system_fields(Path(system))
@@ -441,9 +429,7 @@ def export_submission(run_dir: Path | str, dest: Path | str, system: Path | str)
 def _system_fields(path: Path) -> dict:
     """The fields of a system description, checked as the checker does."""
     if not path.is_file():
-        raise ExportError(
-            f"{path}: no such file; needed a system description: copy params/system.example.yaml, fill it in"
-        )
+        raise ExportError(f"{path}: no such file. Copy params/system.example.yaml there and fill it in")
     fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(fields, dict):
         raise ExportError(f"{path}: found {type(fields).__name__}; needed `field: value` lines")
@@ -496,9 +482,7 @@ def _write_tree(root: Path, run: _Run, result: results.RunResult, fields: dict, 
     elif closed:
         missing.append("calibration.md: give `calibration`, a text or a file, in the system description")
     if closed and claim.scenario != "Offline":
-        missing.append(
-            f"results/{name}/{claim.model}/Offline: closed wants it beside {claim.scenario}; open does not"
-        )
+        missing.append(f"results/{name}/{claim.model}/Offline: closed wants it, too; open does not")
     return missing
 
 

@@ -37,9 +37,8 @@ _WORDS = frozenset((
     "folder", "division", "submitter", "system", "model", "accelerator", "scenario", "round", "source", "loadgen_valid",
     "first_failed", "shortened", "loadgen_scenario", "loadgen_version", "test_datetime", "log_path", "error",
 ))  # fmt: skip
-_WHOLE = dict.fromkeys(
-    ("accelerators_total", "nodes", "min_duration_ms", "query_count", "error_count"), "Int64"
-)
+_COUNTS = ("accelerators_total", "nodes", "min_duration_ms", "query_count", "error_count")
+_WHOLE = dict.fromkeys(_COUNTS, "Int64")
 
 
 @dataclass(frozen=True)
@@ -161,21 +160,18 @@ def folder_source(run_dir: Path | str) -> str:
 
 def claim_of(files: RunFiles, run: MlperfRun, source: str | None = None) -> Claim:
     """What a run claims: its own settings first, then SOURCE.txt and folder names, then LoadGen's settings."""
-    named = f"{files.origin.get('path', '')}/{files.base}"
-    parts = re.split(r"[/\\]|__", named)
+    parts = re.split(r"[/\\]|__", f"{files.origin.get('path', '')}/{files.base}")
     model_key = str(files.settings.get("client", {}).get("model_key", ""))
     models = (found for name in (model_key, *parts) if (found := model_of(name)))
     model = next(models, "") or _model_by_samples(run)
-    division = (
-        parts[0] if parts[0] in ("closed", "open", "network") else files.system.get("division", "closed")
-    )
+    named = parts[0] in ("closed", "open", "network")
     found = re.search(r"inference_results_(v\d+\.\d+)", files.origin.get("repository", ""))
     return Claim(
         model=model,
         scenario=_scenario(run, model, model_key, parts),
         round=str(files.parameters.get("round") or (found[1] if found else "v5.1")),
         source=source or source_of(files),
-        division=str(division),
+        division=parts[0] if named else str(files.system.get("division", "closed")),
         shortened=_rehearsed_settings(files),
     )
 
@@ -238,7 +234,12 @@ def read_result(folder: Path | str, source: str | None = None, claim: Claim | No
     files = find_logs(folder)
     if source is not None and source not in SOURCES:
         raise DisaggError(f"source: found {source!r}; needed one of {', '.join(SOURCES)}")
-    accuracy_run, accuracy_error = _read_accuracy_run(files)
+    accuracy_run, accuracy_error = None, ""
+    if files.accuracy and (files.accuracy / DETAIL).is_file():
+        try:
+            accuracy_run = read_run(files.accuracy)
+        except LogError as error:
+            accuracy_error = str(error)
     run = read_run(files.performance) if files.performance else accuracy_run
     if run is None:
         todo = accuracy_error or "Measure again."
@@ -250,74 +251,50 @@ def read_result(folder: Path | str, source: str | None = None, claim: Claim | No
     return RunResult(files, run, accuracy_run, verdict, scores.scores if scores else {}, accuracy_error)
 
 
-def _read_accuracy_run(files: RunFiles) -> tuple[MlperfRun | None, str]:
-    """The accuracy run and "", or None and what is wrong with its logs (nothing, if it was not made)."""
-    folder = files.accuracy
-    if folder is None or folder == files.performance or not (folder / DETAIL).is_file():
-        return None, ""
-    try:
-        return read_run(folder), ""
-    except LogError as error:
-        return None, str(error)
-
-
 def run_row(run_dir: Path | str, source: str | None = None) -> dict:
     """One row of the table: every column of COLUMNS; figures are LoadGen's to the last digit (ns / 1e6 = ms)."""
-    return _row(read_result(run_dir, source))
-
-
-def _row(result: RunResult) -> dict:
-    run, verdict, files = result.run, result.verdict, result.files
-    row = empty_row(files.folder) | {name: getattr(run, name) for name in COLUMNS if hasattr(run, name)}
-    limits = limits_ms(verdict.claim.model, verdict.claim.scenario) or (run.ttft_limit_ms, run.tpot_limit_ms)
-    row.update(
-        _identity(result),
-        source=verdict.claim.source,
-        round=verdict.claim.round,
-        scenario=verdict.claim.scenario,
-        valid=verdict.valid,
-        submittable=verdict.submittable,
-        error=result.accuracy_error,
-        first_failed=verdict.failed[0].name if verdict.failed else "",
-        shortened=", ".join([*(check.name for check in verdict.shortened), *verdict.claim.shortened]),
-        latency_p50_s=run.latency_p50_ms / 1e3,
-        latency_p99_s=run.latency_p99_ms / 1e3,
-        ttft_limit_ms=limits[0],
-        tpot_limit_ms=limits[1],
-        accuracy_rougeL=result.scores.get("rougeL", NAN),
-        accuracy_exact_match=result.scores.get("exact_match", NAN),
-        tokens_per_sample=result.scores.get("tokens_per_sample", NAN),
-    )
-    gpus = row["accelerators_total"]
-    row["completed_tokens_per_s_per_gpu"] = run.completed_tokens_per_s / gpus if gpus and gpus > 0 else NAN
-    return row
-
-
-def empty_row(folder: Path | str) -> dict:
-    """A row without a figure: words are empty, figures NaN, nothing is valid."""
-    row = {name: "" if name in _WORDS else NAN for name in COLUMNS}
-    row.update(folder=str(folder), valid=False, submittable=False)
-    return row
-
-
-def _identity(result: RunResult) -> dict:
-    """Who ran what on which system."""
-    files, claim = result.files, result.verdict.claim
+    result = read_result(run_dir, source)
+    run, verdict, files, scores = result.run, result.verdict, result.files, result.scores
+    claim, system = verdict.claim, files.system
     path = files.origin.get("path", "").split("/")  # division/submitter/results/system/benchmark/scenario/...
     known = path if len(path) > 5 and path[2] == "results" else [""] * 6
-    system = files.system
-    nodes = system.get("number_of_nodes", files.settings.get("node_count", NAN))
-    per_node = system.get("accelerators_per_node", files.settings.get("gpus_per_node", NAN))
+    nodes = _whole(system.get("number_of_nodes", files.settings.get("node_count")))
+    gpus = nodes * _whole(system.get("accelerators_per_node", files.settings.get("gpus_per_node")))
+    limits = limits_ms(claim.model, claim.scenario) or (run.ttft_limit_ms, run.tpot_limit_ms)
     return {
+        **empty_row(files.folder),
+        **{name: getattr(run, name) for name in COLUMNS if hasattr(run, name)},
         "division": known[0] or system.get("division", ""),
         "submitter": known[1] or system.get("submitter", ""),
         "system": known[3] or system.get("system_name") or str(files.parameters.get("system_name") or ""),
         "model": known[4] or claim.model,
         "accelerator": system.get("accelerator_model_name", ""),
-        "nodes": _whole(nodes),
-        "accelerators_total": _whole(nodes) * _whole(per_node),
-        "log_path": f"{files.origin['path'] if known[0] else result.run.log_dir}/{DETAIL}",
+        "accelerators_total": gpus,
+        "nodes": nodes,
+        "scenario": claim.scenario,
+        "round": claim.round,
+        "source": claim.source,
+        "valid": verdict.valid,
+        "submittable": verdict.submittable,
+        "first_failed": verdict.failed[0].name if verdict.failed else "",
+        "shortened": ", ".join([*(check.name for check in verdict.shortened), *claim.shortened]),
+        "completed_tokens_per_s_per_gpu": run.completed_tokens_per_s / gpus if gpus > 0 else NAN,
+        "ttft_limit_ms": limits[0],
+        "tpot_limit_ms": limits[1],
+        "latency_p50_s": run.latency_p50_ms / 1e3,
+        "latency_p99_s": run.latency_p99_ms / 1e3,
+        "accuracy_rougeL": scores.get("rougeL", NAN),
+        "accuracy_exact_match": scores.get("exact_match", NAN),
+        "tokens_per_sample": scores.get("tokens_per_sample", NAN),
+        "log_path": f"{files.origin['path'] if known[0] else run.log_dir}/{DETAIL}",
+        "error": result.accuracy_error,
     }
+
+
+def empty_row(folder: Path | str) -> dict:
+    """A row without a figure: words are empty, figures NaN, nothing is valid."""
+    row = {name: "" if name in _WORDS else NAN for name in COLUMNS}
+    return row | {"folder": str(folder), "valid": False, "submittable": False}
 
 
 def _whole(value: object) -> float:
@@ -397,27 +374,15 @@ def verdict_text(run_dir: Path | str, source: str | None = None) -> str:
 
 #: what fits a terminal: column -> (heading, decimals)
 TERMINAL = {
-    "source": ("source", None),
-    "scenario": ("scenario", None),
-    "loadgen_valid": ("LoadGen", None),
-    "valid": ("valid", None),
-    "submittable": ("submittable", None),
-    "target_qps": ("target_qps", 3),
-    "samples_per_s": ("samples/s", 3),
+    "source": ("source", None), "scenario": ("scenario", None), "loadgen_valid": ("LoadGen", None), "valid": ("valid", None),
+    "submittable": ("submittable", None), "target_qps": ("target_qps", 3), "samples_per_s": ("samples/s", 3),
     "completed_tokens_per_s": ("tokens/s", 1),
-    "ttft_mean_ms": ("TTFT mean ms", 1),
-    "ttft_p50_ms": ("TTFT p50 ms", 1),
-    "ttft_p90_ms": ("TTFT p90 ms", 1),
-    "ttft_p99_ms": ("TTFT p99 ms", 1),
+    **{f"ttft_{part}_ms": (f"TTFT {part} ms", 1) for part in ("mean", "p50", "p90", "p99")},
     "ttft_limit_ms": ("TTFT limit ms", 0),
-    "tpot_mean_ms": ("TPOT mean ms", 2),
-    "tpot_p50_ms": ("TPOT p50 ms", 2),
-    "tpot_p90_ms": ("TPOT p90 ms", 2),
-    "tpot_p99_ms": ("TPOT p99 ms", 2),
-    "tpot_limit_ms": ("TPOT limit ms", 0),
-    "first_failed": ("first failed check", None),
+    **{f"tpot_{part}_ms": (f"TPOT {part} ms", 2) for part in ("mean", "p50", "p90", "p99")},
+    "tpot_limit_ms": ("TPOT limit ms", 0), "first_failed": ("first failed check", None),
     "shortened": ("shortened on purpose", None),
-}
+}  # fmt: skip
 
 
 def format_table(table: pd.DataFrame) -> str:

@@ -22,9 +22,8 @@ from .mlperf_logs import NAN, PERCENTILES, AccuracyScores, MlperfRun
 
 PASS, FAIL, SHORTENED, NOT_JUDGED = "pass", "fail", "shortened on purpose", "not judged"
 #: what a rehearsal leaves short so that it ends in minutes
-SHORTENED_IN_REHEARSAL = frozenset(
-    {"min_duration", "duration", "query_count", "performance_sample_count", "equal_issue", "token_counts"}
-)
+SHORTENED_IN_REHEARSAL = ("min_duration", "duration", "query_count", "performance_sample_count", "equal_issue",
+                          "token_counts")  # fmt: skip
 
 
 class ClaimError(DisaggError):
@@ -238,9 +237,8 @@ def _loadgen_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> I
     """LoadGen's own words. Its VALID ignores errors, so these are two checks."""
     yield _check("test_mode", run.mode == "performance", run.mode, "performance")
     word = run.loadgen_valid
-    yield _check(
-        "loadgen_verdict", word == "VALID", word, "VALID", f"LoadGen: {run.invalid_reason or 'see above'}"
-    )
+    said = f"LoadGen: {run.invalid_reason or 'see above'}"
+    yield _check("loadgen_verdict", word == "VALID", word, "VALID", said)
     yield _check("loadgen_errors", run.error_count == 0, run.error_count, 0, "; ".join(run.errors)[:200])
     for name in ("perf_constraints_met", "min_duration_met", "min_queries_met", "early_stopping_met"):
         if getattr(run, name) is not None:
@@ -250,9 +248,8 @@ def _loadgen_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> I
 def _claim_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> Iterator[Check]:
     """Is the run of the kind that it claims to be?"""
     found, needed = run.loadgen_scenario, "Server" if claim.scenario == "Interactive" else claim.scenario
-    yield _check(
-        "loadgen_scenario", found == needed, found, needed, f"{claim.scenario} is LoadGen's {needed}."
-    )
+    todo = f"{claim.scenario} is LoadGen's {needed}."
+    yield _check("loadgen_scenario", found == needed, found, needed, todo)
     if not model:
         status = FAIL if claim.source == "measured" else NOT_JUDGED
         todo = "data/rounds.yaml has no rules for it."
@@ -267,13 +264,12 @@ def _claim_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> Ite
 
 def _setting_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> Iterator[Check]:
     """Seeds, duration, percentile, samples: what user.conf and LoadGen's compiled-in mlperf.conf decide."""
-    for name, found, needed in zip(
-        ("qsl", "sample_index", "schedule"), run.seeds, rules["seeds"], strict=True
-    ):
+    names = ("seed_qsl", "seed_sample_index", "seed_schedule")
+    for name, found, needed in zip(names, run.seeds, rules["seeds"], strict=True):
         others = [r for r, other in load_rules()["rounds"].items() if found in other["seeds"]]
         hint = f"This is a seed of {others[0]}." if others else "No round has this seed."
         todo = f"{hint} Use the LoadGen whose compiled-in seeds are {claim.round}'s (5.1.2 for v5.1)."
-        yield _check(f"seed_{name}", found == needed, str(found), str(needed), todo)
+        yield _check(name, found == needed, str(found), str(needed), todo)
     least_ms = rules["min_duration_ms"]
     yield _check("min_duration", run.min_duration_ms >= least_ms, run.min_duration_ms, least_ms)
     if run.loadgen_scenario in ("Server", "Offline"):
@@ -316,9 +312,7 @@ def _early_stopping(run: MlperfRun, figure: str, limit: float, own_limit: float)
     fewest, most = over_limit_bounds(run, figure, limit)
     word = " ".join(getattr(run, name).split())
     status, count, unit = PASS, fewest, "queries over the limit, at least"
-    todo = (
-        f"{allowed} of {n} queries may be over {limit:g} ms: lower target_qps. LoadGen: {word or 'nothing'}"
-    )
+    todo = f"{allowed} of {n} queries may be over {limit:g} ms: lower target_qps. LoadGen: {word or '-'}"
     if fewest > allowed or "unsuccessful" in word:
         status = FAIL
     elif most <= allowed:
@@ -366,10 +360,11 @@ def _completed_rate(run: MlperfRun) -> Check:
     took_s = run.query_count / scheduled + longest_s if scheduled else NAN
     least = run.query_count / took_s if took_s > 0 else NAN
     good = least * (1 - 2e-5) <= run.samples_per_s <= scheduled * (1 + 2e-5)
-    todo = f"Scheduled were {scheduled:g} samples/s, and the longest answer took {longest_s:g} s: completed must lie between."
-    return _check(
-        "completed_rate", good, run.samples_per_s, round(least, 6), f"{todo} Do the files belong to one run?"
+    todo = (
+        f"Scheduled were {scheduled:g} samples/s, and the longest answer took {longest_s:g} s: completed must lie "
+        "between these. Do the files belong to one run?"
     )
+    return _check("completed_rate", good, run.samples_per_s, round(least, 6), todo)
 
 
 def _client_checks(client: Mapping | None) -> Iterator[Check]:
@@ -402,9 +397,8 @@ def _accuracy_checks(
         figure = scores.get(name) if scores else NAN
         high = math.inf if high is None else high
         todo = f"{name} must be {low:g} to {high:g}. Check the decoding settings and the checkpoint."
-        check = _check(
-            f"accuracy_{name}", low <= figure <= high, figure, high if figure > high else low, todo
-        )
+        limit = high if figure > high else low
+        check = _check(f"accuracy_{name}", low <= figure <= high, figure, limit, todo)
         if math.isnan(figure):
             check = replace(check, status=NOT_JUDGED, advice="Make the accuracy run and evaluate it.")
         elif claim.division == "open" and check.status == FAIL:
@@ -442,10 +436,8 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield f"  {check.name}: {_figures(check)}. {check.advice}"
     if verdict.suggestion:
         yield f"  {verdict.suggestion}"
-    listed = [
-        f"{check.name} ({_number(check.figure)} of {_number(check.limit)}{check.unit and ' ' + check.unit})"
-        for check in verdict.shortened
-    ]
+    short = [(c, f"{_number(c.figure)} of {_number(c.limit)} {c.unit}".strip()) for c in verdict.shortened]
+    listed = [f"{check.name} ({figures})" for check, figures in short]
     if listed or claim.shortened:
         yield f"  Shortened on purpose: {', '.join([*listed, *claim.shortened])}."
     if verdict.not_judged:
