@@ -239,7 +239,7 @@ def parse_summary(text: str) -> dict[str, str]:
 def _read_texts(log_dir: Path) -> tuple[str, str]:
     """Text of the detail log and of the summary; line ends of either kind."""
     if not log_dir.is_dir():
-        raise LogError("missing_folder", log_dir, "none", "a folder of LoadGen logs", "Check the path.")
+        raise LogError("missing_folder", log_dir, "no such folder", "LoadGen's folder", "Check the path.")
     names = sorted(entry.name for entry in log_dir.iterdir())
     if not names:
         todo = "Did LoadGen start at all? See logs/."

@@ -253,7 +253,7 @@ def _claim_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> Ite
     if not model:
         status = FAIL if claim.source == "measured" else NOT_JUDGED
         todo = "data/rounds.yaml has no rules for it."
-        yield Check("model_rules", status, claim.model or "unknown", "", "", todo)
+        yield Check("model_rules", status, claim.model or "unknown", "a known model", "", todo)
         return
     dropped = rules["drop_scenarios"].get(claim.model, [])
     allowed = [scenario for scenario in model["scenarios"] if scenario not in dropped]
