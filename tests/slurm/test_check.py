@@ -128,7 +128,8 @@ def test_the_notebooks_run_on_slurm_show_the_reason_and_hold_no_token(cluster, t
     else:
         assert done.returncode == 1
         reason = launch.job_state(run).reason
-        assert reason.startswith("generation server gen0 (rank 4, node gb02) ended with status")
+        node = (run / "job/nodes.txt").read_text().split()[1]
+        assert reason.startswith(f"generation server gen0 (rank 4, node {node}) ended with status")
         assert reason[:60] in executed
         assert reason[:60] in done.stderr
     holders = [p for p in run.rglob("*") if p.is_file() and CANARY.encode() in p.read_bytes()]
