@@ -14,6 +14,7 @@ from .experiment import (
     REPOSITORY,
     Experiment,
     ParameterError,
+    expand,
     load_experiment,
     parameter_names,
     refuse_unknown,
@@ -47,7 +48,7 @@ def _given(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 def _files(names: Sequence[str]) -> list[str]:
     """The params files of a command line: looked for from the repository's root, then from here."""
-    here = [Path(name).expanduser().absolute() for name in names]
+    here = [expand(name).absolute() for name in names]
     found = [
         str(path) if path.exists() and not (REPOSITORY / name).exists() else name
         for path, name in zip(here, names, strict=True)
@@ -61,7 +62,10 @@ def _write_csv(table, path: str | None) -> None:
             raise ParameterError(
                 f"--csv: {path} is there already, and nothing is overwritten. Choose another name"
             )
-        table.to_csv(path, index=False)
+        try:
+            table.to_csv(path, index=False)
+        except OSError as error:
+            raise ParameterError(f"--csv: {path}: cannot be written ({error.strerror or error})") from None
 
 
 def _run_folder(run_dir: str) -> Path:

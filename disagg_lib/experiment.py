@@ -85,13 +85,13 @@ class Experiment(BaseModel):
         ("performance", "accuracy"), "list, in this order"
     )
     # the topology
-    num_ctx_servers: int = _parameter(4, "context servers", ge=1)
+    num_ctx_servers: int = _parameter(4, "context servers", ge=1, le=10_000)
     ctx_tp_size: int = _parameter(4, "GPUs that share each layer of a context server", ge=1)
     ctx_pp_size: int = _parameter(1, "pipeline stages of a context server", ge=1)
     ctx_batch_size: int = _parameter(128, "requests in one context step, at the most", ge=1)
     ctx_max_num_tokens: int = _parameter(4096, "prompt tokens in one context step, at the most", ge=1)
     ctx_gpu_memory_fraction: float = _parameter(0.95, "share of free GPU memory for the KV cache", gt=0, lt=1)
-    num_gen_servers: int = _parameter(1, "generation servers", ge=1)
+    num_gen_servers: int = _parameter(1, "generation servers", ge=1, le=10_000)
     gen_tp_size: int = _parameter(4, "GPUs that share each layer of a generation server", ge=1)
     gen_batch_size: int = _parameter(512, "requests in one generation step, at the most", ge=1)
     gen_max_num_tokens: int = _parameter(512, "tokens in one generation step, at the most", ge=1)
@@ -322,6 +322,21 @@ def _check_together(e: Experiment) -> None:
         raise ParameterError(
             "container: found 'pyxis' with engine: rehearsal, which runs outside containers. Set container: none"
         )
+    if e.client == "nvidia_harness":
+        if e.engine != "trtllm":
+            raise ParameterError(
+                f"client: found 'nvidia_harness' with engine: {e.engine}; it measures engine: trtllm. Set client: loadgen"
+            )
+        for key in ("scratch_dir", "harness_dir", "work_dir"):
+            if any(c in "$#'\"`;() \t" for c in getattr(e, key) or ""):
+                raise ParameterError(
+                    f"{key}: found {getattr(e, key)!r}; the harness's makefiles expand such characters. Use a plain path"
+                )
+    if e.trtllm_dialect == "1.x" and e.kv_transfer_backend == "MPI":
+        raise ParameterError(
+            "kv_transfer_backend: found 'MPI' in dialect 1.x, where each server is a step of its own and no MPI world "
+            "joins them. Use NIXL or UCX"
+        )
     low, high = e.search_bounds_qps
     if low >= high:
         raise ParameterError(
@@ -474,7 +489,12 @@ def _explain(error: Mapping, provenance: Mapping[str, str]) -> str:
 
 
 def _absolute(value: str, root: Path) -> str:
-    return os.path.normpath(root / Path(value).expanduser())
+    return os.path.normpath(root / expand(value))
+
+
+def expand(path: str | Path) -> Path:
+    """A path with ~ expanded; a user that does not exist leaves it as it is."""
+    return Path(os.path.expanduser(path))
 
 
 def load_experiment(
@@ -500,9 +520,7 @@ def load_experiment(
         raise ParameterError(
             f"params_files: found the text {params_files!r}, needed a list: [{params_files!r}]"
         )
-    sources = [
-        (str(name), read_params_file(root / Path(name).expanduser(), str(name))) for name in params_files
-    ]
+    sources = [(str(name), read_params_file(root / expand(name), str(name))) for name in params_files]
     refuse_unknown(given or (), parameter_names(), "given")
     for source, mapping in [*sources, ("given", dict(given or {}))]:
         for name, value in mapping.items():
@@ -577,7 +595,7 @@ def refuse_contradiction(
     """
     claims: dict[str, Any] = {}
     for name in params_files:
-        claims |= read_params_file(REPOSITORY / Path(name).expanduser(), str(name))
+        claims |= read_params_file(REPOSITORY / expand(name), str(name))
     claims = {name: value for name, value in {**claims, **given}.items() if value is not None}
     kept = {name: value for name, value in recorded.model_dump().items() if value is not None}
     claimed = load_experiment((), {**kept, **claims})

@@ -57,6 +57,10 @@ def admit():
     """Refuse a folder that was used before; a job that Slurm started again says so in its phases."""
     seen = phases()
     if not seen:
+        try:
+            (JOB / "phases.jsonl").open("x").close()
+        except FileExistsError:
+            raise Failed("refused: another job has just taken this run folder. Make a new run") from None
         # Room for the reason and the last word, should the disk be full by then.
         for name, size in (("reason.txt", REASON_ROOM), ("reserve", 65536)):
             (JOB / name).write_bytes(b" " * size)
@@ -296,8 +300,13 @@ def refuse_dead_servers():
 
 
 def await_step(name):
-    """Wait for a step that ends by itself."""
+    """Wait for a step that ends by itself, at most load_timeout_s."""
+    limit_s = settings()["load_timeout_s"]
+    deadline = time.monotonic() + limit_s
     while exit_status(name) is None:
+        if time.monotonic() > deadline:
+            log = last_lines(RUN / "logs" / (name + ".log"))
+            raise Failed(f"{name}: not done after load_timeout_s = {limit_s} s: {log}")
         time.sleep(POLL_S)
     if exit_status(name):
         raise Failed(
@@ -355,8 +364,11 @@ def complete_all(host, port, count, timeout_s):
     threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(count)]
     for thread in threads:
         thread.start()
+    deadline = time.monotonic() + timeout_s
     while any(thread.is_alive() for thread in threads):
         refuse_dead_servers()
+        if time.monotonic() > deadline:  # a server that drips keeps every single read short of its time-out
+            return f"no complete answer within {timeout_s:.0f} s"
         time.sleep(POLL_S)
     return next((p for p in problems if p), None)
 
@@ -465,8 +477,13 @@ def watch(mode):
         if progress is not None and progress["mode"] == (
             "performance" if mode == "find_target_qps" else mode
         ):
-            counts = (progress["done"], progress["tokens"])
-            if counts != seen or not progress["outstanding"]:
+            # With no query open there are no tokens to wait for, but a living client still writes a line a second.
+            counts = (
+                progress["done"],
+                progress["tokens"],
+                0 if progress["outstanding"] else progress["time_s"],
+            )
+            if counts != seen:
                 moved, seen = time.monotonic(), counts
         still_s = time.monotonic() - moved
         if still_s > (stall_s if seen else max(stall_s, 600)):
@@ -559,7 +576,7 @@ def main(arguments):
         elif command == "ranks":
             return ranks(int(rest[0]), rest[1], rest[2:])
         elif command == "reason":
-            give_reason(signal_reason(rest[1]))
+            give_reason(signal_reason(rest[1]) if rest[0] == "signal" else rest[1])
         elif command == "finish":
             return finish(int(rest[0]))
         else:

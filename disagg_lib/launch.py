@@ -98,8 +98,9 @@ def slurm(
     cwd: Path | None = None,
     environment: dict | None = None,
     text: str | None = None,
+    keep: tuple[int, ...] = (),
 ) -> str:
-    """Standard output of a Slurm command, which may read `text` from its standard input.
+    """Standard output of a Slurm command, which may read `text` from its standard input and inherits the files `keep`.
 
     Raises
     ------
@@ -123,6 +124,7 @@ def slurm(
                 capture_output=True,
                 text=True,
                 timeout=COMMAND_TIMEOUT_S,
+                pass_fds=keep,
             )
         except subprocess.TimeoutExpired:
             problem = f"no answer within {COMMAND_TIMEOUT_S:.0f} s"
@@ -285,6 +287,10 @@ def _record(run_dir: Path) -> dict | None:
         return json.loads(_record_path(run_dir).read_text())
     except FileNotFoundError:
         return None
+    except json.JSONDecodeError:
+        raise JobError(
+            f"{_record_path(run_dir)}: not as this release writes it. Look for the job with squeue"
+        ) from None
 
 
 def _write_record(run_dir: Path, record: dict) -> None:
@@ -294,11 +300,15 @@ def _write_record(run_dir: Path, record: dict) -> None:
 
 
 @contextmanager
-def _only_one(run_dir: Path) -> Iterator[None]:
-    """Two notebooks that press the button at once take turns."""
+def _only_one(run_dir: Path) -> Iterator[int]:
+    """Two notebooks that press the button at once take turns; yields the lock's descriptor.
+
+    sbatch inherits it: a kernel that is killed while sbatch is under way leaves the lock to sbatch, so that nobody
+    looks for the job before it can be found.
+    """
     with (run_dir / "job/submit.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        yield lock.fileno()
 
 
 def _environment() -> dict[str, str]:
@@ -319,7 +329,7 @@ def submit(run_dir: Path) -> JobState:
     NoAnswer : Slurm does not answer; run it again, and a job that did get through is found, not sent twice.
     """
     experiment = load_recorded(run_dir)
-    with _only_one(run_dir):
+    with _only_one(run_dir) as lock:
         record = _record(run_dir)
         if record is None or record["job_id"] is None:
             if job_agent.ended(read_json_lines(run_dir / "job/phases.jsonl")):
@@ -327,11 +337,11 @@ def submit(run_dir: Path) -> JobState:
                     f"{run_dir.name}: its job was run by hand and has ended. Make a new run (03_configuration)"
                 )
             start = _submit_local if experiment.launcher == "local" else _submit_slurm
-            _write_record(run_dir, start(run_dir, experiment, record))
+            _write_record(run_dir, start(run_dir, experiment, record, lock))
     return job_state(run_dir)
 
 
-def _submit_local(run_dir: Path, experiment: Experiment, record: dict | None) -> dict:
+def _submit_local(run_dir: Path, experiment: Experiment, record: dict | None, lock: int) -> dict:
     with (run_dir / SCRIPT_LOG).open("ab") as log:
         process = subprocess.Popen(
             ["bash", "job.sh"],
@@ -347,7 +357,7 @@ def _submit_local(run_dir: Path, experiment: Experiment, record: dict | None) ->
     return {"launcher": "local", "job_id": str(process.pid), "create_time_s": created}
 
 
-def _submit_slurm(run_dir: Path, experiment: Experiment, record: dict | None) -> dict:
+def _submit_slurm(run_dir: Path, experiment: Experiment, record: dict | None, lock: int) -> dict:
     if record is None:
         # Kept before sbatch is called: should its answer be lost, this comment finds the job.
         record = {
@@ -364,7 +374,7 @@ def _submit_slurm(run_dir: Path, experiment: Experiment, record: dict | None) ->
     if experiment.segment and knows_segment():
         command.append(f"--segment={experiment.segment}")
     try:
-        answer = slurm(*command, "job.sh", tries=1, cwd=run_dir, environment=_environment())
+        answer = slurm(*command, "job.sh", tries=1, cwd=run_dir, environment=_environment(), keep=(lock,))
         return record | {"job_id": answer.strip().split(";")[0]}
     except NoAnswer as silence:
         found = _find_by_comment(record["comment"])
@@ -557,6 +567,8 @@ def cancel(run_dir: Path, grace_s: float = 20.0) -> JobState:
     record = _record(run_dir)
     if record is None or record["job_id"] is None:
         raise JobError(f"{run_dir.name} has no job to cancel")
+    if job_state(run_dir, ask=False).ended:
+        return job_state(run_dir, ask=False)
     (run_dir / "job/cancelled").touch()  # the agent tells this end from the time limit's by it
     if record["launcher"] == "slurm":
         if _slurm_state(record["job_id"])[0] == "PENDING":

@@ -176,28 +176,36 @@ def run_chain(
             continue
         out(f"\n== {name} ({datetime.datetime.now():%H:%M:%S})")
         parameters = {"params_files": files, "run_dir": str(run), **given}
-        if run.exists() and executed != run / "notebooks":
+        copy = executed / f"{name}.ipynb"
+        # Sockets in a folder of our own, not TCP ports that any user of this machine could reach; its path is short,
+        # because a socket's path may have about 107 bytes.
+        with tempfile.TemporaryDirectory(prefix="k", dir="/tmp") as sockets:
+            kernel = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/k"}})
+            try:
+                papermill.execute_notebook(
+                    NOTEBOOKS / f"{name}.ipynb",
+                    copy,
+                    parameters=parameters,
+                    cwd=NOTEBOOKS,
+                    progress_bar=False,
+                    stdout_file=sys.stdout,
+                    stderr_file=sys.stderr,
+                    config=kernel,
+                )
+            except papermill.PapermillExecutionError as error:
+                raise DisaggError(
+                    f"{name} stopped: {error.ename}: {error.evalue}\nIts executed copy: {copy}"
+                ) from None
+            except KeyboardInterrupt:
+                raise DisaggError(
+                    f"interrupted in {name}. A job that was submitted goes on: "
+                    f"`python -m disagg_lib attach {run}`, or `cancel`"
+                ) from None
+        if name == "03_configuration":  # this chain's own: another chain's folder would have stopped it there
             for path in executed.iterdir():
                 path.rename(run / "notebooks" / path.name)
             executed.rmdir()
             executed = run / "notebooks"
-        copy = executed / f"{name}.ipynb"
-        try:
-            papermill.execute_notebook(
-                NOTEBOOKS / f"{name}.ipynb",
-                copy,
-                parameters=parameters,
-                cwd=NOTEBOOKS,
-                progress_bar=False,
-                stdout_file=sys.stdout,
-                stderr_file=sys.stderr,
-                # Sockets in the file system, not TCP ports that any user of this machine could reach.
-                config=Config({"KernelManager": {"transport": "ipc"}}),
-            )
-        except papermill.PapermillExecutionError as error:
-            raise DisaggError(
-                f"{name} stopped: {error.ename}: {error.evalue}\nIts executed copy: {copy}"
-            ) from None
     report = _report(executed)
     write_manifest(run)
     out("\n" + results.format_table(results.runs_table([run])))

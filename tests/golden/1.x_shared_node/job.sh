@@ -42,7 +42,6 @@ export TRTLLM_SERVER_DISABLE_GC=1
 export TRTLLM_WORKER_DISABLE_GC=1
 export NCCL_GRAPH_MIXING_SUPPORT=0
 export ENROOT_ALLOW_DEV=yes
-export PYTHONPATH=/work/.llm_aarch64/lib/python3.12/site-packages
 
 
 pids=()

@@ -157,6 +157,12 @@ start orchestrator logs/output_server.log step "$(node 0)" 1 - \
 agent phase ready
 attend agent ready || exit
 
+# make would expand what a folder's name holds
+if [[ $RUN == *[^A-Za-z0-9_./-]* ]]; then
+  agent reason text "the run folder's path $RUN holds characters that make expands: move the folder to a plain path"
+  exit 1
+fi
+
 # harness MODE TEST_MODE: NVIDIA's harness measures, from its own tree; its LoadGen files are copied unedited
 harness() {
   start "client_$1" "logs/mlperf_benchmark_$1.log" step "$(node 0)" 1 - \
