@@ -170,6 +170,8 @@ def experiment_checks(e: Experiment) -> list[Check]:
         ]
         if e.engine == "trtllm":
             checks += [_model_folder(e), *_container(e)]
+    if e.engine != "rehearsal" and e.client == "loadgen":
+        checks.append(_data_set(e))
     if e.client == "nvidia_harness":
         checks += _harness(e)
     return checks
@@ -358,6 +360,31 @@ def _model_folder(e: Experiment) -> Check:
         "the checkpoint's folder is readable here",
         "servers that die while loading, after the queue",
         "run 01_model_download, or set scratch_dir or model_dir",
+    )
+
+
+def _data_set(e: Experiment) -> Check:
+    if e.dataset_path is None:
+        found, fix, level = (
+            "synthetic prompts",
+            "set dataset_path and trust_dataset: true in params/site.yaml",
+            "warning",
+        )
+        prevents = "a measured run that can claim no round: its prompts are made up"
+    elif not os.access(e.dataset_path, os.R_OK):
+        found, fix, level = f"{e.dataset_path} is not readable here", "correct dataset_path", "error"
+        prevents = "a client that ends after the servers have loaded"
+    else:
+        found, fix, level = (
+            f"{e.dataset_path}, trust_dataset: {str(e.trust_dataset).lower()}",
+            "set trust_dataset: true",
+            "error",
+        )
+        prevents = "a client that refuses the pickle after the servers have loaded (a pickle can run code)"
+        if e.trust_dataset:
+            return _rule("data_set", True, found, "the benchmark's data set", prevents, fix)
+    return _rule(
+        "data_set", False, found, "the benchmark's data set, readable and trusted", prevents, fix, level
     )
 
 

@@ -172,6 +172,7 @@ def claim_of(files: RunFiles, run: MlperfRun, source: str | None = None) -> Clai
         round=str(files.parameters.get("round") or (found[1] if found else "v5.1")),
         source=source or source_of(files),
         division=parts[0] if named else str(files.system.get("division", "closed")),
+        data_set=str(files.settings.get("client", {}).get("data_set", {}).get("kind", "")),
         shortened=_rehearsed_settings(files),
     )
 

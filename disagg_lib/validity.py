@@ -39,6 +39,7 @@ class Claim:
     round: str = "v5.1"
     source: str = "measured"  # measured | rehearsed | simulated | published
     division: str = "closed"
+    data_set: str = ""  # synthetic | pickle, where the run says it
     shortened: tuple[str, ...] = ()  # what a rehearsal changed that no check sees: output lengths, the pace
 
 
@@ -250,6 +251,9 @@ def _claim_checks(run: MlperfRun, claim: Claim, rules: dict, model: dict) -> Ite
     found, needed = run.loadgen_scenario, "Server" if claim.scenario == "Interactive" else claim.scenario
     todo = f"{claim.scenario} is LoadGen's {needed}."
     yield _check("loadgen_scenario", found == needed, found, needed, todo)
+    if claim.data_set and claim.source == "measured":
+        todo = "Made-up prompts measure nothing that a round knows: set dataset_path."
+        yield _check("data_set", claim.data_set != "synthetic", claim.data_set, "the benchmark's", todo)
     if not model:
         status = FAIL if claim.source == "measured" else NOT_JUDGED
         todo = "data/rounds.yaml has no rules for it."

@@ -193,6 +193,22 @@ def test_a_stall_ends_the_job_after_stall_timeout_s(tmp_path):
     assert no_process_left(run)
 
 
+def test_a_client_that_hangs_with_no_query_open_is_a_stall(tmp_path):
+    run = make(tmp_path / "run", server_target_qps=0.5, stall_timeout_s=3, test_modes=["performance"])
+    launch.submit(run)
+    wait(
+        run,
+        until=lambda state: (
+            state.ended or (state.progress and state.progress["done"] and not state.progress["outstanding"])
+        ),
+    )
+    for process in processes_of(run):
+        if "loadgen_client.py" in " ".join(process.cmdline()) and "ranks" not in process.cmdline():
+            process.suspend()
+    assert wait(run, timeout_s=30).reason.startswith("stalled: ")
+    assert no_process_left(run)
+
+
 def test_a_killed_job_script_is_lost_and_its_servers_end_by_themselves(tmp_path):
     run = make(tmp_path / "run", rehearsal_queries=4000, test_modes=["performance"])
     job = launch.submit(run).job_id

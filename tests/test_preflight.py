@@ -23,7 +23,11 @@ def site(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
+    pickle = tmp_path / "data.pkl"
+    pickle.touch()
     return CLUSTER | {
+        "dataset_path": str(pickle),
+        "trust_dataset": True,
         "container_image": str(image),
         "container_mounts": f"{tmp_path}:/scratch",
         "model_dir": str(model),
@@ -54,6 +58,8 @@ def test_it_tells_how_many_mean_requests_fit(site):
         ({"container_image": "/nowhere/image.sqsh"}, "container_image", "error"),
         ({"container_mounts": "/nowhere:/scratch"}, "container_mounts", "error"),
         ({"container_mounts": "/tmp"}, "container_mounts", "error"),
+        ({"dataset_path": "/nowhere.pkl"}, "data_set", "error"),
+        ({"trust_dataset": False}, "data_set", "error"),
         ({"model_dir": "/nowhere"}, "model_folder", "error"),
         ({"container_mounts": "/tmp:/hf_abcdefghijklmnopqrstu"}, "secrets", "error"),
         ({"client": "nvidia_harness"}, "harness_dir", "error"),

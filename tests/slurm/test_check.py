@@ -23,9 +23,11 @@ def site(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
+    data = tmp_path / "data.pkl"
+    data.touch()
     path = tmp_path / "site.yaml"
     path.write_text(
-        f"partition: batch\naccount: mlperf\ncontainer_image: {image}\ncontainer_mounts: {tmp_path}:/scratch\nmodel_dir: {model}\n"
+        f"partition: batch\naccount: mlperf\ncontainer_image: {image}\ncontainer_mounts: {tmp_path}:/scratch\nmodel_dir: {model}\ndataset_path: {data}\ntrust_dataset: true\n"
     )
     return path
 

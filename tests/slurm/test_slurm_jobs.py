@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
@@ -148,6 +149,23 @@ def test_a_kernel_killed_between_sbatch_and_its_answer_attaches(cluster, make_ru
     launch._write_record(run, record | {"job_id": None})
     assert launch.submit(run).job_id == state.job_id
     assert len(jobs_of(cluster, run)) == 1
+
+
+def test_a_kernel_killed_while_sbatch_is_under_way_leads_to_one_job(cluster, make_run, tmp_path, monkeypatch):
+    run = make_run(num_ctx_servers=1, test_modes=["accuracy"])
+    slow = tmp_path / "bin"
+    slow.mkdir()
+    real = subprocess.run(["which", "sbatch"], capture_output=True, text=True).stdout.strip()
+    (slow / "sbatch").write_text(f'#!/bin/bash\ntouch {slow}/under_way\nsleep 3\nexec {real} "$@"\n')
+    (slow / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow}:{cluster.environment['PATH']}")
+    code = f"from pathlib import Path; from disagg_lib import launch; launch.submit(Path({str(run)!r}))"
+    kernel = subprocess.Popen([sys.executable, "-c", code])
+    cluster.wait("sbatch is under way", (slow / "under_way").exists)
+    kernel.kill()
+    kernel.wait()
+    state = launch.submit(run)
+    assert jobs_of(cluster, run) == [state.job_id]
 
 
 def test_a_refused_submission_leaves_no_job_and_can_be_mended(cluster, make_run):
