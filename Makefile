@@ -46,7 +46,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-SLURM_PACKAGES := slurmctld slurmd slurm-client slurm-wlm-basic-plugins slurm-wlm-mysql-plugin slurmdbd mariadb-server munge libpmix2 libpmix-dev
+SLURM_PACKAGES := slurmctld slurmd slurm-client slurm-wlm-basic-plugins slurm-wlm-mysql-plugin slurmdbd mariadb-server munge libpmix2 libpmix-dev squashfs-tools
 
 .PHONY: test-slurm
 test-slurm: $(VENV)/.installed

@@ -163,6 +163,9 @@ class Experiment(BaseModel):
     client_dir: str | None = _parameter(
         None, "folder with LoadGen and numpy for the client; 00_setup builds it"
     )
+    setup_jobs: Literal["none", "probe", "all"] = _parameter(
+        "probe", "jobs of 00_setup: none, a look at one node, or also image and client where absent"
+    )
     # the other ways to serve and to measure
     system_name: str | None = _parameter(None, "SYSTEM_NAME of the NVIDIA harness", pattern=r"^[\w.-]+$")
     harness_dir: str | None = _parameter(None, "path of closed/NVIDIA, for client: nvidia_harness")

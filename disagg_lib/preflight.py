@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import pandas as pd
 import psutil
 
 from . import launch
 from .errors import DisaggError
 from .experiment import REPOSITORY, Experiment, topology_arithmetic
 from .job_script import make_job_script
+from .run_folder import Table
 from .serving import latency
 
 REHEARSAL_GB, CHECKPOINT_GB = 1, 250  # free space; the real checkpoint is about 230 GB
@@ -50,13 +50,13 @@ def require(checks: Iterable[Check]) -> None:
         raise PreflightError("\n".join(f"{c.requirement}: found {c.found}. To do: {c.fix}" for c in unmet))
 
 
-def checks_table(checks: Iterable[Check]) -> pd.DataFrame:
+def checks_table(checks: Iterable[Check]) -> Table:
     """One row a check: requirement, found, ok ('warning' where it stops nothing), fix (empty where nothing is to be done)."""
     rows = [
         asdict(check) | ({"fix": ""} if check.ok else {"ok": False if check.level == "error" else "warning"})
         for check in checks
     ]
-    return pd.DataFrame(rows, columns=["requirement", "found", "ok", "fix"])
+    return Table(rows, columns=["requirement", "found", "ok", "fix"])
 
 
 def checks_text(checks: Iterable[Check]) -> str:
@@ -124,17 +124,8 @@ def machine_checks(e: Experiment) -> list[Check]:
             "free some, or set scratch_dir",
         )
     )
-    commands = ["bash"] if e.launcher == "local" else ["sbatch", "srun", "squeue", "scontrol"]
-    for command in commands:
-        path = shutil.which(command)
-        checks.append(
-            Check(
-                f"{command} on PATH",
-                path or "absent",
-                path is not None,
-                "go to a login node, or set launcher: local for a rehearsal",
-            )
-        )
+    if e.launcher == "slurm":
+        checks += [*_slurm_tools(e), *cluster_checks(e, make_job_script(e))]
     if e.engine == "rehearsal":
         cores = os.cpu_count() or 1
         memory_gb = psutil.virtual_memory().total / 1e9
@@ -144,6 +135,21 @@ def machine_checks(e: Experiment) -> list[Check]:
             )
         )
         checks.append(Check("4 GB of memory", f"{memory_gb:.0f} GB", memory_gb >= 4, "close other programs"))
+    return checks
+
+
+def _slurm_tools(e: Experiment) -> list[Check]:
+    """Versions of Slurm and, for pyxis, whether its plugin and enroot are on this login node."""
+    checks = []
+    if shutil.which("sinfo"):
+        version = launch.slurm("sinfo", "--version").strip().removeprefix("slurm ")
+        new = int(version.split(".")[0]) >= 22 if version[:1].isdigit() else False
+        checks.append(Check("Slurm 22 or newer", version, new, "untried with older ones", level="warning"))
+    if e.container == "pyxis":
+        pyxis = bool(shutil.which("srun")) and "--container-image" in launch.slurm("srun", "--help")
+        found = "yes" if pyxis else "no"
+        fix = "ask for pyxis and enroot, or set container: none"
+        checks.append(Check("srun knows --container-image (pyxis)", found, pyxis, fix))
     return checks
 
 

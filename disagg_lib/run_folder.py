@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from .errors import DisaggError
-from .experiment import REPOSITORY, Experiment, experiment_text
+from .experiment import REPOSITORY, Experiment, experiment_text, load_recorded
 from .job_script import make_job_script
 from .serving import lengths
 from .trtllm_config import config_files
@@ -248,6 +249,7 @@ def write_manifest(folder: Path) -> dict:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != path)
     manifest = {
         "format": 1,
+        "made_with": first.get("made_with") or _made_with(load_recorded(folder)),
         "created": first.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **versions},
         "platform": {"system": platform.system(), "machine": platform.machine()},
@@ -263,7 +265,42 @@ def write_manifest(folder: Path) -> dict:
     return manifest
 
 
+def _made_with(e: Experiment) -> dict:
+    """Checkpoint, image and client environment as 00 and 01 recorded them; None where nothing is recorded."""
+    from .model_store import ModelError, cite_model  # these import this module
+    from .setup_jobs import cite_client, cite_image
+
+    try:
+        checkpoint = cite_model(Path(e.model_path)) if e.servers else None
+    except ModelError as error:
+        checkpoint = {"problem": str(error)}
+    return {
+        "checkpoint": checkpoint,
+        "container_image": cite_image(e.container_image) if e.container == "pyxis" else None,
+        "client_env": cite_client(e.client_dir) if e.client_dir else None,
+    }
+
+
 # -- what a run folder tells, as tables
+
+
+class Table(pd.DataFrame):
+    """A table of sentences: in a notebook every cell is shown whole, to the left; an empty one says so."""
+
+    @property
+    def _constructor(self):
+        return Table
+
+    def _repr_html_(self) -> str:
+        if self.empty:
+            return f"<p>No {self.columns[0]} to show.</p>"
+        with pd.option_context("display.max_colwidth", None):
+            html = self.to_html(index=False, border=0)
+        return re.sub(
+            "<t([dh])>",
+            r'<t\1 style="text-align: left; white-space: normal; overflow-wrap: break-word">',
+            html,
+        )
 
 
 def topology_table(e: Experiment) -> pd.DataFrame:
@@ -305,4 +342,4 @@ def parameters_table(e: Experiment) -> pd.DataFrame:
     values = e.model_dump(mode="json")
     given = {n: source for n, source in e.provenance.items() if source != "default"}
     rows = [{"parameter": n, "value": values[n], "from": source} for n, source in given.items()]
-    return pd.DataFrame(rows, columns=["parameter", "value", "from"])
+    return Table(rows, columns=["parameter", "value", "from"])

@@ -17,19 +17,20 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import pandas as pd
 import yaml
 
 from . import launch
 from .errors import DisaggError
-from .experiment import REPOSITORY, Experiment, parameter_names
+from .experiment import REPOSITORY, Experiment
 from .job_agent import last_lines
 from .preflight import Check, _pinned_versions
+from .run_folder import Table
 
 SITE = REPOSITORY / "params/site.yaml"
 _NEWLINE = "\\n"  # as printf reads it
 ELF_MACHINES = {183: "aarch64", 62: "x86_64"}  # e_machine in an ELF header
 ENDED_WELL = launch.SLURM_STATES["COMPLETED"][1]
+PROBE_KEPT_S = 7 * 86400
 CLIENT_PACKAGES = ("mlcommons-loadgen", "numpy", "uvloop")
 
 
@@ -430,14 +431,28 @@ def probe_checks(e: Experiment, found: Mapping[str, str]) -> list[Check]:
     return checks
 
 
+def _last_probe(e: Experiment, script: str) -> Path | None:
+    """Folder of the newest whole probe by this very script, unless it is older than PROBE_KEPT_S."""
+    for path in sorted((Path(e.scratch_dir) / "setup").glob("*_probe/probe.txt"), reverse=True):
+        if time.time() - path.stat().st_mtime > PROBE_KEPT_S:
+            return None
+        if (path.parent / "job.sh").read_text() == script and "\nend\t" in path.read_text(errors="replace"):
+            return path.parent
+    return None
+
+
 def probe(e: Experiment, out=print) -> list[Check]:
-    """Run the probe job (one node, two minutes at most) and judge what it found.
+    """What a compute node has, by a job of one node and two minutes at most. A whole probe of this week is read again.
 
     Raises
     ------
     SetupError, JobError
     """
-    return probe_checks(e, read_probe(run_setup_job(e, "probe", probe_script(e), out=out)))
+    script = probe_script(e)
+    folder = _last_probe(e, script)
+    if folder:
+        out(f"the probe of {folder.name.rpartition('_')[0]} is read again; for a new one remove {folder}")
+    return probe_checks(e, read_probe(folder or run_setup_job(e, "probe", script, out=out)))
 
 
 def _image_arch(image: Path) -> str:
@@ -504,7 +519,6 @@ def build_client(e: Experiment, wheels: str | None = None, out=print) -> dict:
     SetupError, JobError
     """
     folder = client_folder(e)
-    record = folder / "client_env.json"
     if not folder.exists():
         job = run_setup_job(e, "client", client_script(e, wheels), {"check_client.py": CHECK_CLIENT}, out=out)
         checked = json.loads((job / "check.json").read_text().splitlines()[-1])
@@ -514,37 +528,104 @@ def build_client(e: Experiment, wheels: str | None = None, out=print) -> dict:
         )
         pins = _pinned_versions()
         value = {"path": str(folder), "mlcommons-loadgen": pins["mlcommons-loadgen"], **checked}
-        record.write_text(
+        (folder / "client_env.json").write_text(
             json.dumps(value | {"digest": hashlib.sha256(lines.encode()).hexdigest()}, indent=1) + "\n"
         )
-    if not record.exists():
+    cited = cite_client(folder)
+    if cited is None:
         raise SetupError(f"{folder}: not made by 00_setup, or cut short. Remove it and run this again")
-    return json.loads(record.read_text())
+    return cited
+
+
+# -- what 00_setup does, as `setup_jobs` allows
+
+
+def node_rows(e: Experiment, out=print) -> list[Check]:
+    """A compute node's rows of 00's table; empty with `setup_jobs: none`, or where this machine is the node.
+
+    Raises
+    ------
+    SetupError, JobError
+    """
+    if e.launcher == "local" or e.setup_jobs == "none":
+        out(
+            "launcher: local: this machine does it all"
+            if e.launcher == "local"
+            else "setup_jobs: none: no probe job"
+        )
+        return []
+    return probe(e, out)
+
+
+def image_rows(e: Experiment, out=print) -> list[Check]:
+    """The image's rows; `setup_jobs: all` builds an absent one first. Empty without a container, or for a registry's name.
+
+    Raises
+    ------
+    SetupError, JobError
+    """
+    image = e.container_image or ""
+    if e.container == "none" or (image and not image.endswith(".sqsh")):
+        return []
+    looked_at = _last_probe(e, probe_script(e))
+    arch = read_probe(looked_at)["arch"] if looked_at else "aarch64"  # a GB200's
+    if e.setup_jobs == "all":
+        return build_image(e, arch, out)
+    return image_checks(image or "container_image, which is not given", arch)
+
+
+def client_rows(e: Experiment, out=print) -> list[Check]:
+    """The row of the client's environment for compute nodes; `setup_jobs: all` builds an absent one first.
+
+    Raises
+    ------
+    SetupError, JobError
+    """
+    if e.engine == "rehearsal" or e.launcher == "local" or e.client != "loadgen":
+        return []
+    if e.setup_jobs == "all" and not e.client_dir:
+        build_client(e, out=out)
+    folder = Path(e.client_dir or client_folder(e))
+    cited = cite_client(folder)
+    found = (
+        f"{folder}: LoadGen {cited['mlcommons-loadgen']}, {cited['machine']}"
+        if cited
+        else f"none in {folder}"
+    )
+    return [
+        Check(
+            "client_dir holds LoadGen and numpy for the nodes",
+            found if e.client_dir or not cited else f"{found}, but client_dir does not name it",
+            bool(cited and e.client_dir),
+            f"set client_dir: {folder} in params/site.yaml"
+            if cited
+            else "set setup_jobs: all to build it, or go on if the container brings LoadGen and numpy",
+            level="warning",
+        )
+    ]
+
+
+def cite_client(folder: str | Path) -> dict | None:
+    """What a run's manifest says of the client's environment: path, versions, digest; None if 00_setup did not build it."""
+    record = Path(folder) / "client_env.json"
+    return json.loads(record.read_text()) if record.is_file() else None
 
 
 # -- params/site.yaml
 
 
+SITE_KEYS = (
+    *("partition", "account", "scratch_dir", "model_dir", "container_image", "container_mounts", "work_dir"),
+    *("dataset_path", "trust_dataset", "harness_dir", "client_dir", "gpus_per_node", "segment", "time_limit"),
+)
+
+
 def suggest_site(e: Experiment) -> dict[str, tuple[object, str]]:
     """What is about the site: key -> (value, where it comes from). Given values come first, then what Slurm says."""
-    keys = [
-        "partition",
-        "account",
-        "scratch_dir",
-        "model_dir",
-        "container_image",
-        "container_mounts",
-        "work_dir",
-        "harness_dir",
-        "client_dir",
-        "gpus_per_node",
-        "segment",
-        "time_limit",
-    ]
     found = {
         key: (getattr(e, key), e.provenance[key])
-        for key in keys
-        if key in parameter_names() and e.provenance[key] != "default" and getattr(e, key) is not None
+        for key in SITE_KEYS
+        if e.provenance[key] != "default" and getattr(e, key) is not None
     }
     if e.launcher == "slurm":
         for partition in launch.partitions():
@@ -553,14 +634,12 @@ def suggest_site(e: Experiment) -> dict[str, tuple[object, str]]:
         accounts = launch.accounts()
         if len(accounts) == 1:
             found.setdefault("account", (accounts[0], "sacctmgr: your only account"))
-    if client_folder(e).is_dir() and "client_dir" in parameter_names():
+    if cite_client(client_folder(e)):
         found.setdefault("client_dir", (str(client_folder(e)), "built by 00_setup"))
     return found
 
 
-def write_site(
-    found: Mapping[str, tuple[object, str]], path: Path = SITE, write: bool = True
-) -> pd.DataFrame:
+def write_site(found: Mapping[str, tuple[object, str]], path: Path = SITE, write: bool = True) -> Table:
     """Write params/site.yaml if there is none (and `write`); in any case the difference: key, in the file, found, from."""
     if write and found and not path.exists():
         lines = ["# What is about this site; written once by 00_setup, yours to edit. No token belongs here."]
@@ -580,4 +659,4 @@ def write_site(
         }
         for key in dict.fromkeys([*there, *found])
     ]
-    return pd.DataFrame(rows, columns=["key", "in the file", "found", "from"])
+    return Table(rows, columns=["key", "in the file", "found", "from"])

@@ -10,11 +10,12 @@ import textwrap
 import time
 
 import huggingface_hub
-import nbformat
 import pytest
+import yaml
 from hub_server import Fault, HubServer
 
 from disagg_lib import model_store
+from disagg_lib.experiment import REPOSITORY
 from disagg_lib.model_store import (
     HubError,
     ModelError,
@@ -499,21 +500,17 @@ def test_no_token_appears_in_an_executed_notebook(hub, tmp_path, monkeypatch, re
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
     hub.token = CANARY
     hub.faults = [Fault(API, status=403, body={"error": f"token {CANARY} may not"})] if refused else []
-    cells = [
-        "from disagg_lib.experiment import load_experiment; from disagg_lib.model_store import obtain_checkpoint",
-        f"e = load_experiment((), {{'engine': 'trtllm', 'scratch_dir': {str(tmp_path / 'scratch')!r}}})",
-        "obtain_checkpoint(e)",
-    ]
-    source = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_code_cell(cell) for cell in cells],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-    )
-    nbformat.write(source, tmp_path / "in.ipynb")
-    command = [sys.executable, "-m", "papermill", "--log-output", "in.ipynb", "out.ipynb"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert bool(done.returncode) == refused, done.stderr
-    executed = (tmp_path / "out.ipynb").read_text()
-    assert ("forbidden: 403" if refused else "download: 6/6 files") in executed
+    out, params = tmp_path / "out.ipynb", tmp_path / "params.yaml"
+    params.write_text(yaml.safe_dump({"engine": "trtllm", "scratch_dir": str(tmp_path / "scratch")}))
+    notebook = REPOSITORY / "notebooks/01_model_download.ipynb"
+    command = [sys.executable, "-m", "papermill", "--log-output", notebook, out]
+    command += ["-y", yaml.safe_dump({"params_files": [str(params)]})]
+    done = subprocess.run(command, cwd=REPOSITORY / "notebooks", capture_output=True, text=True, timeout=120)
+    executed = out.read_text()
+    # The small checkpoint comes whole, and is then refused: it is not the 405B one that the parameters ask for.
+    last_word = "forbidden: 403" if refused else "num_hidden_layers: 126: found 2"
+    assert done.returncode == 1 and last_word in done.stderr
+    assert ("download: 6/6 files" in executed) is not refused
     assert not [text for text in (done.stdout, done.stderr, executed) if CANARY in text]
 
 

@@ -100,6 +100,50 @@ def test_the_probe_runs_here_in_an_awkward_folder(odd_dir):
     assert [path.name for path in odd_dir.iterdir()] == ["setup"]
 
 
+def test_a_whole_probe_is_read_again_and_one_cut_short_or_of_other_parameters_is_not(tmp_path):
+    e = load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path)})
+    said = []
+    first = setup_jobs.probe(e, out=list)
+    assert setup_jobs.probe(e, out=said.append) == first
+    assert len(list(tmp_path.glob("setup/*"))) == 1 and "is read again; for a new one remove" in said[0]
+    setup_jobs.probe(load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path), "account": "x"}), out=list)
+    assert len(list(tmp_path.glob("setup/*"))) == 2
+    for found in tmp_path.glob("setup/*/probe.txt"):
+        found.write_text(found.read_text().replace("end\t\n", ""))
+    setup_jobs.probe(e, out=list)
+    assert len(list(tmp_path.glob("setup/*"))) == 3
+
+
+@pytest.mark.parametrize("given", [LOCAL, {"setup_jobs": "none"}])
+def test_no_job_looks_at_a_node_where_none_may_or_has_to(given, tmp_path):
+    said = []
+    e = load_experiment((), {**given, "scratch_dir": str(tmp_path)})
+    assert setup_jobs.node_rows(e, out=said.append) == []
+    assert said[0].startswith(("launcher: local", "setup_jobs: none")) and not list(tmp_path.iterdir())
+
+
+def test_an_image_is_looked_at_where_there_shall_be_one(site):
+    def unmet(**given):
+        rows = setup_jobs.image_rows(load_experiment((), {**site, **given}), out=list)
+        return [row.requirement for row in rows if not row.ok]
+
+    assert unmet(container="none") == unmet(container_image="nvcr.io/nvidia/tensorrt-llm:1.2") == []
+    assert unmet() == unmet(container_image=None) == ["container_image is there"]
+
+
+def test_a_built_client_environment_is_cited_and_an_unnamed_one_told(site, odd_dir):
+    def row(**given):
+        return setup_jobs.client_rows(load_experiment((), {**site, **given}), out=list)[0]
+
+    assert not row().ok and "setup_jobs: all" in row().fix and row().level == "warning"
+    folder = odd_dir / "client_env"
+    folder.mkdir()
+    (folder / "client_env.json").write_text('{"mlcommons-loadgen": "5.1.2", "machine": "aarch64"}')
+    assert not row().ok and row().fix == f"set client_dir: {folder} in params/site.yaml"
+    assert row(client_dir=str(folder)).ok
+    assert setup_jobs.client_rows(load_experiment((), {**site, **LOCAL})) == []
+
+
 def test_a_setup_job_that_fails_says_its_last_lines(tmp_path):
     e = load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path)})
     with pytest.raises(SetupError, match="the x job: ended with status 3: .*no such thing"):

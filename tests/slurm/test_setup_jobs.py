@@ -8,9 +8,10 @@ import sys
 import threading
 
 import pytest
+import yaml
 
 from disagg_lib import launch, setup_jobs
-from disagg_lib.experiment import load_experiment
+from disagg_lib.experiment import REPOSITORY, load_experiment
 from disagg_lib.setup_jobs import SetupError
 
 # It checks what it is given, asks as the original does, and "builds" with mksquashfs inside an srun step.
@@ -129,3 +130,21 @@ def test_the_site_file_is_suggested_from_what_slurm_says(site):
     found = setup_jobs.suggest_site(load_experiment((), {**site, "partition": None, "account": None}))
     assert found["partition"] == ("batch", "sinfo: the default partition")
     assert len(launch.accounts()) == 2 and "account" not in found  # several: the user's choice
+
+
+def test_the_setup_notebook_looks_at_a_node_judges_the_image_and_writes_no_params(site, harness, tmp_path):
+    params, out = tmp_path / "site.yaml", tmp_path / "00.ipynb"
+    # The engine is said to be the real one, so that an image is wanted; the node has no GPU, which the table then says.
+    values = {"engine": "trtllm", "container": "pyxis", "setup_jobs": "probe"}
+    params.write_text(yaml.safe_dump({**site, **values}))
+    before = sorted((REPOSITORY / "params").iterdir())
+    command = [sys.executable, "-m", "papermill", REPOSITORY / "notebooks/00_setup.ipynb", out]
+    given = yaml.safe_dump({"params_files": [str(params)], "run_dir": str(tmp_path / "run")})
+    done = subprocess.run(
+        [*command, "-y", given], cwd=REPOSITORY / "notebooks", capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = out.read_text()
+    assert re.search(r"on gb\d\d: 4 GPUs", text) and "srun knows --container-image (pyxis)" in text
+    assert "container_image is there" in text and "sinfo: the default" not in text
+    assert sorted((REPOSITORY / "params").iterdir()) == before
