@@ -9,6 +9,7 @@ import fcntl
 import getpass
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from .errors import DisaggError
 from .experiment import Experiment, load_recorded
 from .run_folder import read_json_lines
 
-SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN")
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW(OR)?D|API_?KEY|CREDENTIAL", re.I)  # of a variable
 SCRIPT_LOG = "job/disagg_405B_slurm_log.txt"
 COMMAND_TIMEOUT_S = 20.0  # a Slurm command that takes longer has not answered
 FINAL_WORD_S = (
@@ -311,12 +312,16 @@ def _only_one(run_dir: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-def _environment() -> dict[str, str]:
-    """Ours, without tokens, and without the variables of an allocation that we ourselves may run in."""
+def _environment(engine: str = "") -> dict[str, str]:
+    """Ours, without secrets, and without the variables of an allocation that we ourselves may run in.
+
+    An external endpoint's key is the one secret that the measuring client needs.
+    """
     return {
         n: v
         for n, v in os.environ.items()
-        if n not in SECRETS and (n == "SLURM_CONF" or not n.startswith("SLURM_"))
+        if (not SECRET_NAME.search(n) or (n == "OPENAI_API_KEY" and engine == "external"))
+        and (n == "SLURM_CONF" or not n.startswith("SLURM_"))
     }
 
 
@@ -346,7 +351,7 @@ def _submit_local(run_dir: Path, experiment: Experiment, record: dict | None, lo
         process = subprocess.Popen(
             ["bash", "job.sh"],
             cwd=run_dir,
-            env=_environment(),
+            env=_environment(experiment.engine),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -374,7 +379,14 @@ def _submit_slurm(run_dir: Path, experiment: Experiment, record: dict | None, lo
     if experiment.segment and knows_segment():
         command.append(f"--segment={experiment.segment}")
     try:
-        answer = slurm(*command, "job.sh", tries=1, cwd=run_dir, environment=_environment(), keep=(lock,))
+        answer = slurm(
+            *command,
+            "job.sh",
+            tries=1,
+            cwd=run_dir,
+            environment=_environment(experiment.engine),
+            keep=(lock,),
+        )
         return record | {"job_id": answer.strip().split(";")[0]}
     except NoAnswer as silence:
         found = _find_by_comment(record["comment"])

@@ -359,13 +359,19 @@ def _secrets(e: Experiment) -> Check:
 
 def _model_folder(e: Experiment) -> Check:
     config = Path(e.model_path) / "config.json"
+    found, real = f"no readable config.json in {e.model_path}", False
+    if os.access(config, os.R_OK):
+        # A rehearsal's two-layer checkpoint may stand in the same place below the default scratch_dir.
+        layers = re.search(r'"num_hidden_layers":\s*(\d+)', config.read_text(errors="replace"))
+        real = bool(layers) and layers[1] == "126"
+        found = f"{e.model_path}, {layers[1] if layers else 'unknown'} layers"
     return _rule(
         "model_folder",
-        os.access(config, os.R_OK),
-        e.model_path if config.exists() else f"no readable config.json in {e.model_path}",
-        "the checkpoint's folder is readable here",
+        real,
+        found,
+        "the checkpoint of 126 layers is readable here",
         "servers that die while loading, after the queue",
-        "run 01_model_download, or set scratch_dir or model_dir",
+        "run 01_model_download, or set scratch_dir or model_dir (params/site.yaml)",
     )
 
 

@@ -133,8 +133,15 @@ def free_run_dir(e: Experiment, run_dir: str | Path | None = None) -> Path:
             raise RunFolderError(
                 f"run_dir: {path} is there already, and nothing is overwritten. Leave run_dir empty for a new one"
             )
-        return path
-    path = RESULTS / run_name(e, datetime.datetime.now())
+    else:
+        path = RESULTS / run_name(e, datetime.datetime.now())
+    if e.container == "pyxis" and re.search("[,:]", str(path)):
+        raise RunFolderError(
+            f"run_dir: {path} holds ',' or ':', which pyxis reads as separators of mounts. Choose another place"
+        )
+    parent = next(p for p in path.parents if p.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise RunFolderError(f"run_dir: {parent} is not a folder that you may write to. Choose another place")
     return next(
         p for n in range(1, 1000) if not (p := path.with_name(path.name + f"_{n}" * (n > 1))).exists()
     )

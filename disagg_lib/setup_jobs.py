@@ -353,82 +353,41 @@ def read_probe(folder: Path) -> dict[str, str]:
 
 def probe_checks(e: Experiment, found: Mapping[str, str]) -> list[Check]:
     """What a compute node has against what the run needs; one row a requirement."""
-    on = f"on {found['host']}: "
     version = tuple(int(n) for n in found["python3"].split(".")[:2]) if found["python3"][:1].isdigit() else ()
-    checks = [
-        Check(
-            on + "python3 3.8 or newer",
-            found["python3"],
-            version >= (3, 8),
-            "ask the administrators for python3 on the nodes",
-        ),
-        Check(
-            on + "aarch64 or x86_64",
-            found["arch"],
-            found["arch"] in ELF_MACHINES.values(),
-            "choose another partition",
-        ),
-    ]
+    fix = "ask the administrators for python3 on the nodes"
+    rows = [("python3 3.8 or newer", found["python3"], version >= (3, 8), fix)]
+    known = found["arch"] in ELF_MACHINES.values()
+    rows.append(("aarch64 or x86_64", found["arch"], known, "choose another partition"))
     if e.engine == "trtllm":
         gpus = [line for line in found["gpus"].split(";") if line.count(",") == 2]
-        domains = {
-            tuple(found["fabric"].split()[i : i + 2]) for i in range(0, len(found["fabric"].split()), 2)
-        }
+        told = f"{len(gpus)} x {gpus[0].strip()}" if gpus else found["gpus"][:200]
+        fix = "set gpus_per_node to what a node has, or choose another partition"
+        whole = len(gpus) == e.gpus_per_node
+        rows.append((f"{e.gpus_per_node} GPUs (name, memory, driver)", told, whole, fix))
+        pairs = found["fabric"].split()
+        domains = {tuple(pairs[i : i + 2]) for i in range(0, len(pairs), 2)}
         across = any(len(server.nodes) > 1 for server in e.servers)
-        checks += [
-            Check(
-                on + f"{e.gpus_per_node} GPUs (name, memory, driver)",
-                f"{len(gpus)} x {gpus[0].strip()}" if gpus else found["gpus"][:200],
-                len(gpus) == e.gpus_per_node,
-                "set gpus_per_node to what a node has, or choose another partition",
-            ),
-            Check(
-                on + "one NVLink domain" + (" (a server spans several nodes)" if across else ""),
-                " ".join(min(domains))
-                if len(domains) == 1
-                else f"{len(domains)} domains: {found['fabric']}"[:200],
-                not across or (len(domains) == 1 and "N/A" not in min(domains)),
-                "servers of one node only need none; otherwise ask for nodes of one rack (segment)",
-            ),
-        ]
+        one = len(domains) == 1 and "N/A" not in min(domains)
+        told = " ".join(min(domains)) if len(domains) == 1 else f"{len(domains)} domains: {found['fabric']}"
+        fix = "servers of one node only need none; otherwise ask for nodes of one rack (segment)"
+        spans = " (a server spans several nodes)" if across else ""
+        rows.append((f"one NVLink domain{spans}", told[:200], one or not across, fix))
     if e.container == "pyxis":
-        count = found["pyxis"]
-        checks.append(
-            Check(
-                on + "srun knows --container-image (pyxis)",
-                "yes" if count != "0" else "no",
-                count != "0",
-                "install pyxis and enroot, or set container: none",
-            )
-        )
-    for name, value in found.items():
-        if name.startswith("path "):
-            checks.append(
-                Check(
-                    on + f"{name[5:]} is visible",
-                    value,
-                    value == "readable",
-                    "mount it on the nodes, or set another path in params/site.yaml",
-                )
-            )
-    checks.append(
-        Check(
-            on + "scratch_dir is writable",
-            found["scratch"],
-            found["scratch"] == "writable",
-            "set scratch_dir to a shared folder of yours",
-        )
+        pyxis = found["pyxis"] != "0"
+        fix = "install pyxis and enroot, or set container: none"
+        rows.append(("srun knows --container-image (pyxis)", "yes" if pyxis else "no", pyxis, fix))
+    fix = "mount it on the nodes, or set another path in params/site.yaml"
+    paths = {name[5:]: value for name, value in found.items() if name.startswith("path ")}
+    rows += [(f"{path} is visible", value, value == "readable", fix) for path, value in paths.items()]
+    writable = found["scratch"] == "writable"
+    rows.append(
+        ("scratch_dir is writable", found["scratch"], writable, "set scratch_dir to a shared folder of yours")
     )
     free_gb = int(found["free_kb"]) * 1024 / 1e9 if found["free_kb"].isdigit() else 0.0
-    checks.append(
-        Check(
-            on + "1 GB free in scratch_dir",
-            f"{free_gb:.0f} GB",
-            free_gb >= 1,
-            "free some, or set scratch_dir",
-        )
+    rows.append(
+        ("1 GB free in scratch_dir", f"{free_gb:.0f} GB", free_gb >= 1, "free some, or set scratch_dir")
     )
-    return checks
+    return [Check(f"on {found['host']}: {requirement}", *rest) for requirement, *rest in rows]
 
 
 def _last_probe(e: Experiment, script: str) -> Path | None:

@@ -230,7 +230,8 @@ def test_watch_raises_with_the_reason_and_where_to_look(tmp_path):
 
 
 def test_tokens_in_the_environment_do_not_reach_the_job(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", "MY_password", "CI_JOB_TOKEN"):
+        monkeypatch.setenv(name, "hf_canary")
     run = make(tmp_path / "run", test_modes=["accuracy"])
     launch.submit(run)
     wait(run, until=lambda state: state.phase == "ready" or state.ended)

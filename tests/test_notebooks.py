@@ -14,7 +14,7 @@ import yaml
 from disagg_lib import launch, mlperf_logs
 from disagg_lib.experiment import REPOSITORY, ParameterError, load_experiment
 from disagg_lib.pipeline import CHAIN, notebook_values, parameters_cell
-from disagg_lib.run_folder import RESULTS, create_run, find_run
+from disagg_lib.run_folder import RESULTS, RunFolderError, create_run, find_run, free_run_dir
 
 SMALL = {
     "num_ctx_servers": 1,
@@ -122,6 +122,7 @@ def test_the_manifest_has_the_digest_of_every_log(chain):
     for mode in ("performance", "accuracy"):
         assert f"mlperf/{mode}/mlperf_log_detail.txt" in manifest["sha256"]
     assert manifest["versions"]["mlcommons-loadgen"] == "5.1.2"
+    assert manifest["made_with"]["checkpoint"]["files"] == 6 and manifest["made_with"]["checkpoint"]["digest"]
 
 
 def test_a_run_dir_that_is_there_is_refused(chain):
@@ -130,6 +131,19 @@ def test_a_run_dir_that_is_there_is_refused(chain):
     assert done.returncode == 1
     assert "is there already, and nothing is overwritten" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("place", "given", "word"),
+    [
+        ("/proc/1/run", (), "not a folder that you may write to"),
+        ("a,b", ("container", "pyxis"), "separators of mounts"),
+    ],
+)
+def test_a_run_dir_that_cannot_do_is_refused_before_anything_is_started(tmp_path, place, given, word):
+    experiment = load_experiment((), dict([given])) if given else load_experiment()
+    with pytest.raises(RunFolderError, match=word):
+        free_run_dir(experiment, tmp_path / place)
 
 
 def test_analysis_alone_reads_the_run_folder_again(chain, tmp_path):

@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from disagg_lib import preflight
+from disagg_lib import model_store, preflight
 from disagg_lib.experiment import REPOSITORY, load_experiment
 
 CLUSTER = {"engine": "trtllm", "launcher": "slurm", "container": "pyxis"}
@@ -22,7 +23,7 @@ def site(tmp_path):
     image.write_bytes(b"hsqs")
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text('{"num_hidden_layers": 126}')
     pickle = tmp_path / "data.pkl"
     pickle.touch()
     return CLUSTER | {
@@ -36,6 +37,12 @@ def site(tmp_path):
 
 def test_the_twenty_gpu_file_passes_with_a_site(site):
     assert unmet(load_experiment(["params/gb200_20gpu.yaml"], site)) == {}
+
+
+def test_a_rehearsals_checkpoint_is_not_taken_for_the_real_one(site):
+    folder = model_store.make_rehearsal_checkpoint(Path(site["model_dir"]) / "two_layers")
+    found = unmet(load_experiment(["params/gb200_20gpu.yaml"], site | {"model_dir": str(folder)}))
+    assert found["model_folder"].found.endswith("two_layers, 2 layers")
 
 
 def test_it_tells_how_many_mean_requests_fit(site):

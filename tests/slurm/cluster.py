@@ -5,6 +5,7 @@ address of its own (127.0.1.k), a name that resolves within its namespace, its o
 PMIx; GPUs are four harmless device files. pyxis, enroot and real GPUs are not here.
 """
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -31,6 +32,9 @@ NODES = {  # partition -> node names; the last two styles broke the original's n
 }
 PORTS = {"slurmctld": 26817, "slurmdbd": 26818, "mariadb": 26819, "slurmd": 26820}  # slurmd: + node number
 SBIN = "/usr/sbin:/sbin"
+ONLY_ONE = (Path(tempfile.gettempdir()) / "disagg_lib_test_cluster.lock").open(
+    "a"
+)  # held until this process ends
 
 
 def why_not() -> str | None:
@@ -41,6 +45,12 @@ def why_not() -> str | None:
     missing = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
     if missing:
         return f"{', '.join(missing)} absent; on Debian: apt install {PACKAGES}"
+    try:
+        fcntl.flock(ONLY_ONE, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return (
+            f"another test cluster is up on this machine (it holds {ONLY_ONE.name}), and its ports are fixed"
+        )
     return None
 
 

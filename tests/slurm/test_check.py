@@ -22,7 +22,7 @@ def site(tmp_path):
     image.write_bytes(b"hsqs")
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text("{}")
+    (model / "config.json").write_text('{"num_hidden_layers": 126}')
     data = tmp_path / "data.pkl"
     data.touch()
     path = tmp_path / "site.yaml"

@@ -89,7 +89,11 @@ teardown() {
     wait
   } 2>/dev/null # what has ended already, and bash's own word on each end
   agent finish "$status"
-  exit
+  status=$?
+  # Where pyxis keeps named containers beyond the job, the unpacked image would stay on every node.
+  timeout 60 srun --overlap --ntasks-per-node=1 --ntasks=5 \
+    enroot remove --force "pyxis_disagg_405B_${SLURM_JOB_ID-}" >>logs/container.log 2>&1
+  exit "$status"
 }
 trap teardown EXIT
 trap 'signalled TERM' TERM
