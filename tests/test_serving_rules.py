@@ -23,12 +23,20 @@ def test_grid_interpolation_is_exact_for_a_bilinear_function(x, y):
 
 def test_several_requests_share_a_context_step_and_only_the_last_is_cut():
     chunks = [0] * 8
-    assert rules.context_chunks([100, 200, 900, 50], 0, 4, 1000, 8, chunks) == 3
+    assert rules.context_chunks([100, 200, 900, 50], [0.0] * 4, 0, 4, 0.0, 1000, 8, chunks) == 3
     assert chunks[:3] == [100, 200, 700]
 
 
 def test_the_batch_limit_ends_a_context_step():
-    assert rules.context_chunks([1, 1, 1], 0, 3, 1000, 2, [0, 0]) == 2
+    assert rules.context_chunks([1, 1, 1], [0.0] * 3, 0, 3, 0.0, 1000, 2, [0, 0]) == 2
+
+
+def test_a_prompt_whose_chunk_is_in_the_pipeline_sits_out_and_the_next_one_goes_on():
+    left, busy_until, chunks = [500, 0, 700, 900], [3.0, 3.0, 0.0, 0.0], [0] * 4
+    assert rules.context_chunks(left, busy_until, 0, 4, 2.0, 1000, 8, chunks) == 4
+    assert chunks == [0, 0, 700, 300]
+    assert rules.context_start(left, busy_until, 0, 4, 2.0) == 2.0
+    assert rules.context_start(left, busy_until, 0, 2, 2.0) == 3.0
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=20), st.integers(1, 4096), st.integers(1, 10))
@@ -36,7 +44,9 @@ def test_context_steps_compute_every_token_once_in_order(lengths, max_num_tokens
     left, first, finished = list(lengths), 0, []
     chunks = [0] * max_batch_size
     while first < len(left):
-        count = rules.context_chunks(left, first, len(left), max_num_tokens, max_batch_size, chunks)
+        count = rules.context_chunks(
+            left, [0.0] * len(left), first, len(left), 0.0, max_num_tokens, max_batch_size, chunks
+        )
         assert 1 <= count <= max_batch_size and sum(chunks[:count]) <= max_num_tokens
         for i in range(count):
             left[first + i] -= chunks[i]
@@ -70,7 +80,7 @@ def test_stages_overlap_steps_but_not_one_step_with_itself():
 
 def test_kv_is_held_in_whole_blocks_and_moved_at_the_bandwidth():
     assert rules.kv_tokens(100, 28) == 128 and rules.kv_tokens(100, 29) == 160
-    assert rules.transfer_ms(10_000, 258_048, 4, 8) == pytest.approx(5 + 12.9024)
+    assert rules.transfer_ms(10_000, 4, 8) == pytest.approx(5 + 12.9024)
 
 
 def test_least_loaded_takes_ties_in_turn():

@@ -1,7 +1,9 @@
 """The simulation: theory, conservation, limits that bind, and the rehearsal's engine in virtual time."""
 
 import asyncio
+import contextlib
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def waits(service_s, utilisation, seed):
     end, server, busy = np.empty(n), np.empty(n, np.int64), np.zeros((1, 8))
     simulate._run_prompts(
         arrivals, tokens, np.ones_like(tokens), np.zeros_like(tokens), 1, False, False, ONE_MS_A_TOKEN, ONE_MS_A_TOKEN[2:], 2**40, 1,
-        1, 0, 1.0, 1.0, 1e9, busy, np.zeros(2, np.int64), server, end, end.copy(),
+        1, False, 0, 1.0, 1.0, 1e9, busy, np.zeros(2, np.int64), server, end, end.copy(),
     )  # fmt: skip
     assert busy.sum() == pytest.approx(tokens.sum() / 1000)
     return end - arrivals - tokens / 1000
@@ -78,6 +80,7 @@ groups = st.builds(
     cuda_graph_sizes=st.sampled_from([(), (1, 2, 4, 8), GRAPHS]),
     router=st.sampled_from(["round_robin", "load_balancing"]),
     router_tokens=st.booleans(),
+    chunks_overlap=st.booleans(),
 )
 queries = st.lists(
     st.tuples(st.floats(0, 3), st.integers(1, 20_000), st.integers(2, 60)), min_size=1, max_size=40
@@ -150,18 +153,33 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 def engine_args(group):
     return EngineArgs(
         group.tp, group.pp, group.max_batch_size, group.max_num_tokens, 2**20, True, group.kv_fraction, group.cuda_graph_sizes,
-        group.cuda_graph_padding, True, False,
+        group.cuda_graph_padding, True, False, group.chunks_overlap,
     )  # fmt: skip
 
 
 async def run_engines(deployment, load, lengths):
-    """First-token and end time (s) of each query when the real-time engines serve them, one of each."""
+    """First-token and end time (s) of each query when the real-time engines serve them, routed as the orchestrator does."""
     loop = asyncio.get_running_loop()
     c, g = deployment.context, deployment.generation
-    context = ContextEngine(engine_args(c), read_table("gb200", c.tp, c.pp), 1e-3)
-    generation = GenerationEngine(engine_args(g), read_table("gb200", g.tp, g.pp), 1e-3)
-    runners = [asyncio.create_task(e.run()) for e in (context, generation)]
-    size = context.table.kv_bytes_per_token * c.tp * c.pp
+    contexts, generations = (
+        [
+            engine(engine_args(group), read_table("gb200", group.tp, group.pp), 1e-3)
+            for _ in range(group.count)
+        ]
+        for engine, group in ((ContextEngine, c), (GenerationEngine, g))
+    )
+    runners = [asyncio.create_task(e.run()) for e in contexts + generations]
+    loads, turns = ([0] * c.count, [0] * g.count), (itertools.count(), itertools.count())
+
+    @contextlib.contextmanager
+    def routed(role, engines, group, tokens):
+        turn = next(turns[role])
+        balanced = group.router == "load_balancing"
+        index = rules.least_loaded(loads[role], turn) if balanced else turn % group.count
+        load = tokens if group.router_tokens and role == 0 else 1
+        loads[role][index] += load
+        yield engines[index]
+        loads[role][index] -= load
 
     class Clock:
         def __init__(self):
@@ -176,12 +194,14 @@ async def run_engines(deployment, load, lengths):
     async def query(arrival, inputs, outputs):
         await asyncio.sleep(arrival - loop.time())
         prompt = Sequence(inputs, 1)
-        context.submit(prompt)
-        await prompt.done.wait()
+        with routed(0, contexts, c, inputs) as context:
+            context.submit(prompt)
+            await prompt.done.wait()
         answer = Sequence(inputs, outputs, transport=Clock(), frame=lambda s: b"")
-        answer.transfer_s = rules.transfer_ms(inputs, size, c.tp * c.pp, g.tp * g.pp) / 1e3
-        generation.submit(answer)
-        await answer.done.wait()
+        answer.transfer_s = rules.transfer_ms(inputs, c.tp * c.pp, g.tp * g.pp) / 1e3
+        with routed(1, generations, g, inputs) as generation:
+            generation.submit(answer)
+            await answer.done.wait()
         assert len(answer.transport.times) == outputs
         return answer.transport.times[0], answer.transport.times[-1]
 
@@ -190,7 +210,7 @@ async def run_engines(deployment, load, lengths):
     )
     for runner in runners:
         runner.cancel()
-    assert generation.kv_used == 0 and generation.admitted == 0
+    assert not any(generation.kv_used or generation.admitted for generation in generations)
     return np.array(answers).T
 
 
@@ -206,6 +226,14 @@ async def run_engines(deployment, load, lengths):
         ),
         (ServerGroup(1, 8), dataclasses.replace(GENERATION, max_batch_size=4), 1.0),
         (ServerGroup(1, 8), dataclasses.replace(GENERATION, kv_fraction=0.03), 1.2),
+        (ServerGroup(1, 2, 2, chunks_overlap=True), GENERATION, 1.2),
+        (ServerGroup(1, 2, 2), GENERATION, 1.0),
+        (ServerGroup(3, 2, 2, max_num_tokens=2048), dataclasses.replace(GENERATION, count=2), 3.0),
+        (
+            ServerGroup(3, 2, 2, router="load_balancing", router_tokens=True),
+            dataclasses.replace(GENERATION, count=2, router="load_balancing"),
+            3.0,
+        ),
     ],
 )
 def test_simulation_and_rehearsal_engine_agree_to_the_microsecond(context, generation, qps):

@@ -22,6 +22,7 @@ class Sequence:
     done: asyncio.Event = field(default_factory=asyncio.Event)
     transfer_s: float = 0.0
     computed: int = 0
+    busy_until: float = 0.0
     emitted: int = 0
     kv_tokens: int = 0
     ready: float = 0.0
@@ -71,22 +72,34 @@ class ContextEngine(Engine):
         """Serve for ever; sets a sequence's `done` at the end of the step that holds its last prompt token."""
         loop = asyncio.get_running_loop()
         table, args = self.table.context, self.args
-        chunks = [0] * args.max_batch_size
         now = 0.0
         while True:
-            if not self.waiting:
+            while not self.waiting:
                 now = await self._work()
             start = max(now, self.stage_free[0])
-            left = [s.input_tokens - s.computed for s in self.waiting]
-            count = rules.context_chunks(left, 0, len(left), args.max_num_tokens, args.max_batch_size, chunks)
-            done = [self.waiting[i].computed for i in range(count)]
-            step_ms = rules.context_step_ms(table, chunks, done, count)
+            line = list(self.waiting)
+            left, busy = [s.input_tokens - s.computed for s in line], [s.busy_until for s in line]
+            begin = rules.context_start(left, busy, 0, len(line), start)
+            if begin > start:  # until then, or until another prompt comes
+                self.wake.clear()
+                loop.call_at(begin, self.wake.set)
+                await self.wake.wait()
+                now = min(begin, loop.time())
+                continue
+            chunks = [0] * len(line)
+            count = rules.context_chunks(
+                left, busy, 0, len(line), start, args.max_num_tokens, args.max_batch_size, chunks
+            )
+            step_ms = rules.context_step_ms(table, chunks, [s.computed for s in line], count)
             end = rules.stage_pass(start, step_ms * self.scale, self.stage_free)
-            self._record(step_ms, count, sum(chunks[:count]), 0)
-            for i in range(count):
-                self.waiting[i].computed += chunks[i]
-            while self.waiting and self.waiting[0].computed == self.waiting[0].input_tokens:
-                loop.call_at(end, self.waiting.popleft().done.set)
+            self._record(step_ms, sum(c > 0 for c in chunks[:count]), sum(chunks[:count]), 0)
+            for sequence, chunk in zip(line, chunks[:count], strict=False):
+                sequence.computed += chunk
+                if chunk and not args.chunks_overlap:
+                    sequence.busy_until = end
+            finished = [s for s in line if s.computed == s.input_tokens]
+            self.waiting = deque(s for s in self.waiting if s not in finished)
+            loop.call_at(end, lambda finished=finished: [s.done.set() for s in finished])  # in their order
             await self._until(self.stage_free[0])
 
 

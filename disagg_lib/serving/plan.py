@@ -118,7 +118,7 @@ def deployment_of(experiment, system: str = "gb200") -> Deployment:
     e = experiment
     context = ServerGroup(
         e.num_ctx_servers, e.ctx_tp_size, e.ctx_pp_size, e.ctx_batch_size, e.ctx_max_num_tokens,
-        kv_fraction=e.ctx_gpu_memory_fraction,
+        kv_fraction=e.ctx_gpu_memory_fraction, chunks_overlap=e.trtllm_dialect != "v5.1",
     )  # fmt: skip
     generation = ServerGroup(
         e.num_gen_servers, e.gen_tp_size, 1, e.gen_batch_size, e.gen_max_num_tokens, tuple(cuda_graph_sizes(e.gen_batch_size)),
@@ -307,7 +307,7 @@ def qps_over_seeds(
     found: list[float] = []
     for seed in seeds:
         near = found[-1] if found and found[-1] else guess
-        found.append(highest_valid_qps(deployment, lengths, seed, limits_ms, near))
+        found.append(highest_valid_qps(deployment, lengths, seed, limits_ms, near, error))
     return np.array(found)
 
 

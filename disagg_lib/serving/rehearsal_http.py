@@ -258,9 +258,7 @@ class Worker:
         fits = kv_need <= self.kv_capacity
         need(fits, f"the request needs {kv_need} KV-cache tokens; there are {self.kv_capacity}", 500)
         gpus = self.args.tp * self.args.pp
-        moved_ms = rules.transfer_ms(
-            len(tokens), self.table.kv_bytes_per_token * gpus, int(params.encoded_opaque_state or gpus), gpus
-        )
+        moved_ms = rules.transfer_ms(len(tokens), int(params.encoded_opaque_state or gpus), gpus)
         sequence.transfer_s = self.knobs.time_scale * moved_ms / 1000
         finish = "length" if sequence.output_tokens == most else "stop"
         usage = bool((asked.stream_options or {}).get("include_usage"))

@@ -6,7 +6,10 @@ functions with numba. Times are in whatever unit the caller uses, step times in 
 GUARANTEED_NO_EVICT admission).
 """
 
+import math
+
 KV_BLOCK_TOKENS = 32
+KV_BYTES_PER_TOKEN = 258_048  # of the whole model in FP8: 2 x 126 layers x 8 heads x 128
 # Assumptions of the model; docs/boundaries.md says what they stand on.
 TRANSFER_GB_PER_S_PER_GPU = 50.0  # one 400 Gbit/s port for each GPU; NVLink would be faster
 TRANSFER_FIXED_MS = 5.0
@@ -41,17 +44,29 @@ def interpolate_grid(xs, ys, grid, x, y):
     return at_low * (1 - u) + at_high * u
 
 
-def context_chunks(left, first, last, max_num_tokens, max_batch_size, chunks):
-    """Fill chunks[0:k] for one context step and return k, the number of requests in it.
+def context_start(left, busy_until, first, last, start):
+    """When the next context step can begin: at `start`, or later, when the first of the prompts in flight is back."""
+    soonest = math.inf
+    for k in range(first, last):
+        if left[k] > 0:
+            if busy_until[k] <= start:
+                return start
+            soonest = min(soonest, busy_until[k])
+    return soonest
+
+
+def context_chunks(left, busy_until, first, last, start, max_num_tokens, max_batch_size, chunks):
+    """Fill chunks[0:k] for the context step at `start` and return k: chunks[i] tokens of request first + i, 0 if it sits out.
 
     left[first:last] are the prompt tokens not yet computed, in order of arrival. First come, first served: each request
-    gets all it still needs until the step is full, so at most the last one is cut.
+    gets all it still needs until the step is full, so at most the last one is cut. A prompt whose last chunk is still in
+    the pipeline (busy_until) sits out: with PP, releases before 1.2 do not let chunks of one prompt follow each other.
     """
-    room = max_num_tokens
-    count = 0
-    while first + count < last and count < max_batch_size and room > 0:
-        chunks[count] = min(left[first + count], room)
+    room, requests, count = max_num_tokens, 0, 0
+    while first + count < last and requests < max_batch_size and room > 0:
+        chunks[count] = min(left[first + count], room) if busy_until[first + count] <= start else 0
         room -= chunks[count]
+        requests += chunks[count] > 0
         count += 1
     return count
 
@@ -62,8 +77,9 @@ def context_step_ms(table, chunks, done, count):
     total = 0
     attention = 0.0
     for i in range(count):
-        total += chunks[i]
-        attention += interpolate_grid(new, past, attention_ms, chunks[i], done[i])
+        if chunks[i] > 0:
+            total += chunks[i]
+            attention += interpolate_grid(new, past, attention_ms, chunks[i], done[i])
     return interpolate(tokens, dense_ms, total) + attention
 
 
@@ -124,10 +140,10 @@ def kv_tokens(input_tokens, max_new_tokens):
     return -(-(input_tokens + max_new_tokens) // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
 
 
-def transfer_ms(input_tokens, bytes_per_token, context_gpus, generation_gpus):
+def transfer_ms(input_tokens, context_gpus, generation_gpus):
     """Time to move a prompt's KV cache from a context to a generation server, over as many ports as both have GPUs for."""
     gb_per_s = TRANSFER_GB_PER_S_PER_GPU * min(context_gpus, generation_gpus)
-    return TRANSFER_FIXED_MS + input_tokens * bytes_per_token / (gb_per_s * 1e6)
+    return TRANSFER_FIXED_MS + input_tokens * KV_BYTES_PER_TOKEN / (gb_per_s * 1e6)
 
 
 def least_loaded(loads, turn):

@@ -64,6 +64,7 @@ class EngineArgs:
     graph_padding: bool
     transport: bool
     print_iter_log: bool
+    chunks_overlap: bool
 
 
 def _need(holds, message: str) -> None:
@@ -250,4 +251,5 @@ def engine_args(where: str, engine: dict, dialect: str, role: str, per_worker: b
         graph_padding=bool((graphs or {}).get("enable_padding", False)),
         transport=transport is not None,
         print_iter_log=bool(engine.get("print_iter_log", False)),
+        chunks_overlap=dialect != "v5.1",
     )  # fmt: skip

@@ -30,7 +30,11 @@ class SimulationError(DisaggError):
 
 @dataclass(frozen=True)
 class ServerGroup:
-    """`count` equal servers. CUDA-graph sizes matter for generation only; none means eager steps."""
+    """`count` equal servers. CUDA-graph sizes matter for generation only; none means eager steps.
+
+    `chunks_overlap` matters for context servers with PP: whether chunks of one prompt follow each other through the stages,
+    as from TensorRT-LLM 1.2 on, or a prompt sits out until its last chunk is back, as in MLPerf v5.1's release.
+    """
 
     count: int
     tp: int
@@ -42,6 +46,7 @@ class ServerGroup:
     kv_fraction: float = 0.95
     router: str = "round_robin"
     router_tokens: bool = False
+    chunks_overlap: bool = False
 
     @property
     def gpus(self) -> int:
@@ -144,7 +149,7 @@ def _visited(i, n, servers, balanced):
 @_jit
 def _run_prompts(
     arrivals, inputs, outputs, kv_need, servers, balanced, by_tokens, context_table, kv_table, max_num_tokens, max_batch,
-    pp, kv_capacity, context_factor, generation_factor, bin_s, busy, blocked, server_of, first_of, end_of,
+    pp, chunks_overlap, kv_capacity, context_factor, generation_factor, bin_s, busy, blocked, server_of, first_of, end_of,
 ):  # fmt: skip
     """Serve every query on servers that compute prompts; fills busy, blocked, server_of, first_of and end_of (s).
 
@@ -157,25 +162,30 @@ def _run_prompts(
     line = np.empty((servers, most), np.int64)
     left = np.empty((servers, most), np.int64)
     done = np.zeros((servers, most), np.int64)
+    busy_until = np.zeros((servers, most))
     calendar = np.full((servers, ring), -1, np.int64)
     following = np.empty(n, np.int64)
     head, taken, tail = np.zeros(servers, np.int64), np.zeros(servers, np.int64), np.zeros(servers, np.int64)
     active, token_sum = np.zeros(servers, np.int64), np.zeros(servers, np.int64)
     emissions, kv_used = np.zeros(servers, np.int64), np.zeros(servers, np.int64)
     seen, loads = np.zeros(servers, np.int64), np.zeros(servers, np.int64)
+    gone = np.zeros((servers, most), np.bool_)
     now, free = np.zeros(servers), np.zeros((servers, pp))
-    chunks = np.empty(max_batch, np.int64)
+    chunks = np.empty(most, np.int64)
+    slots = max_batch if outputs.max() > 1 else n  # a context server's batch limit is each step's
     for i in range(n + servers):
         until = arrivals[i] if i < n else np.inf
         first, last = _visited(i, n, servers, balanced)
         for s in range(first, last):
             while active[s] > 0 or head[s] < tail[s]:
                 start = max(now[s], free[s, 0])
+                if active[s] == 0:
+                    start = _rules.context_start(left[s], busy_until[s], head[s], tail[s], start)
                 if start >= until:
                     break
-                if taken[s] < tail[s] and active[s] + taken[s] - head[s] == max_batch:
+                if taken[s] < tail[s] and active[s] + taken[s] - head[s] == slots:
                     blocked[0] += 1
-                while taken[s] < tail[s] and active[s] + taken[s] - head[s] < max_batch:
+                while taken[s] < tail[s] and active[s] + taken[s] - head[s] < slots:
                     need = kv_need[line[s, taken[s]]]
                     if kv_used[s] + need > kv_capacity:
                         blocked[1] += 1
@@ -183,7 +193,9 @@ def _run_prompts(
                     kv_used[s] += need
                     taken[s] += 1
                 room = max(max_num_tokens - active[s], 0)
-                count = _rules.context_chunks(left[s], head[s], taken[s], room, max_batch, chunks)
+                count = _rules.context_chunks(
+                    left[s], busy_until[s], head[s], taken[s], start, room, max_batch, chunks
+                )
                 if active[s] == 0:
                     step_ms = context_factor * _rules.context_step_ms(
                         context_table, chunks, done[s, head[s] :], count
@@ -211,25 +223,29 @@ def _run_prompts(
                 for k in range(head[s], head[s] + count):
                     left[s, k] -= chunks[k - head[s]]
                     done[s, k] += chunks[k - head[s]]
+                    if chunks[k - head[s]] > 0 and not chunks_overlap:
+                        busy_until[s, k] = end
+                    if chunks[k - head[s]] > 0 and left[s, k] == 0:
+                        q = line[s, k]
+                        first_of[q] = end
+                        if outputs[q] > 1:
+                            active[s] += 1
+                            token_sum[s] += inputs[q] + 1
+                            slot = (emissions[s] + outputs[q] - 1) % ring
+                            following[q] = calendar[s, slot]
+                            calendar[s, slot] = q
                 while head[s] < taken[s] and left[s, head[s]] == 0:
-                    q = line[s, head[s]]
                     head[s] += 1
-                    first_of[q] = end
-                    if outputs[q] > 1:
-                        active[s] += 1
-                        token_sum[s] += inputs[q] + 1
-                        slot = (emissions[s] + outputs[q] - 1) % ring
-                        following[q] = calendar[s, slot]
-                        calendar[s, slot] = q
-            while (
-                seen[s] < head[s] and outputs[line[s, seen[s]]] == 1 and first_of[line[s, seen[s]]] <= until
-            ):
-                loads[s] -= inputs[line[s, seen[s]]] if by_tokens else 1
-                seen[s] += 1
+            if balanced and ring == 2:  # context servers: what has left by now is no load any more
+                for k in range(seen[s], tail[s]):
+                    if left[s, k] == 0 and not gone[s, k] and first_of[line[s, k]] <= until:
+                        loads[s] -= inputs[line[s, k]] if by_tokens else 1
+                        gone[s, k] = True
+                while seen[s] < tail[s] and gone[s, seen[s]]:
+                    seen[s] += 1
         if i < n:
             s = _rules.least_loaded(loads, i) if balanced else i % servers
-            if active[s] == 0 and head[s] == tail[s]:
-                now[s] = until
+            now[s] = until
             line[s, tail[s]] = i
             left[s, tail[s]] = inputs[i]
             tail[s] += 1
@@ -406,19 +422,17 @@ def simulate(deployment: Deployment, load: Load, lengths: np.ndarray) -> Simulat
         context_busy, context_server, context_end = busy, server, first
         _run_prompts(
             load.arrivals_s, inputs, outputs, kv_need, g.count, balanced, False, context_table, generation_table[2:],
-            g.max_num_tokens, g.max_batch_size, 1, capacity, d.context_factor, d.generation_factor, bin_s, *served,
+            g.max_num_tokens, g.max_batch_size, 1, False, capacity, d.context_factor, d.generation_factor, bin_s, *served,
         )  # fmt: skip
     else:
-        context_table, _, context_latency = _tables(d.system, c.tp, c.pp)
+        context_table, _, _ = _tables(d.system, c.tp, c.pp)
         context_busy, _, context_server, context_end, _ = prompts = unfilled(c)
         _run_prompts(
             load.arrivals_s, inputs, np.ones_like(inputs), np.zeros_like(inputs), c.count, c.router == "load_balancing",
-            c.router_tokens, context_table, generation_table[2:], c.max_num_tokens, c.max_batch_size, c.pp, 0,
+            c.router_tokens, context_table, generation_table[2:], c.max_num_tokens, c.max_batch_size, c.pp, c.chunks_overlap, 0,
             d.context_factor, 1.0, bin_s, *prompts,
         )  # fmt: skip
-        gpus, generation_gpus = c.tp * c.pp, g.tp * g.pp
-        kv_bytes = context_latency.kv_bytes_per_token * gpus
-        transfer = 1e-3 * rules.transfer_ms(inputs, kv_bytes, gpus, generation_gpus)
+        transfer = 1e-3 * rules.transfer_ms(inputs, c.tp * c.pp, g.tp * g.pp)
         steps = _generation_steps(
             d.system, g.tp, g.pp, g.cuda_graph_sizes, g.cuda_graph_padding, g.max_batch_size
         )
