@@ -79,15 +79,6 @@ given_option = click.option(
     "-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="One parameter; repeatable."
 )
 csv_option = click.option("--csv", "csv_file", type=click.Path(), help="Write the rows here, too.")
-lengths_option = click.option(
-    "--lengths",
-    "lengths_file",
-    type=click.Path(),
-    help="CSV input_tokens,output_tokens in place of the built-in shapes.",
-)
-calibration_option = click.option(
-    "--calibration", "calibration_file", type=click.Path(), help="A file that `calibrate` wrote."
-)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -132,40 +123,38 @@ def check(params, given):
 @click.option("--gpus", type=click.IntRange(1, 10_000), help="GPU budget; default: what PARAMS need.")
 @params_argument
 @given_option
-@lengths_option
-@calibration_option
 @csv_option
-def plan(gpus, params, given, lengths_file, calibration_file, csv_file):
+def plan(gpus, params, given, csv_file):
     """Rank topologies for a GPU budget by the highest target QPS that stays VALID (simulated)."""
     from .serving import prediction
 
     experiment = load_experiment(_files(params), _given(given))
-    model = prediction.Model.read(lengths_file, calibration_file)
-    table, notes = prediction.plan_table(
-        experiment, gpus or experiment.plan_gpus or experiment.gpu_count, model
-    )
-    _write_csv(table, csv_file)
-    click.echo(prediction.format_plan(table))
-    click.echo("\n" + notes)
+    ranked = prediction.plan_experiment(experiment, gpus)
+    _write_csv(prediction.plan_table(ranked), csv_file)
+    click.echo("source: simulated; queries/s, the highest that stay VALID, median [range] over seeds")
+    click.echo(prediction.ranking(ranked).to_string())
+    click.echo("\n" + prediction.plan_notes(experiment, ranked))
 
 
 @main.command()
 @params_argument
 @given_option
 @click.option("--seeds", default=8, type=click.IntRange(1, 1000), show_default=True, help="Runs to simulate.")
-@lengths_option
-@calibration_option
+@click.option("--highest", is_flag=True, help="Search the highest target QPS that stays VALID instead.")
 @csv_option
-def simulate(params, given, seeds, lengths_file, calibration_file, csv_file):
+def simulate(params, given, seeds, highest, csv_file):
     """Predict TTFT, TPOT and the verdict of PARAMS at server_target_qps, for three spreads of prompt length."""
     from .serving import prediction
 
     experiment = load_experiment(_files(params), _given(given))
-    table = prediction.simulate_table(
-        experiment, range(seeds), prediction.Model.read(lengths_file, calibration_file)
-    )
+    if highest:
+        table = prediction.highest_qps_table(experiment, range(seeds))
+        text = f"highest VALID queries/s, median [range] of {seeds} seeds; source: simulated\n{table.to_string(index=False)}"
+    else:
+        table = prediction.simulate_table(experiment, range(seeds))
+        text = prediction.format_simulation(table)
     _write_csv(table, csv_file)
-    click.echo(prediction.format_simulation(table))
+    click.echo(text)
 
 
 @main.command()

@@ -120,6 +120,13 @@ class Experiment(BaseModel):
     plan_gpus: int | None = _parameter(
         None, "GPU budget of 02_plan; not given: what the topology needs", ge=1, le=10_000
     )
+    gpu_system: str = _parameter(
+        "gb200", "step-time table of plan, simulate and rehearsal (gb200 | gb300 | b200)", pattern=r"^\w+$"
+    )
+    calibration_file: str | None = _parameter(None, "factors that `calibrate` fitted; not given: 1 and 1")
+    lengths_file: str | None = _parameter(
+        None, "CSV of token lengths or prompt histogram; not given: the built-in shapes"
+    )
     # the load
     server_target_qps: float = _parameter(3.85, "queries per second that LoadGen offers", gt=0, le=100_000)
     dataset_path: str | None = _parameter(None, "the MLPerf pickle; not given: the synthetic data set")
@@ -537,6 +544,8 @@ def load_experiment(
                 "scratch_dir",
                 "model_dir",
                 "dataset_path",
+                "calibration_file",
+                "lengths_file",
                 "harness_dir",
                 "client_dir",
                 "container_image",

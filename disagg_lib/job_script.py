@@ -15,6 +15,7 @@ def _environment_variables(e: Experiment) -> list[tuple[str, str]]:
     if e.engine == "rehearsal":
         return [
             ("REHEARSAL_TIME_SCALE", str(e.rehearsal_time_scale)),
+            ("REHEARSAL_SYSTEM", e.gpu_system),
             ("REHEARSAL_FAULT", e.fault),
             # Five servers share a laptop: none may start a thread a core.
             ("OMP_NUM_THREADS", "1"),

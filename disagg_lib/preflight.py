@@ -298,13 +298,13 @@ MEAN_PROMPT_TOKENS, MEAN_ANSWER_TOKENS, LONGEST_PROMPT_TOKENS, LONGEST_ANSWER_TO
 
 
 def _memory(e: Experiment) -> Iterator[Check]:
-    """Weights and KV cache against GPU memory, for a GB200 with NVFP4 weights and an FP8 KV cache."""
+    """Weights and KV cache against GPU memory, with NVFP4 weights and an FP8 KV cache."""
     for role, short, pp_size in (("context", "ctx", e.ctx_pp_size), ("generation", "gen", 1)):
         tp_size, batch = getattr(e, f"{short}_tp_size"), getattr(e, f"{short}_batch_size")
         fraction, tokens = getattr(e, f"{short}_gpu_memory_fraction"), getattr(e, f"{short}_max_num_tokens")
         rule, of = f"{role}_memory", f"TP{tp_size} PP{pp_size}"
         try:
-            capacity = latency.read_table("gb200", tp_size, pp_size).kv_capacity_tokens(fraction, tokens)
+            capacity = latency.read_table(e.gpu_system, tp_size, pp_size).kv_capacity_tokens(fraction, tokens)
         except latency.LatencyTableError as error:
             one_gpu = tp_size * pp_size == 1
             found = f"{of}: 216 GiB of weights on one GPU of 186" if one_gpu else error

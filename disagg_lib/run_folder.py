@@ -195,7 +195,7 @@ def _write_run(folder: Path, e: Experiment, python: str) -> None:
     ):
         shutil.copy(Path(__file__).with_name(module), folder / "job")
     if not e.dataset_path:
-        sample_lengths = lengths.built_in_lengths(SAMPLE_COUNT)
+        sample_lengths = lengths.data_set_lengths(e.lengths_file)
         if e.shortened:
             sample_lengths = lengths.shorten_outputs(sample_lengths, e.rehearsal_output_tokens)
         lengths.write_lengths_csv(sample_lengths, folder / "job/lengths.csv")

@@ -33,6 +33,27 @@ def test_simulate_reports_three_spreads_and_writes_a_row_a_seed(tmp_path):
     assert set(table["source"]) == {"simulated"}
 
 
+def test_the_highest_valid_qps_stands_beside_the_target(tmp_path):
+    done = command(
+        "simulate", "params/gb200_20gpu.yaml", "--highest", "--seeds", 1, "--csv", tmp_path / "h.csv"
+    )
+    assert done.returncode == 0, done.stderr
+    row = pd.read_csv(tmp_path / "h.csv").iloc[0]
+    assert row["server_target_qps"] == 3.85 and row["source"] == "simulated"
+    assert 3.0 < float(row["cv 0.55"].split()[0]) < float(row["cv 0.35"].split()[0]) < 4.5
+
+
+def test_a_histogram_of_prompt_lengths_and_another_system_are_parameters(tmp_path):
+    (tmp_path / "h.csv").write_text("up_to_tokens,samples\n1000,0\n2000,30\n8000,10\n")
+    words = ["simulate", "params/gb200_20gpu.yaml", "--seeds", 1, "-p", "lengths_file", tmp_path / "h.csv"]
+    done, other = command(*words), command(*words, "-p", "gpu_system", "gb300")
+    assert done.returncode == 0, done.stderr
+    assert "h.csv 1 of 1" in done.stdout and "cv 0.45" not in done.stdout
+    assert other.returncode == 0 and other.stdout != done.stdout
+    refused = command(*words, "-p", "gpu_system", "h100")
+    assert refused.returncode == 1 and "there are b200, gb200, gb300" in refused.stderr
+
+
 def test_the_same_seeds_give_the_same_rows(tmp_path):
     for name in ("a.csv", "b.csv"):
         command("simulate", "params/gb200_20gpu.yaml", "--seeds", 1, "--csv", tmp_path / name)

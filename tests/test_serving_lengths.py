@@ -8,6 +8,7 @@ import pytest
 from disagg_lib.serving.lengths import (
     LengthsError,
     built_in_lengths,
+    data_set_lengths,
     output_tokens_at,
     read_histogram,
     read_lengths_csv,
@@ -82,6 +83,17 @@ def test_a_histogram_replaces_the_prompt_shape_and_nothing_else(tmp_path):
     assert (lengths["input_tokens"] <= 2000).mean() == pytest.approx(0.75, abs=0.001)
     assert lengths["input_tokens"].mean() == pytest.approx(0.75 * 1500 + 0.25 * 5000, rel=0.001)
     assert (lengths["output_tokens"] == built_in_lengths(4000)["output_tokens"]).all()
+
+
+def test_the_data_set_takes_its_lengths_from_either_kind_of_file(tmp_path):
+    (tmp_path / "h.csv").write_text("up_to_tokens,samples\n1000,0\n2000,30\n8000,10\n")
+    assert data_set_lengths(tmp_path / "h.csv")["input_tokens"].max() <= 8000
+    (tmp_path / "l.csv").write_text("input_tokens,output_tokens\n10,5\n20,6\n")
+    found, counts = np.unique(data_set_lengths(tmp_path / "l.csv")["input_tokens"], return_counts=True)
+    assert found.tolist() == [10, 20] and counts.sum() == 8313 and np.ptp(counts) == 1
+    assert (data_set_lengths() == built_in_lengths()).all()
+    with pytest.raises(LengthsError, match=r"none.csv: cannot be read"):
+        data_set_lengths(tmp_path / "none.csv")
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,35 @@ def test_a_row_becomes_a_table_line_and_a_params_file(ranking):
     assert params["server_target_qps"] <= ranking[0].recommended_qps
 
 
+def test_the_best_layout_without_pp_is_ranked_whatever_its_place(ranking):
+    assert 1 in {row.deployment.context.pp for row in ranking}
+    scored = [(3.0, Deployment("gb200", ServerGroup(1, 4, pp), ServerGroup(1, 4))) for pp in (2, 2, 2, 1, 1)]
+    assert [d.context.pp for _, d in planning._first(scored, 2)] == [2, 2, 1]
+    assert len(planning._first(scored, 4)) == 4
+
+
+def test_chunks_that_fill_a_pipeline_are_worth_qps():
+    """TensorRT-LLM 1.2 against MLPerf v5.1's release: why the parameters' dialect goes into a plan."""
+    two_stages = dataclasses.replace(TWENTY_GPUS, context=ServerGroup(3, 2, 2))
+    overlapping = dataclasses.replace(
+        two_stages, context=dataclasses.replace(two_stages.context, chunks_overlap=True)
+    )
+    lengths = built_in_lengths()
+    found = [highest_valid_qps(d, lengths, 0) for d in (two_stages, overlapping)]
+    assert found[1] > 1.05 * found[0]
+    assert all(d.context.chunks_overlap for _, d in screen(8, chunks_overlap=True))
+
+
+def test_a_coarser_search_is_a_shorter_one(monkeypatch):
+    runs = []
+    monkeypatch.setattr(planning, "simulate", lambda *a: runs.append(1) or simulate(*a))
+    counts = []
+    for error in (0.03, 0.001):
+        planning.qps_over_seeds(TWENTY_GPUS, seeds=range(2), error=error)
+        counts.append(len(runs) - sum(counts))
+    assert counts[0] < counts[1]
+
+
 def test_the_first_row_beats_the_original_layout(ranking):
     original = planning.qps_over_seeds(TWENTY_GPUS, seeds=range(3), guess=3.7)
     assert ranking[0].target_qps >= np.median(original)
@@ -92,6 +121,11 @@ def test_slower_steps_and_wider_prompts_cost_qps():
 
 def test_twenty_gpus_come_out_within_15_percent_of_the_original_advice():
     assert np.median(planning.qps_over_seeds(TWENTY_GPUS, seeds=range(5))) == pytest.approx(3.85, rel=0.15)
+
+
+def test_a_budget_that_would_take_hours_names_the_most_that_does_not():
+    with pytest.raises(PlanError, match="Plan 576 or fewer"):
+        planning.plan(5000)
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 3])

@@ -124,6 +124,23 @@ def read_histogram(path: Path) -> list[tuple[float, float]]:
     return rows
 
 
+def data_set_lengths(path: Path | str | None = None, cv: float = 0.45) -> np.ndarray:
+    """Lengths of the data set's 8313 samples: the built-in shapes, or a file of lengths or a histogram of prompts.
+
+    A lengths file with more or fewer rows is thinned or repeated evenly.
+    """
+    if path is None:
+        return built_in_lengths(cv=cv)
+    try:
+        histogram = "up_to_tokens" in Path(path).read_text().partition("\n")[0]
+    except (OSError, UnicodeDecodeError) as error:
+        raise LengthsError(f"{path}: cannot be read ({error}).") from None
+    if histogram:
+        return built_in_lengths(input_histogram=read_histogram(path))
+    lengths = read_lengths_csv(path)
+    return lengths[np.arange(8313) * len(lengths) // 8313]
+
+
 def shorten_outputs(lengths: np.ndarray, mean_tokens: float) -> np.ndarray:
     """A copy with outputs scaled to the given mean; never below 2, the least that LoadGen can time."""
     short = lengths.copy()

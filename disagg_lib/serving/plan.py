@@ -33,6 +33,7 @@ GENERATION_BATCHES = (256, 512)
 # Captured sizes of the original up to 512: see the facts on TensorRT-LLM's config.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 150, 180, 192, 224, 256, 288, 352, 416, 480, 512)
 QPS_ERROR, QUICK_QPS_ERROR = 0.008, 0.03
+MOST_GPUS = 576
 
 
 class PlanError(DisaggError):
@@ -68,10 +69,7 @@ class PlanRow:
     @property
     def layout(self) -> str:
         """E.g. `14 x TP4 ctx + 4 x TP4 gen`, or `18 x TP4 aggregated`."""
-        generation = _shape(self.deployment.generation)
-        if self.deployment.context is None:
-            return f"{generation} aggregated"
-        return f"{_shape(self.deployment.context)} ctx + {generation} gen"
+        return layout_of(self.deployment)
 
     def as_dict(self) -> dict:
         """The row for a table: layout, settings, figures."""
@@ -111,7 +109,14 @@ def _shape(group: ServerGroup) -> str:
     return f"{group.count} x TP{group.tp}{stages}"
 
 
-def deployment_of(experiment, system: str = "gb200") -> Deployment:
+def layout_of(d: Deployment) -> str:
+    """The name of a topology in tables."""
+    if d.context is None:
+        return f"{_shape(d.generation)} aggregated"
+    return f"{_shape(d.context)} ctx + {_shape(d.generation)} gen"
+
+
+def deployment_of(experiment) -> Deployment:
     """The deployment that an Experiment describes."""
     from disagg_lib.trtllm_config import cuda_graph_sizes
 
@@ -126,7 +131,7 @@ def deployment_of(experiment, system: str = "gb200") -> Deployment:
     )  # fmt: skip
     # With the synthetic data set a request's max_tokens is its own length; with MLPerf's it is the cap.
     reserve = MAX_OUTPUT_TOKENS if e.dataset_path or e.engine != "rehearsal" else None
-    return Deployment(system, context, generation, reserve_output_tokens=reserve)
+    return Deployment(e.gpu_system, context, generation, reserve_output_tokens=reserve)
 
 
 # Screening
@@ -199,7 +204,9 @@ def _generation_qps(d: Deployment, mean_input: float, mean_output: float, tpot_l
     return best * d.generation.count
 
 
-def _candidates(system: str, gpus: int, gpus_per_node: int, calibration: Calibration) -> list[Deployment]:
+def _candidates(
+    system: str, gpus: int, gpus_per_node: int, calibration: Calibration, chunks_overlap: bool
+) -> list[Deployment]:
     """Every topology within the budget that no further context server would fit into, in rank order on whole nodes."""
     found = []
     for (ctx_tp, ctx_pp), (gen_tp, gen_pp) in itertools.product(server_shapes(system), repeat=2):
@@ -214,7 +221,7 @@ def _candidates(system: str, gpus: int, gpus_per_node: int, calibration: Calibra
             if count < 1:
                 continue
             for tokens, batch in itertools.product(CONTEXT_TOKENS, GENERATION_BATCHES):
-                context = ServerGroup(count, ctx_tp, ctx_pp, 128, tokens)
+                context = ServerGroup(count, ctx_tp, ctx_pp, 128, tokens, chunks_overlap=chunks_overlap)
                 sizes = tuple(n for n in GRAPH_SIZES if n <= batch)
                 generation = ServerGroup(servers, gen_tp, 1, batch, batch, sizes)
                 found.append(calibration.apply(Deployment(system, context, generation)))
@@ -228,15 +235,20 @@ def screen(
     limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
     gpus_per_node: int = 4,
     calibration: Calibration = UNCALIBRATED,
+    chunks_overlap: bool = False,
 ) -> list[tuple[float, Deployment]]:
     """All layouts within the budget with the formula's QPS, best first; of each layout the best chunk and batch.
 
     Raises
     ------
-    PlanError : nothing fits; says the smallest budget that does.
+    PlanError : nothing fits, or too much to search; says the nearest budget that can be planned.
     """
     lengths = built_in_lengths() if lengths is None else lengths
-    candidates = _candidates(system, gpus, gpus_per_node, calibration)
+    if gpus > MOST_GPUS:
+        raise PlanError(
+            f"{gpus} GPUs would take hours to search. Plan {MOST_GPUS} or fewer: a larger system is several of them."
+        )
+    candidates = _candidates(system, gpus, gpus_per_node, calibration, chunks_overlap)
     if not candidates:
         least = sum(2 * [min(tp * pp for tp, pp in server_shapes(system))])
         raise PlanError(
@@ -386,6 +398,12 @@ def _row(
     )
 
 
+def _first(scored: list[tuple[float, Deployment]], count: int) -> list[tuple[float, Deployment]]:
+    """The first `count`, and the first one without PP if it is not among them."""
+    one_stage = next((k for k, (_, d) in enumerate(scored) if d.context.pp == 1), 0)
+    return scored[:count] + ([scored[one_stage]] if one_stage >= count else [])
+
+
 def plan(
     gpus: int,
     system: str = "gb200",
@@ -394,20 +412,22 @@ def plan(
     seeds: Sequence[int] = range(8),
     gpus_per_node: int = 4,
     calibration: Calibration = UNCALIBRATED,
+    chunks_overlap: bool = False,
     simulated: int = 16,
     ranked: int = 6,
 ) -> list[PlanRow]:
     """Rank topologies for a GPU budget by the median highest VALID QPS.
 
     The formula picks `simulated` layouts out of all; two seeds each pick `ranked` of those, and the chunk size of the first three; these
-    get all seeds.
+    get all seeds. The best layout whose context servers have one stage is always among them: PP is the least proven part.
 
     Raises
     ------
     PlanError : nothing fits the budget, or nothing that fits can meet the limits at any QPS.
     """
     lengths = built_in_lengths() if lengths is None else lengths
-    scored = screen(gpus, system, lengths, limits_ms, gpus_per_node, calibration)[:simulated]
+    scored = screen(gpus, system, lengths, limits_ms, gpus_per_node, calibration, chunks_overlap)
+    scored = _first(scored, simulated)
     with ThreadPoolExecutor(2) as pool:  # the simulation's loops hold no lock
 
         def quick(pairs):
@@ -420,7 +440,7 @@ def plan(
 
             return sorted((p for p in pool.map(one, pairs) if p[0] > 0), key=lambda p: (-p[0], p[1].gpus))
 
-        best = quick(scored)[:ranked]
+        best = _first(quick(scored), ranked)
         if not best:
             raise PlanError(
                 f"no topology of {gpus} GPUs of {system} meets {limits_ms[0]:g} ms TTFT and {limits_ms[1]:g} ms TPOT at any"

@@ -13,12 +13,11 @@ from matplotlib.patches import Rectangle
 
 from disagg_lib.figures import BLUE, INK, MID, ORANGE, _figure, _title
 from disagg_lib.serving import rules
-from disagg_lib.serving.latency import read_table
-from disagg_lib.serving.lengths import built_in_lengths
-from disagg_lib.serving.plan import QUICK_QPS_ERROR, qps_over_seeds
+from disagg_lib.serving.latency import LatencyTable, read_table, server_shapes
+from disagg_lib.serving.plan import qps_over_seeds
 from disagg_lib.serving.simulate import Deployment, with_factors
 
-SHAPES = ((2, 1, "-"), (4, 1, "--"), (8, 1, ":"), (16, 1, "-."))  # TP, PP, dash
+DASHES = {2: "-", 4: "--", 8: ":", 16: "-."}  # by TP
 
 
 def as_image(figure: Figure) -> Image:
@@ -28,14 +27,21 @@ def as_image(figure: Figure) -> Image:
     return Image(buffer.getvalue())
 
 
+def _tables(system: str) -> list[tuple[LatencyTable, dict]]:
+    """The system's tables without PP, and how their lines look."""
+    return [
+        (read_table(system, tp), {"ls": dash, "color": BLUE if tp <= 4 else ORANGE, "label": f"TP{tp}"})
+        for tp, dash in DASHES.items()
+        if (tp, 1) in server_shapes(system)
+    ]
+
+
 def figure_context_step(system: str = "gb200") -> Figure:
     """Prompt tokens a second and GPU over the tokens in a step: why prompts are computed in large chunks."""
     figure, axis = _figure(7, 3.6)
-    for tp, pp, dash in SHAPES:
-        table = read_table(system, tp, pp)
+    for table, look in _tables(system):
         tokens = np.array(table.context_tokens)
-        rate = tokens / np.array(table.context_ms) * 1e3 / (tp * pp)
-        axis.plot(tokens, rate, dash, color=BLUE if tp <= 4 else ORANGE, label=f"TP{tp}")
+        axis.plot(tokens, tokens / np.array(table.context_ms) * 1e3 / table.tp, **look)
     axis.set(xscale="log", xlabel="tokens in a context step", ylabel="prompt tokens/s per GPU")
     axis.legend(frameon=False)
     _title(figure, f"Context steps, {system}", "simulated")
@@ -45,20 +51,13 @@ def figure_context_step(system: str = "gb200") -> Figure:
 def figure_generation_step(system: str = "gb200", context_tokens: int = 9700) -> Figure:
     """Time per output token over the requests in a step: what TPOT's limit of 80 ms allows."""
     figure, axis = _figure(7, 3.6)
-    batches = np.arange(1, 513, 3)
-    for tp, _, dash in SHAPES:
-        table = read_table(system, tp, 1)
-        grid = [np.array(x, float) for x in (table.kv_batch, table.kv_length, table.kv_ms)]
-        attention = [rules.interpolate_grid(*grid, b, context_tokens) for b in batches]
-        step = np.interp(batches, table.generation_batch, table.generation_ms) + np.array(attention)
-        room = table.kv_capacity_tokens(0.95, 512) / context_tokens
-        axis.plot(
-            batches[batches <= room],
-            step[batches <= room],
-            dash,
-            color=BLUE if tp <= 4 else ORANGE,
-            label=f"TP{tp}",
-        )
+    for table, look in _tables(system):
+        room = int(table.kv_capacity_tokens(0.95, 512) / context_tokens)
+        batches = np.arange(1, min(room, 512), 3)
+        step = [
+            rules.generation_step_ms(table.generation, b, context_tokens, (b,), False, 0.0) for b in batches
+        ]
+        axis.plot(batches, step, **look)
     axis.axhline(80, color=INK, linewidth=0.8)
     axis.annotate("limit 80 ms", (5, 82), color=INK)
     axis.set_ylim(0, 90)
@@ -71,12 +70,13 @@ def figure_generation_step(system: str = "gb200", context_tokens: int = 9700) ->
     return figure
 
 
-def heat_map(best: Deployment, gpus: int, seeds: Sequence[int] = (0,)) -> pd.DataFrame:
+def heat_map(
+    best: Deployment, gpus: int, lengths: np.ndarray | None = None, seeds: Sequence[int] = (0,)
+) -> pd.DataFrame:
     """Highest VALID queries/s over (context servers, generation servers) of the best topology's server sizes; NaN: too many GPUs.
 
     Half the choice's context servers and more; up to twice its generation servers and two.
     """
-    lengths = built_in_lengths()
     context, generation = best.context, best.generation
     size, gen_size = context.tp * context.pp, generation.tp
     cells = [
@@ -90,7 +90,7 @@ def heat_map(best: Deployment, gpus: int, seeds: Sequence[int] = (0,)) -> pd.Dat
         d = replace(
             best, context=replace(context, count=cell[0]), generation=replace(generation, count=cell[1])
         )
-        return float(np.median(qps_over_seeds(d, lengths, seeds, guess=1.2 * cell[0], error=QUICK_QPS_ERROR)))
+        return float(np.median(qps_over_seeds(d, lengths, seeds, guess=1.2 * cell[0], error=0.01)))
 
     with ThreadPoolExecutor(2) as pool:
         values = pool.map(one, cells)
@@ -123,33 +123,27 @@ def figure_heat_map(table: pd.DataFrame, best: Deployment) -> Figure:
     return figure
 
 
-def sensitivity(best: Deployment, seeds: Sequence[int] = range(4)) -> pd.DataFrame:
+def sensitivity(
+    best: Deployment, spreads: Sequence[tuple[str, np.ndarray]], seeds: Sequence[int] = range(4)
+) -> pd.DataFrame:
     """Highest VALID queries/s of a topology if prompts spread otherwise, or steps take 10 % more or less."""
-    cases = [
-        ("as assumed", 0.45, 1.0, 1.0),
-        ("prompt cv 0.35", 0.35, 1.0, 1.0),
-        ("prompt cv 0.55", 0.55, 1.0, 1.0),
-    ]
+    assumed = spreads[0][1]
+    cases = [("as assumed", assumed, 1.0, 1.0)]
+    cases += [(f"prompt {name}", lengths, 1.0, 1.0) for name, lengths in spreads[1:]]
     for sign, factor in (("+10 %", 1.1), ("-10 %", 0.9)):
-        cases += [
-            (f"context steps {sign}", 0.45, factor, 1.0),
-            (f"generation steps {sign}", 0.45, 1.0, factor),
-        ]
-    rows = []
-    for name, cv, context, generation in cases:
+        cases += [(f"context steps {sign}", assumed, factor, 1.0)]
+        cases += [(f"generation steps {sign}", assumed, 1.0, factor)]
+
+    def one(case):
+        name, lengths, context, generation = case
         d = with_factors(best, best.context_factor * context, best.generation_factor * generation)
-        qps = qps_over_seeds(d, built_in_lengths(cv=cv), seeds, guess=rows[0]["target_qps"] if rows else 4.0)
-        rows.append(
-            {
-                "case": name,
-                "target_qps": float(np.median(qps)),
-                "lowest": float(qps.min()),
-                "highest": float(qps.max()),
-            }
-        )
-    table = pd.DataFrame(rows)
+        qps = qps_over_seeds(d, lengths, seeds, guess=1.2 * best.context.count)
+        return {"case": name, "target_qps": np.median(qps), "lowest": qps.min(), "highest": qps.max()}
+
+    with ThreadPoolExecutor(2) as pool:
+        table = pd.DataFrame(pool.map(one, cases))
     table["change"] = (table["target_qps"] / table["target_qps"][0] - 1).map("{:+.1%}".format)
-    return table.assign(source="simulated")
+    return table.assign(source="simulated").round(2)
 
 
 def figure_sensitivity(table: pd.DataFrame) -> Figure:

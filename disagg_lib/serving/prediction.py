@@ -1,14 +1,14 @@
 """What `plan`, `simulate` and `calibrate` print: the model's predictions as tables, with what they depend on beside them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from disagg_lib.experiment import Experiment, load_recorded
+from disagg_lib.experiment import Experiment, load_experiment, load_recorded
 from disagg_lib.serving.calibrate import (
+    UNCALIBRATED,
     Calibration,
     CalibrationError,
     calibrate,
@@ -16,51 +16,35 @@ from disagg_lib.serving.calibrate import (
     read_calibration,
     write_calibration,
 )
-from disagg_lib.serving.lengths import built_in_lengths, read_lengths_csv, shorten_outputs
+from disagg_lib.serving.lengths import data_set_lengths, shorten_outputs
 from disagg_lib.serving.loadgen_rules import Load, draw_load
 from disagg_lib.serving.plan import (
     PlanRow,
     aggregated_alternative,
     check_saturation,
     deployment_of,
+    layout_of,
     plan,
     qps_over_seeds,
 )
-from disagg_lib.serving.simulate import simulate, summarise
+from disagg_lib.serving.simulate import Deployment, simulate, summarise
 
-PROMPT_CVS = (
-    0.45,
-    0.35,
-    0.55,
-)  # the built-in spread of prompt lengths first, then the two reported beside it
+PROMPT_CVS = (0.45, 0.35, 0.55)  # the built-in spread of prompt lengths, and the two reported beside it
 
 
-@dataclass(frozen=True)
-class Model:
-    """What a prediction rests on besides the experiment: lengths (None: the built-in shapes) and calibration."""
-
-    lengths: np.ndarray | None = None
-    calibration: Calibration = Calibration()
-
-    @classmethod
-    def read(cls, lengths_file: str | None = None, calibration_file: str | None = None) -> "Model":
-        """From the files of the command line."""
-        return cls(
-            read_lengths_csv(Path(lengths_file)) if lengths_file else None,
-            read_calibration(Path(calibration_file)) if calibration_file else Calibration(),
-        )
-
-    def spreads(self) -> list[tuple[str, np.ndarray]]:
-        """(name, lengths) of what is reported side by side."""
-        if self.lengths is not None:
-            return [("given", self.lengths)]
-        return [(f"cv {cv}", built_in_lengths(cv=cv)) for cv in PROMPT_CVS]
+def _calibration(e: Experiment) -> Calibration:
+    return read_calibration(Path(e.calibration_file)) if e.calibration_file else UNCALIBRATED
 
 
-def layout_of(e: Experiment) -> str:
-    """E.g. `4 x TP4 ctx + 1 x TP4 gen`."""
-    pp = f" PP{e.ctx_pp_size}" if e.ctx_pp_size > 1 else ""
-    return f"{e.num_ctx_servers} x TP{e.ctx_tp_size}{pp} ctx + {e.num_gen_servers} x TP{e.gen_tp_size} gen"
+def _deployment(e: Experiment) -> Deployment:
+    return _calibration(e).apply(deployment_of(e))
+
+
+def spreads(e: Experiment) -> list[tuple[str, np.ndarray]]:
+    """(name, lengths) of what is reported side by side: the lengths file, or the built-in shape with three spreads."""
+    if e.lengths_file:
+        return [(Path(e.lengths_file).name, data_set_lengths(e.lengths_file))]
+    return [(f"cv {cv}", data_set_lengths(cv=cv)) for cv in PROMPT_CVS]
 
 
 def _load(e: Experiment, seed: int) -> Load:
@@ -69,141 +53,136 @@ def _load(e: Experiment, seed: int) -> Load:
     return draw_load(e.server_target_qps, seed)
 
 
-def simulate_table(e: Experiment, seeds: Sequence[int], model: Model) -> pd.DataFrame:
+def simulate_table(e: Experiment, seeds: Sequence[int]) -> pd.DataFrame:
     """One row a prompt-length spread and seed, at the experiment's server_target_qps; a rehearsal is simulated as shortened.
 
     Raises
     ------
-    PlanError : the QPS is beyond what the context servers can keep up with.
+    PlanError : the QPS is beyond what the servers can keep up with.
     """
-    deployment = model.calibration.apply(deployment_of(e))
+    deployment = _deployment(e)
     rows = []
-    for name, lengths in model.spreads():
+    for name, lengths in spreads(e):
         lengths = shorten_outputs(lengths, e.rehearsal_output_tokens) if e.shortened else lengths
         check_saturation(deployment, e.server_target_qps, lengths)
         for seed in seeds:
             row = summarise(simulate(deployment, _load(e, seed), lengths))
-            loadgen_valid = "VALID" if row["valid"] else "INVALID"
-            settings = {"topology": layout_of(e), "prompt_lengths": name, "seed": seed}
-            rows.append(settings | row | {"loadgen_valid": loadgen_valid, "submittable": False})
+            settings = {"topology": layout_of(deployment), "prompt_lengths": name, "seed": seed}
+            verdict = {"loadgen_valid": "VALID" if row["valid"] else "INVALID", "submittable": False}
+            rows.append(settings | row | verdict)
     return pd.DataFrame(rows)
+
+
+def highest_qps_table(e: Experiment, seeds: Sequence[int] = range(12)) -> pd.DataFrame:
+    """One row: the highest QPS that stays VALID (whole runs, median [range] over seeds) for each spread, beside server_target_qps."""
+    deployment = _deployment(e)
+    row = {"GPUs": e.gpu_count, "topology": layout_of(deployment)}
+    for name, lengths in spreads(e):
+        row[name] = _range(qps_over_seeds(deployment, lengths, seeds, guess=e.server_target_qps))
+    return pd.DataFrame([row | {"server_target_qps": e.server_target_qps, "source": "simulated"}])
+
+
+def advice_table(seeds: Sequence[int] = range(12)) -> pd.DataFrame:
+    """`highest_qps_table` of the original's topologies, beside what the original advises for them (server_target_qps there)."""
+    files = [f"params/gb200_{gpus}gpu.yaml" for gpus in (20, 40, 60)]
+    table = pd.concat(
+        [highest_qps_table(load_experiment([file]), seeds) for file in files], ignore_index=True
+    )
+    return table.rename(columns={"server_target_qps": "the original's advice"})
+
+
+def _range(qps: np.ndarray) -> str:
+    return f"{np.median(qps):.2f} [{qps.min():.2f}, {qps.max():.2f}]"
 
 
 def format_simulation(table: pd.DataFrame) -> str:
     """Medians over seeds for a terminal, a line a spread of prompt lengths."""
-    lines = [
-        f"{table['topology'].iloc[0]} at {table['target_qps'].iloc[0]:g} queries/s; source: simulated, medians over seeds"
-    ]
-    heads = [
-        "prompt lengths",
-        "VALID",
-        "margin",
-        "binds",
-        "TTFT p50 ms",
-        "TTFT p99 ms",
-        "TPOT p50 ms",
-        "TPOT p99 ms",
-        "tokens/s",
-    ]
-    rows = [heads]
+    rows = {}
     for name, part in table.groupby("prompt_lengths", sort=False):
         median = part.median(numeric_only=True)
-        rows.append(
-            [
-                name,
-                f"{int(part['valid'].sum())} of {len(part)}",
-                f"{100 * median['margin']:+.1f} %",
-                part["binds"].mode()[0],
-                *(f"{median[c]:.0f}" for c in ("ttft_p50_ms", "ttft_p99_ms")),
-                *(f"{median[c]:.1f}" for c in ("tpot_p50_ms", "tpot_p99_ms")),
-                f"{median['completed_tokens_per_s']:.0f}",
-            ]
-        )
-    return "\n".join(
-        [
-            *lines,
-            *_columns(rows),
-            "Limits: TTFT 4500 ms, TPOT 80 ms; margin: at the query that early stopping looks at.",
-        ]
+        rows[name] = {
+            "VALID": f"{int(part['valid'].sum())} of {len(part)}",
+            "margin": f"{100 * median['margin']:+.1f} %",
+            "binds": part["binds"].mode()[0],
+            **{f"TTFT {p} ms": f"{median[f'ttft_{p}_ms']:.0f}" for p in ("p50", "p99")},
+            **{f"TPOT {p} ms": f"{median[f'tpot_{p}_ms']:.1f}" for p in ("p50", "p99")},
+            "tokens/s": f"{median['completed_tokens_per_s']:.0f}",
+        }
+    first = table.iloc[0]
+    return (
+        f"{first['topology']} at {first['target_qps']:g} queries/s; source: simulated, medians over seeds\n"
+        f"{pd.DataFrame(rows).T.rename_axis('prompt lengths').reset_index().to_string(index=False)}\n"
+        "Limits: TTFT 4500 ms, TPOT 80 ms; margin: at the query that early stopping looks at."
     )
 
 
-def _columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-
-
-def _plan_row(row: PlanRow, rank: int | None) -> dict:
-    values = row.as_dict()
-    return {
-        "topology": values.pop("layout"),
-        "rank": rank,
-        **values,
-        "loadgen_valid": "VALID" if row.p_valid >= 0.5 else "INVALID",
-        "valid": row.p_valid >= 0.5,
-        "submittable": False,
-    }
-
-
-def plan_table(
-    e: Experiment, gpus: int, model: Model, seeds: Sequence[int] = range(8)
-) -> tuple[pd.DataFrame, str]:
-    """Rank topologies for a budget; returns (one row a topology, notes: other prompt spreads, aggregated servers, the choice).
+def plan_experiment(e: Experiment, gpus: int | None = None, seeds: Sequence[int] = range(8)) -> list[PlanRow]:
+    """Ranked topologies for `gpus` (or plan_gpus, or what the parameters need), on the parameters' system, release and lengths.
 
     Raises
     ------
     PlanError : nothing fits.
     """
-    lengths = model.spreads()[0][1]
-    ranked = plan(
-        gpus, lengths=lengths, gpus_per_node=e.gpus_per_node, calibration=model.calibration, seeds=seeds
-    )
-    table = pd.DataFrame([_plan_row(row, rank) for rank, row in enumerate(ranked, 1)])
-    best = ranked[0]
+    gpus = gpus or e.plan_gpus or e.gpu_count
+    return plan(
+        gpus, e.gpu_system, spreads(e)[0][1], seeds=seeds, gpus_per_node=e.gpus_per_node, calibration=_calibration(e),
+        chunks_overlap=e.trtllm_dialect != "v5.1",
+    )  # fmt: skip
+
+
+def plan_table(ranked: Sequence[PlanRow]) -> pd.DataFrame:
+    """One row a topology with all its settings and figures, for a CSV file."""
+    rows = []
+    for rank, row in enumerate(ranked, 1):
+        values, valid = row.as_dict(), row.p_valid >= 0.5
+        verdict = {"loadgen_valid": "VALID" if valid else "INVALID", "valid": valid, "submittable": False}
+        rows.append({"topology": values.pop("layout"), "rank": rank, **values, **verdict})
+    return pd.DataFrame(rows)
+
+
+def plan_notes(e: Experiment, ranked: Sequence[PlanRow], seeds: Sequence[int] = range(4)) -> str:
+    """What the ranking depends on (prompt spreads, PP, aggregated servers, calibration), and the choice as a params file."""
+    best, calibration = ranked[0], _calibration(e)
+    (_, lengths), *others = spreads(e)
     notes = []
-    for name, other in model.spreads()[1:]:
-        qps = qps_over_seeds(best.deployment, other, seeds[:4], guess=best.target_qps)
-        notes.append(
-            f"With {name} of the prompt length instead of 0.45: {np.median(qps):.2f} [{qps.min():.2f}, {qps.max():.2f}] queries/s"
-        )
-    together = aggregated_alternative(gpus, lengths=lengths, seeds=seeds[:4])
+    for name, other in others:
+        qps = qps_over_seeds(best.deployment, other, seeds, guess=best.target_qps)
+        notes.append(f"With {name} of the prompt length instead of 0.45: {_range(qps)} queries/s")
+    one_stage = next((row for row in ranked if row.deployment.context.pp == 1), None)
+    if best.deployment.context.pp > 1:
+        instead = f"{one_stage.layout} gives {one_stage.target_qps:.2f}" if one_stage else "nothing fits"
+        notes.append(f"PP of context servers is unproven; measure it first. Without it {instead} queries/s")
+    together = aggregated_alternative(
+        best.gpus + best.gpus_idle, e.gpu_system, lengths=lengths, seeds=seeds, gpus_per_node=e.gpus_per_node
+    )
     ratio = best.target_qps / together.target_qps if together.target_qps else float("inf")
     notes.append(
         f"Aggregated ({together.layout}): {together.target_qps:.2f} queries/s; disaggregation gives {ratio:.2f} times that, uncalibrated"
     )
-    fitted = ", ".join(model.calibration.fitted_on) or "nothing: factors 1"
+    fitted = ", ".join(calibration.fitted_on) or "nothing: factors 1"
     notes.append(f"Calibrated on {fitted}. The choice, as a params file:")
     notes += [f"    {name}: {value}" for name, value in best.params().items()]
-    return table, "\n".join(notes)
+    return "\n".join(notes)
 
 
-def ranking(table: pd.DataFrame) -> pd.DataFrame:
-    """What a person reads of `plan_table`: queries/s are the highest that stay VALID, median and range over seeds."""
+def ranking(ranked: Sequence[PlanRow]) -> pd.DataFrame:
+    """What a person reads of a plan: queries/s are the highest that stay VALID, median [range] over seeds."""
     rows = [
         {
-            "topology": row["topology"],
-            "idle": row["gpus_idle"],
-            "target_qps": f"{row['target_qps']:.2f} [{row['target_qps_low']:.2f}, {row['target_qps_high']:.2f}]",
-            "advised": f"{row['recommended_qps']:.2f}",
-            "P(VALID)": f"{row['p_valid']:.2f}",
-            "tokens/s/GPU": f"{row['tokens_per_s_per_gpu']:.0f}",
-            "TTFT p99 ms": f"{row['ttft_p99_ms']:.0f}",
-            "TPOT p99 ms": f"{row['tpot_p99_ms']:.1f}",
-            "binds": row["binds"],
-            "one ctx less": f"{row['without_context_server_qps']:.2f}",
-            "one gen less": f"{row['without_generation_server_qps']:.2f}",
+            "topology": row.layout,
+            "idle": row.gpus_idle,
+            "target QPS": f"{row.target_qps:.2f} [{row.target_qps_low:.2f}, {row.target_qps_high:.2f}]",
+            "P(VALID)": f"{row.p_valid:.2f}",
+            "tokens/s/GPU": f"{row.tokens_per_s_per_gpu:.0f}",
+            "TTFT p99 ms": f"{row.ttft_p99_ms:.0f}",
+            "TPOT p99 ms": f"{row.tpot_p99_ms:.1f}",
+            "binds": row.binds,
+            "ctx tray down": f"{row.without_context_server_qps:.2f}",
+            "gen tray down": f"{row.without_generation_server_qps:.2f}",
         }
-        for row in table.to_dict("records")
+        for row in ranked
     ]
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="rank"))
-
-
-def format_plan(table: pd.DataFrame) -> str:
-    """The ranking for a terminal."""
-    head = "source: simulated; queries/s, the highest that stay VALID, median [range] over seeds"
-    return f"{head}\n{ranking(table).to_string()}"
 
 
 def calibrate_runs(runs: Sequence[Path], out: Path) -> str:
