@@ -59,10 +59,10 @@ def main() -> None:
     print(f"| {'plain Python, the same run':46} | {plain[2]:7.2f} s |")
     print(f"| {'ratio plain / compiled':46} | {plain[2] / least:9.0f} |")
     if options.plan:
-        from disagg_lib.serving.plan import plan
+        from disagg_lib.serving.plan import Budget, plan
 
         wall, cpu = time.perf_counter(), time.process_time()
-        best = plan(72)[0]
+        best = plan(Budget(72))[0]
         print(f"| {'plan(72), wall':46} | {time.perf_counter() - wall:7.1f} s |")
         print(f"| {'plan(72), CPU':46} | {time.process_time() - cpu:7.1f} s |")
         print(f"\nbest: {best.layout}, {best.target_qps:.2f} queries/s")

@@ -127,9 +127,10 @@ def check(params, given):
 def plan(gpus, params, given, csv_file):
     """Rank topologies for a GPU budget by the highest target QPS that stays VALID (simulated)."""
     from .serving import prediction
+    from .serving.plan import plan as plan_topologies
 
     experiment = load_experiment(_files(params), _given(given))
-    ranked = prediction.plan_experiment(experiment, gpus)
+    ranked = plan_topologies(prediction.budget_of(experiment, gpus))
     _write_csv(prediction.plan_table(ranked), csv_file)
     click.echo("source: simulated; queries/s, the highest that stay VALID, median [range] over seeds")
     click.echo(prediction.ranking(ranked).to_string())

@@ -3,16 +3,16 @@
 import asyncio
 import json
 import time
-from types import SimpleNamespace
 
 import aiohttp
 import numpy as np
 import pytest
 import test_rehearsal as rehearsal
 
+from disagg_lib.experiment import load_experiment
 from disagg_lib.serving.lengths import built_in_lengths, shorten_outputs
 from disagg_lib.serving.loadgen_rules import Load
-from disagg_lib.serving.plan import GRAPH_SIZES
+from disagg_lib.serving.plan import GRAPH_SIZES, deployment_of
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate
 
 QUERIES, TARGET_QPS = 18, 2.4
@@ -67,12 +67,8 @@ def test_rehearsal_and_simulation_agree_within_ten_percent(tmp_path):
 
 
 def test_a_deployment_follows_from_the_experiment():
-    from disagg_lib.serving.plan import deployment_of
-
-    keys = {"num_ctx_servers": 4, "ctx_tp_size": 4, "ctx_pp_size": 1, "ctx_batch_size": 128, "ctx_max_num_tokens": 4096,
-            "ctx_gpu_memory_fraction": 0.95, "num_gen_servers": 1, "gen_tp_size": 4, "gen_batch_size": 512,
-            "gen_max_num_tokens": 512, "gen_gpu_memory_fraction": 0.95}  # fmt: skip
-    real = deployment_of(SimpleNamespace(**keys, engine="trtllm", dataset_path=None))
-    rehearsed = deployment_of(SimpleNamespace(**keys, engine="rehearsal", dataset_path=None))
+    real = deployment_of(load_experiment(["params/gb200_20gpu.yaml"]))
+    rehearsed = deployment_of(load_experiment(["params/rehearsal.yaml"], {"trtllm_dialect": "1.x"}))
     assert real.gpus == 20 and real.reserve_output_tokens == 2000 and rehearsed.reserve_output_tokens is None
     assert real.generation.cuda_graph_sizes[-1] == 512
+    assert rehearsed.context.chunks_overlap and not real.context.chunks_overlap

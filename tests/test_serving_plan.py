@@ -10,6 +10,7 @@ from disagg_lib.serving.calibrate import Calibration
 from disagg_lib.serving.lengths import built_in_lengths
 from disagg_lib.serving.loadgen_rules import draw_load
 from disagg_lib.serving.plan import (
+    Budget,
     PlanError,
     aggregated_alternative,
     check_saturation,
@@ -25,7 +26,7 @@ TWENTY_GPUS = Deployment(
 
 @pytest.fixture(scope="module")
 def ranking():
-    return planning.plan(20, seeds=range(2), simulated=6, ranked=3)
+    return planning.plan(Budget(20), seeds=range(2), simulated=6, ranked=3)
 
 
 def test_rows_are_ranked_within_the_budget_and_labelled(ranking):
@@ -66,7 +67,7 @@ def test_chunks_that_fill_a_pipeline_are_worth_qps():
     lengths = built_in_lengths()
     found = [highest_valid_qps(d, lengths, 0) for d in (two_stages, overlapping)]
     assert found[1] > 1.05 * found[0]
-    assert all(d.context.chunks_overlap for _, d in screen(8, chunks_overlap=True))
+    assert all(d.context.chunks_overlap for _, d in screen(Budget(8, chunks_overlap=True)))
 
 
 def test_a_coarser_search_is_a_shorter_one(monkeypatch):
@@ -86,7 +87,7 @@ def test_the_first_row_beats_the_original_layout(ranking):
 
 def test_the_formula_orders_layouts_as_the_simulation_does():
     """Screening may be wrong by a fifth, but must not lose the best: its pick of 16 holds the best of 32."""
-    scored = screen(20)[:32]
+    scored = screen(Budget(20))[:32]
     lengths = built_in_lengths()
     simulated = [highest_valid_qps(d, lengths, 0, guess=max(q, 0.05), error=0.04) for q, d in scored]
     assert int(np.argmax(simulated)) < 16
@@ -95,7 +96,7 @@ def test_the_formula_orders_layouts_as_the_simulation_does():
 
 @pytest.mark.parametrize("gpus", [6, 20, 23, 72])
 def test_screened_layouts_fit_and_straddle_no_node_needlessly(gpus):
-    for _, d in screen(gpus):
+    for _, d in screen(Budget(gpus)):
         assert d.gpus <= gpus
         size = d.generation.tp * d.generation.pp
         assert d.context.gpus % min(4, size) == 0
@@ -125,18 +126,18 @@ def test_twenty_gpus_come_out_within_15_percent_of_the_original_advice():
 
 def test_a_budget_that_would_take_hours_names_the_most_that_does_not():
     with pytest.raises(PlanError, match="Plan 576 or fewer"):
-        planning.plan(5000)
+        planning.plan(Budget(5000))
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 3])
 def test_a_budget_that_nothing_fits_names_the_least_that_does(gpus):
     with pytest.raises(PlanError, match="at least 4"):
-        planning.plan(gpus)
+        planning.plan(Budget(gpus))
 
 
 def test_limits_that_nothing_meets_are_said_not_searched_for_ever():
     with pytest.raises(PlanError, match="meets 100 ms TTFT"):
-        planning.plan(8, limits_ms=(100.0, 80.0), seeds=range(2), simulated=1)
+        planning.plan(Budget(8, limits_ms=(100.0, 80.0)), seeds=range(2), simulated=1)
 
 
 def test_saturation_is_refused_with_the_nearest_feasible_choice():
@@ -167,9 +168,9 @@ def test_a_tray_of_two_small_servers_loses_both():
 
 
 def test_an_aggregated_alternative_is_judged_by_the_same_limits():
-    row = aggregated_alternative(8, seeds=range(2), calibration=Calibration(0.65, 1.6))
+    row = aggregated_alternative(Budget(8, calibration=Calibration(0.65, 1.6)), range(2))
     assert row.layout == "2 x TP4 aggregated" and row.target_qps > 0
     with pytest.raises(PlanError, match="no params file"):
         row.params()
     with pytest.raises(PlanError, match="TP4 server"):
-        aggregated_alternative(3)
+        aggregated_alternative(Budget(3))

@@ -47,13 +47,8 @@ class LatencyTable:
     @property
     def context(self) -> tuple:
         """What `rules.context_step_ms` takes."""
-        return (
-            self.context_tokens,
-            self.context_ms,
-            self.attention_new,
-            self.attention_past,
-            self.attention_ms,
-        )
+        grid = self.attention_new, self.attention_past, self.attention_ms
+        return self.context_tokens, self.context_ms, *grid
 
     @property
     def generation(self) -> tuple:
@@ -69,9 +64,8 @@ class LatencyTable:
 @cache
 def _read_file(path: Path) -> dict:
     if not path.exists():
-        system, *known = (
-            p.stem.removeprefix("latency_") for p in (path, *sorted(DATA.glob("latency_*.json")))
-        )
+        files = path, *sorted(DATA.glob("latency_*.json"))
+        system, *known = (file.stem.removeprefix("latency_") for file in files)
         raise LatencyTableError(
             f"no latency table for system {system!r}; there are {', '.join(known)}. Build one with"
             f" `python -m disagg_lib.serving.latency {system} --out {path.name}` (extra `latency`)."

@@ -16,6 +16,7 @@ from disagg_lib.errors import DisaggError
 LENGTHS = np.dtype([("input_tokens", "<i4"), ("output_tokens", "<i4")])
 INPUT_RANGE = (400, 20000)
 INPUT_MEAN = 9400
+MAX_OUTPUT_TOKENS = 2000
 # Percentile -> output tokens of 297 published data-set items; the ends (0, 100) are the smallest and largest medians.
 OUTPUT_PERCENTILES = ((0, 180), (1, 186), (5, 205), (10, 215), (25, 438), (50, 706), (75, 817), (90, 900), (95, 960),
                       (99, 1042), (100, 1097))  # fmt: skip

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -17,16 +17,9 @@ from disagg_lib.errors import DisaggError
 from disagg_lib.serving import rules
 from disagg_lib.serving.calibrate import UNCALIBRATED, Calibration
 from disagg_lib.serving.latency import read_table, server_shapes
-from disagg_lib.serving.lengths import built_in_lengths
+from disagg_lib.serving.lengths import MAX_OUTPUT_TOKENS, built_in_lengths
 from disagg_lib.serving.loadgen_rules import draw_load
-from disagg_lib.serving.simulate import (
-    INTERACTIVE_LIMITS_MS,
-    MAX_OUTPUT_TOKENS,
-    Deployment,
-    ServerGroup,
-    simulate,
-    summarise,
-)
+from disagg_lib.serving.simulate import INTERACTIVE_LIMITS_MS, Deployment, ServerGroup, simulate, summarise
 
 CONTEXT_TOKENS = (2048, 4096, 8192)
 GENERATION_BATCHES = (256, 512)
@@ -38,6 +31,19 @@ MOST_GPUS = 576
 
 class PlanError(DisaggError):
     """No topology fits, or a QPS is beyond what a topology can serve."""
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """What is planned for: GPUs, and what the prediction rests on. `chunks_overlap`: see `ServerGroup`."""
+
+    gpus: int
+    system: str = "gb200"
+    gpus_per_node: int = 4
+    lengths: np.ndarray = field(default_factory=built_in_lengths, repr=False)
+    limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS
+    calibration: Calibration = UNCALIBRATED
+    chunks_overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,9 @@ def deployment_of(experiment) -> Deployment:
         e.num_ctx_servers, e.ctx_tp_size, e.ctx_pp_size, e.ctx_batch_size, e.ctx_max_num_tokens,
         kv_fraction=e.ctx_gpu_memory_fraction, chunks_overlap=e.trtllm_dialect != "v5.1",
     )  # fmt: skip
+    batch = min(e.gen_batch_size, e.gen_max_num_tokens)  # each request of a step needs one token of it
     generation = ServerGroup(
-        e.num_gen_servers, e.gen_tp_size, 1, e.gen_batch_size, e.gen_max_num_tokens, tuple(cuda_graph_sizes(e.gen_batch_size)),
+        e.num_gen_servers, e.gen_tp_size, 1, batch, e.gen_max_num_tokens, tuple(cuda_graph_sizes(e.gen_batch_size)),
         kv_fraction=e.gen_gpu_memory_fraction,
     )  # fmt: skip
     # With the synthetic data set a request's max_tokens is its own length; with MLPerf's it is the cap.
@@ -204,10 +211,9 @@ def _generation_qps(d: Deployment, mean_input: float, mean_output: float, tpot_l
     return best * d.generation.count
 
 
-def _candidates(
-    system: str, gpus: int, gpus_per_node: int, calibration: Calibration, chunks_overlap: bool
-) -> list[Deployment]:
+def _candidates(budget: Budget) -> list[Deployment]:
     """Every topology within the budget that no further context server would fit into, in rank order on whole nodes."""
+    gpus, system = budget.gpus, budget.system
     found = []
     for (ctx_tp, ctx_pp), (gen_tp, gen_pp) in itertools.product(server_shapes(system), repeat=2):
         if gen_pp > 1:
@@ -216,43 +222,37 @@ def _candidates(
         for servers in range(1, (gpus - ctx_gpus) // gen_tp + 1):
             count = (gpus - servers * gen_tp) // ctx_gpus
             # A generation server begins where the context servers end: it must not straddle a node for that.
-            if (count * ctx_gpus) % min(gpus_per_node, gen_tp):
+            if (count * ctx_gpus) % min(budget.gpus_per_node, gen_tp):
                 count -= 1
             if count < 1:
                 continue
             for tokens, batch in itertools.product(CONTEXT_TOKENS, GENERATION_BATCHES):
-                context = ServerGroup(count, ctx_tp, ctx_pp, 128, tokens, chunks_overlap=chunks_overlap)
+                context = ServerGroup(
+                    count, ctx_tp, ctx_pp, 128, tokens, chunks_overlap=budget.chunks_overlap
+                )
                 sizes = tuple(n for n in GRAPH_SIZES if n <= batch)
                 generation = ServerGroup(servers, gen_tp, 1, batch, batch, sizes)
-                found.append(calibration.apply(Deployment(system, context, generation)))
+                found.append(budget.calibration.apply(Deployment(system, context, generation)))
     return found
 
 
-def screen(
-    gpus: int,
-    system: str = "gb200",
-    lengths: np.ndarray | None = None,
-    limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
-    gpus_per_node: int = 4,
-    calibration: Calibration = UNCALIBRATED,
-    chunks_overlap: bool = False,
-) -> list[tuple[float, Deployment]]:
+def screen(budget: Budget) -> list[tuple[float, Deployment]]:
     """All layouts within the budget with the formula's QPS, best first; of each layout the best chunk and batch.
 
     Raises
     ------
     PlanError : nothing fits, or too much to search; says the nearest budget that can be planned.
     """
-    lengths = built_in_lengths() if lengths is None else lengths
+    gpus, lengths, limits_ms = budget.gpus, budget.lengths, budget.limits_ms
     if gpus > MOST_GPUS:
         raise PlanError(
             f"{gpus} GPUs would take hours to search. Plan {MOST_GPUS} or fewer: a larger system is several of them."
         )
-    candidates = _candidates(system, gpus, gpus_per_node, calibration, chunks_overlap)
+    candidates = _candidates(budget)
     if not candidates:
-        least = sum(2 * [min(tp * pp for tp, pp in server_shapes(system))])
+        least = sum(2 * [min(tp * pp for tp, pp in server_shapes(budget.system))])
         raise PlanError(
-            f"no topology fits {gpus} GPUs of {system}: one context and one generation server need at least {least}"
+            f"no topology fits {gpus} GPUs of {budget.system}: one context and one generation server need at least {least}"
             " (the weights do not fit on fewer GPUs). Plan for that many."
         )
     inputs = lengths["input_tokens"][::10].astype(float)
@@ -363,35 +363,31 @@ def _tray_down(d: Deployment, role: str, gpus_per_node: int) -> Deployment | Non
     return replace(d, **{role: replace(group, count=group.count - lost)})
 
 
-def _row(
-    d: Deployment, budget: int, gpus_per_node: int, lengths, seeds, limits_ms, qps: np.ndarray
-) -> PlanRow:
-    recommended = float(qps.min())
+def _row(budget: Budget, d: Deployment, seeds: Sequence[int], qps: np.ndarray) -> PlanRow:
+    lengths, limits_ms = budget.lengths, budget.limits_ms
+    recommended = max(float(qps.min()), 0.01)  # 0: never VALID
     others = range(1000, 1000 + len(seeds))
-    runs = [simulate(d, draw_load(recommended, seed), lengths) for seed in others]
-    rows = [summarise(run, limits_ms) for run in runs]
-    median = {key: float(np.median([row[key] for row in rows])) for key in
-              ("completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms")}  # fmt: skip
+    rows = [summarise(simulate(d, draw_load(recommended, seed), lengths), limits_ms) for seed in others]
+    names = "completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms", "context_utilisation"
+    median = {name: float(np.median([row[name] for row in rows])) for name in names}
     guess = 0.9 * float(np.median(qps))
     less = {"context": 0.0, "generation": 0.0}
     for role in less:
-        smaller = _tray_down(d, role, gpus_per_node)
-        if smaller:
+        if smaller := _tray_down(d, role, budget.gpus_per_node):
             found = qps_over_seeds(smaller, lengths, seeds[:2], limits_ms, guess, QUICK_QPS_ERROR)
             less[role] = float(np.median(found))
     binding = [row["binds"] for row in rows]
     return PlanRow(
         deployment=d,
         gpus=d.gpus,
-        gpus_idle=budget - d.gpus,
+        gpus_idle=budget.gpus - d.gpus,
         target_qps=float(np.median(qps)),
         target_qps_low=recommended,
         target_qps_high=float(qps.max()),
         recommended_qps=recommended,
         p_valid=float(np.mean([row["valid"] for row in rows])),
-        tokens_per_s_per_gpu=median["completed_tokens_per_s"] / budget,
+        tokens_per_s_per_gpu=median["completed_tokens_per_s"] / budget.gpus,
         binds=max(set(binding), key=binding.count),
-        context_utilisation=float(np.mean([run.context_busy[:, 20:200].mean() for run in runs])),
         without_context_server_qps=less["context"],
         without_generation_server_qps=less["generation"],
         **median,
@@ -405,16 +401,7 @@ def _first(scored: list[tuple[float, Deployment]], count: int) -> list[tuple[flo
 
 
 def plan(
-    gpus: int,
-    system: str = "gb200",
-    lengths: np.ndarray | None = None,
-    limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
-    seeds: Sequence[int] = range(8),
-    gpus_per_node: int = 4,
-    calibration: Calibration = UNCALIBRATED,
-    chunks_overlap: bool = False,
-    simulated: int = 16,
-    ranked: int = 6,
+    budget: Budget, seeds: Sequence[int] = range(8), simulated: int = 16, ranked: int = 6
 ) -> list[PlanRow]:
     """Rank topologies for a GPU budget by the median highest VALID QPS.
 
@@ -425,9 +412,8 @@ def plan(
     ------
     PlanError : nothing fits the budget, or nothing that fits can meet the limits at any QPS.
     """
-    lengths = built_in_lengths() if lengths is None else lengths
-    scored = screen(gpus, system, lengths, limits_ms, gpus_per_node, calibration, chunks_overlap)
-    scored = _first(scored, simulated)
+    lengths, limits_ms = budget.lengths, budget.limits_ms
+    scored = _first(screen(budget), simulated)
     with ThreadPoolExecutor(2) as pool:  # the simulation's loops hold no lock
 
         def quick(pairs):
@@ -443,7 +429,7 @@ def plan(
         best = _first(quick(scored), ranked)
         if not best:
             raise PlanError(
-                f"no topology of {gpus} GPUs of {system} meets {limits_ms[0]:g} ms TTFT and {limits_ms[1]:g} ms TPOT at any"
+                f"no topology of {budget.gpus} GPUs of {budget.system} meets {limits_ms[0]:g} ms TTFT and {limits_ms[1]:g} ms TPOT at any"
                 " QPS; the slowest prompts alone are over the limit. Give more GPUs to one server, or other limits."
             )
         other_chunks = [
@@ -458,27 +444,17 @@ def plan(
 
         def full(pair):
             qps = qps_over_seeds(pair[1], lengths, seeds, limits_ms, pair[0])
-            return _row(pair[1], gpus, gpus_per_node, lengths, seeds, limits_ms, qps)
+            return _row(budget, pair[1], seeds, qps)
 
         rows = list(pool.map(full, layouts.values()))
     return sorted(rows, key=lambda row: -row.target_qps)
 
 
-def aggregated_alternative(
-    gpus: int,
-    system: str = "gb200",
-    tp: int = 4,
-    lengths: np.ndarray | None = None,
-    limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
-    seeds: Sequence[int] = range(8),
-    calibration: Calibration = UNCALIBRATED,
-    gpus_per_node: int = 4,
-) -> PlanRow:
+def aggregated_alternative(budget: Budget, seeds: Sequence[int] = range(8), tp: int = 4) -> PlanRow:
     """The same budget with aggregated servers (256 sequences, 2048 tokens a step): does disaggregation pay?"""
-    lengths = built_in_lengths() if lengths is None else lengths
-    if gpus < tp:
-        raise PlanError(f"{gpus} GPUs hold no TP{tp} server; {tp} are needed.")
-    group = ServerGroup(gpus // tp, tp, max_batch_size=256, max_num_tokens=2048)
-    d = calibration.apply(Deployment(system, None, group, reserve_output_tokens=None))
-    qps = qps_over_seeds(d, lengths, seeds, limits_ms, 0.15 * group.count)
-    return _row(d, gpus, gpus_per_node, lengths, seeds, limits_ms, qps)
+    if budget.gpus < tp:
+        raise PlanError(f"{budget.gpus} GPUs hold no TP{tp} server; {tp} are needed.")
+    group = ServerGroup(budget.gpus // tp, tp, max_batch_size=256, max_num_tokens=2048)
+    d = budget.calibration.apply(Deployment(budget.system, None, group, reserve_output_tokens=None))
+    qps = qps_over_seeds(d, budget.lengths, seeds, budget.limits_ms, 0.15 * group.count)
+    return _row(budget, d, seeds, qps)

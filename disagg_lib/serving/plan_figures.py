@@ -15,7 +15,7 @@ from disagg_lib.figures import BLUE, INK, MID, ORANGE, _figure, _title
 from disagg_lib.serving import rules
 from disagg_lib.serving.latency import LatencyTable, read_table, server_shapes
 from disagg_lib.serving.plan import qps_over_seeds
-from disagg_lib.serving.simulate import Deployment, with_factors
+from disagg_lib.serving.simulate import Deployment, SimulatedRun, queue_lengths, with_factors
 
 DASHES = {2: "-", 4: "--", 8: ":", 16: "-."}  # by TP
 
@@ -67,6 +67,21 @@ def figure_generation_step(system: str = "gb200", context_tokens: int = 9700) ->
     )
     axis.legend(frameon=False)
     _title(figure, f"Generation steps, {system}", "simulated")
+    return figure
+
+
+def figure_queues(run: SimulatedRun) -> Figure:
+    """Requests at the servers over one run, summed over servers, and how busy these are."""
+    figure, (top, bottom) = _figure(7, 4.4, nrows=2, sharex=True, height_ratios=[2, 1])
+    inside = queue_lengths(run)
+    for name, color in (("context", BLUE), ("generation_active", ORANGE), ("generation_waiting", INK)):
+        top.plot(inside["time_s"], inside[name].sum(axis=0), color=color, label=name.replace("_", ", "))
+    for busy, color in ((run.context_busy, BLUE), (run.generation_busy, ORANGE)):
+        bottom.plot(np.arange(busy.shape[1]) * run.bin_s, 100 * busy.mean(axis=0), color=color)
+    top.set_ylabel("requests")
+    top.legend(frameon=False)
+    bottom.set(ylabel="busy (%)", xlabel="time (s)", xlim=(0, inside["time_s"][-1]), ylim=(0, 105))
+    _title(figure, f"One run at {run.load.target_qps:g} queries/s, all servers", "simulated")
     return figure
 
 

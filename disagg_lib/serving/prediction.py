@@ -1,43 +1,28 @@
 """What `plan`, `simulate` and `calibrate` print: the model's predictions as tables, with what they depend on beside them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from disagg_lib.experiment import Experiment, load_experiment, load_recorded
-from disagg_lib.serving.calibrate import (
-    UNCALIBRATED,
-    Calibration,
-    CalibrationError,
-    calibrate,
-    observe,
-    read_calibration,
-    write_calibration,
-)
+from disagg_lib.serving import calibrate as fitting
+from disagg_lib.serving import plan as planning
 from disagg_lib.serving.lengths import data_set_lengths, shorten_outputs
 from disagg_lib.serving.loadgen_rules import Load, draw_load
-from disagg_lib.serving.plan import (
-    PlanRow,
-    aggregated_alternative,
-    check_saturation,
-    deployment_of,
-    layout_of,
-    plan,
-    qps_over_seeds,
-)
-from disagg_lib.serving.simulate import Deployment, simulate, summarise
+from disagg_lib.serving.simulate import Deployment, SimulatedRun, simulate, summarise
 
 PROMPT_CVS = (0.45, 0.35, 0.55)  # the built-in spread of prompt lengths, and the two reported beside it
 
 
-def _calibration(e: Experiment) -> Calibration:
-    return read_calibration(Path(e.calibration_file)) if e.calibration_file else UNCALIBRATED
+def _calibration(e: Experiment) -> fitting.Calibration:
+    return fitting.read_calibration(e.calibration_file) if e.calibration_file else fitting.UNCALIBRATED
 
 
 def _deployment(e: Experiment) -> Deployment:
-    return _calibration(e).apply(deployment_of(e))
+    return _calibration(e).apply(planning.deployment_of(e))
 
 
 def spreads(e: Experiment) -> list[tuple[str, np.ndarray]]:
@@ -64,10 +49,10 @@ def simulate_table(e: Experiment, seeds: Sequence[int]) -> pd.DataFrame:
     rows = []
     for name, lengths in spreads(e):
         lengths = shorten_outputs(lengths, e.rehearsal_output_tokens) if e.shortened else lengths
-        check_saturation(deployment, e.server_target_qps, lengths)
+        planning.check_saturation(deployment, e.server_target_qps, lengths)
         for seed in seeds:
             row = summarise(simulate(deployment, _load(e, seed), lengths))
-            settings = {"topology": layout_of(deployment), "prompt_lengths": name, "seed": seed}
+            settings = {"topology": planning.layout_of(deployment), "prompt_lengths": name, "seed": seed}
             verdict = {"loadgen_valid": "VALID" if row["valid"] else "INVALID", "submittable": False}
             rows.append(settings | row | verdict)
     return pd.DataFrame(rows)
@@ -76,9 +61,9 @@ def simulate_table(e: Experiment, seeds: Sequence[int]) -> pd.DataFrame:
 def highest_qps_table(e: Experiment, seeds: Sequence[int] = range(12)) -> pd.DataFrame:
     """One row: the highest QPS that stays VALID (whole runs, median [range] over seeds) for each spread, beside server_target_qps."""
     deployment = _deployment(e)
-    row = {"GPUs": e.gpu_count, "topology": layout_of(deployment)}
+    row = {"GPUs": e.gpu_count, "topology": planning.layout_of(deployment)}
     for name, lengths in spreads(e):
-        row[name] = _range(qps_over_seeds(deployment, lengths, seeds, guess=e.server_target_qps))
+        row[name] = _range(planning.qps_over_seeds(deployment, lengths, seeds, guess=e.server_target_qps))
     return pd.DataFrame([row | {"server_target_qps": e.server_target_qps, "source": "simulated"}])
 
 
@@ -89,6 +74,13 @@ def advice_table(seeds: Sequence[int] = range(12)) -> pd.DataFrame:
         [highest_qps_table(load_experiment([file]), seeds) for file in files], ignore_index=True
     )
     return table.rename(columns={"server_target_qps": "the original's advice"})
+
+
+def simulated_run(e: Experiment, seed: int = 0) -> SimulatedRun:
+    """One run of the experiment, query by query, with the first of the prompt spreads."""
+    lengths = spreads(e)[0][1]
+    lengths = shorten_outputs(lengths, e.rehearsal_output_tokens) if e.shortened else lengths
+    return simulate(_deployment(e), _load(e, seed), lengths)
 
 
 def _range(qps: np.ndarray) -> str:
@@ -116,21 +108,15 @@ def format_simulation(table: pd.DataFrame) -> str:
     )
 
 
-def plan_experiment(e: Experiment, gpus: int | None = None, seeds: Sequence[int] = range(8)) -> list[PlanRow]:
-    """Ranked topologies for `gpus` (or plan_gpus, or what the parameters need), on the parameters' system, release and lengths.
-
-    Raises
-    ------
-    PlanError : nothing fits.
-    """
-    gpus = gpus or e.plan_gpus or e.gpu_count
-    return plan(
-        gpus, e.gpu_system, spreads(e)[0][1], seeds=seeds, gpus_per_node=e.gpus_per_node, calibration=_calibration(e),
+def budget_of(e: Experiment, gpus: int | None = None) -> planning.Budget:
+    """`gpus` (or plan_gpus, or what the parameters need), with the parameters' system, release, lengths and calibration."""
+    return planning.Budget(
+        gpus or e.plan_gpus or e.gpu_count, e.gpu_system, e.gpus_per_node, spreads(e)[0][1], calibration=_calibration(e),
         chunks_overlap=e.trtllm_dialect != "v5.1",
     )  # fmt: skip
 
 
-def plan_table(ranked: Sequence[PlanRow]) -> pd.DataFrame:
+def plan_table(ranked: Sequence[planning.PlanRow]) -> pd.DataFrame:
     """One row a topology with all its settings and figures, for a CSV file."""
     rows = []
     for rank, row in enumerate(ranked, 1):
@@ -140,32 +126,33 @@ def plan_table(ranked: Sequence[PlanRow]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def plan_notes(e: Experiment, ranked: Sequence[PlanRow], seeds: Sequence[int] = range(4)) -> str:
+def plan_notes(e: Experiment, ranked: Sequence[planning.PlanRow], seeds: Sequence[int] = range(4)) -> str:
     """What the ranking depends on (prompt spreads, PP, aggregated servers, calibration), and the choice as a params file."""
-    best, calibration = ranked[0], _calibration(e)
-    (_, lengths), *others = spreads(e)
-    notes = []
-    for name, other in others:
-        qps = qps_over_seeds(best.deployment, other, seeds, guess=best.target_qps)
+    best, notes = ranked[0], []
+    gpus = best.gpus + best.gpus_idle
+    for name, other in spreads(e)[1:]:
+        qps = planning.qps_over_seeds(best.deployment, other, seeds, guess=best.target_qps)
         notes.append(f"With {name} of the prompt length instead of 0.45: {_range(qps)} queries/s")
     one_stage = next((row for row in ranked if row.deployment.context.pp == 1), None)
     if best.deployment.context.pp > 1:
         instead = f"{one_stage.layout} gives {one_stage.target_qps:.2f}" if one_stage else "nothing fits"
         notes.append(f"PP of context servers is unproven; measure it first. Without it {instead} queries/s")
-    together = aggregated_alternative(
-        best.gpus + best.gpus_idle, e.gpu_system, lengths=lengths, seeds=seeds, gpus_per_node=e.gpus_per_node
+    # The two stacks are calibrated apart: these servers keep factors 1.
+    together = planning.aggregated_alternative(
+        replace(budget_of(e, gpus), calibration=fitting.UNCALIBRATED), seeds
     )
     ratio = best.target_qps / together.target_qps if together.target_qps else float("inf")
     notes.append(
         f"Aggregated ({together.layout}): {together.target_qps:.2f} queries/s; disaggregation gives {ratio:.2f} times that, uncalibrated"
     )
-    fitted = ", ".join(calibration.fitted_on) or "nothing: factors 1"
+    fitted = ", ".join(_calibration(e).fitted_on) or "nothing: factors 1"
     notes.append(f"Calibrated on {fitted}. The choice, as a params file:")
-    notes += [f"    {name}: {value}" for name, value in best.params().items()]
+    chosen = ({} if e.trtllm_dialect == "v5.1" else {"trtllm_dialect": e.trtllm_dialect}) | best.params()
+    notes += [f"    {name}: {value}" for name, value in chosen.items()]
     return "\n".join(notes)
 
 
-def ranking(ranked: Sequence[PlanRow]) -> pd.DataFrame:
+def ranking(ranked: Sequence[planning.PlanRow]) -> pd.DataFrame:
     """What a person reads of a plan: queries/s are the highest that stay VALID, median [range] over seeds."""
     rows = [
         {
@@ -196,21 +183,19 @@ def calibrate_runs(runs: Sequence[Path], out: Path) -> str:
     for run in runs:
         e = load_recorded(run)
         scale = e.rehearsal_time_scale if e.engine == "rehearsal" else 1.0
-        observed.append(observe(run, deployment_of(e), e.server_target_qps / scale, scale))
+        observed.append(fitting.observe(run, planning.deployment_of(e), e.server_target_qps / scale, scale))
     if out.exists():
-        raise CalibrationError(f"{out} is there already, and nothing is overwritten. Choose another name.")
-    fitted, rows = calibrate(observed)
-    write_calibration(fitted, out)
+        raise fitting.CalibrationError(
+            f"{out} is there already, and nothing is overwritten. Choose another name."
+        )
+    fitted, rows = fitting.calibrate(observed)
+    fitting.write_calibration(fitted, out)
     lines = [
-        f"context_factor {fitted.context_factor:.4f}, generation_factor {fitted.generation_factor:.4f}: {out}"
+        f"{out}: context_factor {fitted.context_factor:.4f}, generation_factor {fitted.generation_factor:.4f}"
     ]
     for row in rows:
         used = "fitted on itself: the only run" if row["used_in_fit"] else "predicted from the other runs"
         for word in ("before", "after"):
-            errors = ", ".join(
-                f"{name.removeprefix(word + '_').removesuffix('_ms')} {100 * value:+.1f} %"
-                for name, value in row.items()
-                if name.startswith(word)
-            )
-            lines.append(f"{row['name']} ({used}) {word}: {errors}")
+            errors = (f"{name[:-3]} {100 * row[f'{word}_{name}']:+.1f} %" for name in fitting.FIGURES)
+            lines.append(f"{row['name']} ({used}) {word}: {', '.join(errors)}")
     return "\n".join(lines)

@@ -243,6 +243,8 @@ def engine_args(where: str, engine: dict, dialect: str, role: str, per_worker: b
         _whole(f"{where}: {key}", default if engine.get(key) is None else engine[key])
         for key, default in defaults.items()
     )
+    if role == "generation":
+        batch = min(batch, tokens)  # each request of a step needs one token of it
     return EngineArgs(
         tp, pp, batch, tokens, length,
         chunked=bool(engine.get("enable_chunked_prefill", False)),

@@ -17,10 +17,10 @@ from numba import njit
 from disagg_lib.errors import DisaggError
 from disagg_lib.serving import rules
 from disagg_lib.serving.latency import read_table
+from disagg_lib.serving.lengths import MAX_OUTPUT_TOKENS
 from disagg_lib.serving.loadgen_rules import Load, percentile, worst_allowed
 
 INTERACTIVE_LIMITS_MS = (4500.0, 80.0)
-MAX_OUTPUT_TOKENS = 2000
 TRACE_BINS = 256
 
 
@@ -454,6 +454,9 @@ def summarise(run: SimulatedRun, limits_ms: tuple[float, float] = INTERACTIVE_LI
     where the slowest first tokens waited longer for admission to generation than for their context.
     """
     row = {"target_qps": run.load.target_qps, "queries": len(run.end_s)}
+    # Without ramp-up and drain.
+    row["context_utilisation"] = float(run.context_busy[:, 20:200].mean())
+    row["generation_utilisation"] = float(run.generation_busy[:, 20:200].mean())
     margins = {}
     for name, values, limit in (("ttft", run.ttft_ms, limits_ms[0]), ("tpot", run.tpot_ms, limits_ms[1])):
         row[f"{name}_mean_ms"] = float(values.mean())
