@@ -6,7 +6,7 @@ constants for a stack, nothing for each row. Aggregated and disaggregated stacks
 
 import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import yaml
 from disagg_lib.errors import DisaggError
 from disagg_lib.serving.lengths import LENGTHS, built_in_lengths
 from disagg_lib.serving.loadgen_rules import Load, draw_load, percentile
-from disagg_lib.serving.simulate import Deployment, simulate, summarise, with_factors
+from disagg_lib.serving.simulate import Deployment, simulate, summarise
 
 FIGURES = ("ttft_mean_ms", "ttft_p50_ms", "tpot_mean_ms", "tpot_p50_ms")
 SHIPPED = Path(__file__).resolve().parent.parent / "data" / "calibration_aggregated.yaml"
@@ -50,7 +50,8 @@ class Calibration:
 
     def apply(self, deployment: Deployment) -> Deployment:
         """The deployment with these constants."""
-        return with_factors(deployment, self.context_factor, self.generation_factor)
+        factors = {"context_factor": self.context_factor, "generation_factor": self.generation_factor}
+        return replace(deployment, **factors)
 
 
 UNCALIBRATED = Calibration()

@@ -62,10 +62,10 @@ class LatencyTable:
 
 
 @cache
-def _read_file(path: Path) -> dict:
+def _system_file(system: str) -> dict:
+    path = DATA / f"latency_{system}.json"
     if not path.exists():
-        files = path, *sorted(DATA.glob("latency_*.json"))
-        system, *known = (file.stem.removeprefix("latency_") for file in files)
+        known = sorted(file.stem.removeprefix("latency_") for file in DATA.glob("latency_*.json"))
         raise LatencyTableError(
             f"no latency table for system {system!r}; there are {', '.join(known)}. Build one with"
             f" `python -m disagg_lib.serving.latency {system} --out {path.name}` (extra `latency`)."
@@ -74,10 +74,6 @@ def _read_file(path: Path) -> dict:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise LatencyTableError(f"{path}: cannot be read as a latency table ({error}).") from None
-
-
-def _system_file(system: str) -> dict:
-    return _read_file(DATA / f"latency_{system}.json")
 
 
 def server_shapes(system: str) -> list[tuple[int, int]]:

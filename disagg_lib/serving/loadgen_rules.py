@@ -33,19 +33,15 @@ def draw_load(
     permutations, one more until the last arrival has passed min_duration_s; without, samples are drawn with replacement and the
     run ends with the first arrival past min_duration_s that completes min_query_count.
     """
-    stream = np.random.RandomState(seed)
     unit = sample_count if equal_issue else 1
-    count = math.ceil(min_query_count / unit) * unit
-    gaps = np.empty(0)
-    while True:
-        missing = count + max(unit, 1024) - len(gaps)
-        gaps = np.concatenate((gaps, stream.standard_exponential(max(missing, 0))))
+    passed = count = math.ceil(min_query_count / unit) * unit
+    drawn = 0
+    while drawn < passed:  # a longer draw of one seed begins with the shorter one
+        drawn = passed + max(unit, 1024)
+        gaps = np.random.RandomState(seed).standard_exponential(drawn)
         arrivals = np.concatenate(([0.0], np.cumsum(gaps))) / target_qps
         # Whole units until the last arrival has passed the duration.
         passed = max(count, unit * math.ceil((np.searchsorted(arrivals, min_duration_s) + 1) / unit))
-        if passed <= len(gaps):
-            break
-        count = passed
     samples_stream = np.random.RandomState([seed, 1])
     if equal_issue:
         samples = np.concatenate([samples_stream.permutation(sample_count) for _ in range(passed // unit)])

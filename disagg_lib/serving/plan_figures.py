@@ -13,9 +13,10 @@ from matplotlib.patches import Rectangle
 
 from disagg_lib.figures import BLUE, INK, MID, ORANGE, _figure, _title
 from disagg_lib.serving import rules
+from disagg_lib.serving.calibrate import Calibration
 from disagg_lib.serving.latency import LatencyTable, read_table, server_shapes
 from disagg_lib.serving.plan import qps_over_seeds
-from disagg_lib.serving.simulate import Deployment, SimulatedRun, queue_lengths, with_factors
+from disagg_lib.serving.simulate import Deployment, SimulatedRun, queue_lengths
 
 DASHES = {2: "-", 4: "--", 8: ":", 16: "-."}  # by TP
 
@@ -151,7 +152,8 @@ def sensitivity(
 
     def one(case):
         name, lengths, context, generation = case
-        d = with_factors(best, best.context_factor * context, best.generation_factor * generation)
+        factors = best.context_factor * context, best.generation_factor * generation
+        d = Calibration(*factors).apply(best)
         qps = qps_over_seeds(d, lengths, seeds, guess=1.2 * best.context.count)
         return {"case": name, "target_qps": np.median(qps), "lowest": qps.min(), "highest": qps.max()}
 

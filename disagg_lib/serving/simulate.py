@@ -7,7 +7,7 @@ from generation), and sequences that end are found in a calendar, so a step cost
 
 import hashlib
 import types
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -498,8 +498,3 @@ def queue_lengths(run: SimulatedRun, points: int = TRACE_BINS) -> dict[str, np.n
         "generation_waiting": between(run.generation_server, run.context_end_s, run.first_token_s),
         "generation_active": between(run.generation_server, run.first_token_s, run.end_s),
     }
-
-
-def with_factors(deployment: Deployment, context_factor: float, generation_factor: float) -> Deployment:
-    """The same deployment, calibrated."""
-    return replace(deployment, context_factor=context_factor, generation_factor=generation_factor)
