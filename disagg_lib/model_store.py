@@ -11,7 +11,6 @@ import collections
 import contextlib
 import datetime
 import errno
-import fnmatch
 import hashlib
 import json
 import math
@@ -39,9 +38,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from .errors import DisaggError
 from .experiment import Experiment
 from .preflight import Check, _existing_parent
-
-BYTES = {"bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "uint8": 1}  # of one element
-QUANT_ALGO, KV_QUANT_ALGO = "NVFP4", "FP8"
 
 
 class ModelError(DisaggError):
@@ -77,62 +73,57 @@ class HubError(ModelError):
         self.kind = kind
 
 
-@dataclass(frozen=True)
-class ModelShape:
-    """What config.json must say."""
+# -- structure
 
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    feed_forward: int
-    vocabulary: int
-
-
-LLAMA_405B = ModelShape(126, 16384, 128, 8, 53248, 128256)
-REHEARSAL = ModelShape(2, 64, 4, 2, 128, 256)
+BYTES = {"bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "uint8": 1}  # of one element
+# What config.json and hf_quant_config.json must say.
+ARCHITECTURE = {"architectures": ["LlamaForCausalLM"]}
+QUANTISATION = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
+SIZES += ("intermediate_size", "vocab_size")
+LLAMA_405B = dict(zip(SIZES, (126, 16384, 128, 8, 53248, 128256), strict=True))
+REHEARSAL = dict(zip(SIZES, (2, 64, 4, 2, 128, 256), strict=True))
 
 
-def _tensors(shape: ModelShape):
+def _tensors(sizes: dict[str, int]):
     """(name, safetensors dtype, shape) of every tensor, as ModelOpt writes NVFP4: two values a byte, one scale per 16."""
-    head = shape.hidden // shape.heads
-    sizes = {
-        "self_attn.q_proj": (shape.hidden, shape.hidden),
-        "self_attn.k_proj": (shape.kv_heads * head, shape.hidden),
-        "self_attn.v_proj": (shape.kv_heads * head, shape.hidden),
-        "self_attn.o_proj": (shape.hidden, shape.hidden),
-        "mlp.gate_proj": (shape.feed_forward, shape.hidden),
-        "mlp.up_proj": (shape.feed_forward, shape.hidden),
-        "mlp.down_proj": (shape.hidden, shape.feed_forward),
+    layers, hidden, heads, kv_heads, feed_forward, vocabulary = sizes.values()
+    keys = kv_heads * hidden // heads
+    matrices = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (feed_forward, hidden),
+        "mlp.up_proj": (feed_forward, hidden),
+        "mlp.down_proj": (hidden, feed_forward),
     }
-    yield "model.embed_tokens.weight", "bfloat16", (shape.vocabulary, shape.hidden)
-    for layer in range(shape.layers):
+    yield "model.embed_tokens.weight", "bfloat16", (vocabulary, hidden)
+    for layer in range(layers):
         prefix = f"model.layers.{layer}."
-        for name, (rows, columns) in sizes.items():
+        for name, (rows, columns) in matrices.items():
             yield f"{prefix}{name}.weight", "uint8", (rows, columns // 2)
             yield f"{prefix}{name}.weight_scale", "float8_e4m3fn", (rows, columns // 16)
             yield f"{prefix}{name}.weight_scale_2", "float32", ()
             yield f"{prefix}{name}.input_scale", "float32", ()
         yield f"{prefix}self_attn.k_proj.k_scale", "float32", ()
         yield f"{prefix}self_attn.v_proj.v_scale", "float32", ()
-        yield f"{prefix}input_layernorm.weight", "bfloat16", (shape.hidden,)
-        yield f"{prefix}post_attention_layernorm.weight", "bfloat16", (shape.hidden,)
-    yield "model.norm.weight", "bfloat16", (shape.hidden,)
-    yield "lm_head.weight", "bfloat16", (shape.vocabulary, shape.hidden)
+        yield f"{prefix}input_layernorm.weight", "bfloat16", (hidden,)
+        yield f"{prefix}post_attention_layernorm.weight", "bfloat16", (hidden,)
+    yield "model.norm.weight", "bfloat16", (hidden,)
+    yield "lm_head.weight", "bfloat16", (vocabulary, hidden)
 
 
-def _write_zeros(path: Path, tensors: list[tuple[str, str, tuple[int, ...]]]) -> None:
-    zeros = np.zeros(max(BYTES[dtype] * math.prod(sizes) for _, dtype, sizes in tensors), np.uint8)
-    specs = {
-        name: safetensors.TensorSpec(
-            dtype=dtype,
-            shape=list(sizes),
-            data_ptr=zeros.ctypes.data,
-            data_len=BYTES[dtype] * math.prod(sizes),
-        )
-        for name, dtype, sizes in tensors
-    }
+def _write_zeros(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> int:
+    """Write a shard; returns the bytes of its tensors."""
+    lengths = {name: BYTES[dtype] * math.prod(shape) for name, dtype, shape in tensors}
+    zeros = np.zeros(max(lengths.values()), np.uint8)
+    specs = {}
+    for name, dtype, shape in tensors:
+        place = {"data_ptr": zeros.ctypes.data, "data_len": lengths[name]}
+        specs[name] = safetensors.TensorSpec(dtype=dtype, shape=list(shape), **place)
     path.write_bytes(safetensors.serialize(specs, {"format": "pt"}))
+    return sum(lengths.values())
 
 
 def make_rehearsal_checkpoint(folder: Path) -> Path:
@@ -145,37 +136,20 @@ def make_rehearsal_checkpoint(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
     try:
-        shape, shards = REHEARSAL, 2
-        tensors = list(_tensors(shape))
-        weight_map, total = {}, 0
-        for number in range(shards):
-            name = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
-            part = tensors[number * len(tensors) // shards : (number + 1) * len(tensors) // shards]
-            _write_zeros(draft / name, part)
+        tensors, weight_map, total = list(_tensors(REHEARSAL)), {}, 0
+        middle = len(tensors) // 2
+        for number, part in enumerate((tensors[:middle], tensors[middle:]), start=1):
+            name = f"model-{number:05d}-of-00002.safetensors"
+            total += _write_zeros(draft / name, part)
             weight_map |= dict.fromkeys((tensor for tensor, _, _ in part), name)
-            total += sum(BYTES[dtype] * math.prod(sizes) for _, dtype, sizes in part)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        config = {
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_size": shape.hidden,
-            "intermediate_size": shape.feed_forward,
-            "max_position_embeddings": 131072,
-            "num_attention_heads": shape.heads,
-            "num_hidden_layers": shape.layers,
-            "num_key_value_heads": shape.kv_heads,
-            "vocab_size": shape.vocabulary,
-        }
-        quantization = {"quant_algo": QUANT_ALGO, "kv_cache_quant_algo": KV_QUANT_ALGO, "group_size": 16}
-        for name, value in (
-            ("config.json", config),
-            (
-                "hf_quant_config.json",
-                {"producer": {"name": "disagg_lib rehearsal"}, "quantization": quantization},
-            ),
-            ("model.safetensors.index.json", index),
-        ):
+        quantization = {"quantization": QUANTISATION | {"group_size": 16}}
+        for name, value in {
+            "config.json": ARCHITECTURE | REHEARSAL | {"max_position_embeddings": 131072},
+            "hf_quant_config.json": {"producer": {"name": "disagg_lib rehearsal"}} | quantization,
+            "model.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": weight_map},
+        }.items():
             (draft / name).write_text(json.dumps(value, indent=1) + "\n")
-        vocabulary = {bytes([i]).decode("latin-1"): i for i in range(shape.vocabulary)}
+        vocabulary = {bytes([i]).decode("latin-1"): i for i in range(REHEARSAL["vocab_size"])}
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         tokenizer.save(str(draft / "tokenizer.json"))
@@ -195,97 +169,78 @@ def _read_json(path: Path) -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: not JSON ({error}). Download this file again") from None
     if not isinstance(value, dict):
-        raise ModelError(
-            f"{path}: found a {type(value).__name__}, needed a mapping. Download this file again"
-        )
+        found = type(value).__name__
+        raise ModelError(f"{path}: found a {found}, needed a mapping. Download this file again")
     return value
 
 
-def _check_shards(folder: Path) -> list[Check]:
+def _shard_rows(folder: Path) -> list[tuple]:
     weight_map = _read_json(folder / "model.safetensors.index.json").get("weight_map", {})
     shards = sorted(set(weight_map.values()))
     absent = [name for name in shards if not (folder / name).is_file()]
-    checks = [
-        Check(
-            "every shard of the index is there",
-            f"{len(shards) - len(absent)} of {len(shards)}" + (f"; absent: {absent[0]}" if absent else ""),
-            bool(shards) and not absent,
-            "run 01_model_download again: it fetches what is absent",
-        )
-    ]
     damaged, held = [], set()
-    for name in shards:
-        if name in absent:
-            continue
+    for name in sorted(set(shards).difference(absent)):
         try:
             with safetensors.safe_open(folder / name, framework="numpy") as file:
                 held |= set(file.keys())
         except safetensors.SafetensorError as error:
             damaged.append(f"{name}: {error}")
-    checks.append(
-        Check(
-            "safetensors headers and sizes agree",
-            damaged[0] if damaged else f"{len(shards) - len(absent)} shards read",
-            not damaged,
-            "delete the named shard and run 01_model_download again",
-        )
-    )
     lost = sorted(set(weight_map) - held)
-    checks.append(
-        Check(
+    rows = []
+    for requirement, wanted, lacking, fix in (
+        (
+            "every shard of the index is there",
+            shards,
+            absent,
+            "run 01_model_download again: it fetches what is absent",
+        ),
+        (
             "every tensor of the index is in its shard",
-            f"{len(weight_map) - len(lost)} of {len(weight_map)}" + (f"; absent: {lost[0]}" if lost else ""),
-            bool(weight_map) and not lost,
-            "index and shards are of different revisions: download one revision whole",
+            weight_map,
+            lost,
+            "download one revision whole: these are of two",
+        ),
+    ):
+        found = f"{len(wanted) - len(lacking)} of {len(wanted)}" + (
+            f"; absent: {lacking[0]}" if lacking else ""
         )
-    )
-    return checks
+        rows.append((requirement, found, bool(wanted) and not lacking, fix))
+    found = damaged[0] if damaged else f"{len(shards) - len(absent)} shards read"
+    fix = "delete the named shard and run 01_model_download again"
+    return [*rows, ("safetensors headers and sizes agree", found, not damaged, fix)]
 
 
-def verify_checkpoint(folder: Path, shape: ModelShape, max_seq_len: int) -> list[Check]:
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        fix = "run 01_model_download, or set model_dir"
+        raise ModelError(f"{folder}: not there. Needed: the checkpoint; {fix}")
+
+
+def verify_checkpoint(folder: Path, sizes: dict[str, int], max_seq_len: int) -> list[Check]:
     """Whether the folder is the checkpoint that the experiment assumes; one row a requirement.
 
     Raises
     ------
     ModelError : the folder, config.json or the index is absent or unreadable.
     """
-    if not folder.is_dir():
-        raise ModelError(
-            f"{folder}: not there. Needed: the checkpoint; run 01_model_download, or set model_dir"
-        )
+    _require_folder(folder)
     config = _read_json(folder / "config.json")
     quantization = _read_json(folder / "hf_quant_config.json").get("quantization", {})
-    checks = _check_shards(folder)
-    fix = "this is another model: set model_dir or hf_repo"
-    for key, needed in (
-        ("architectures", ["LlamaForCausalLM"]),
-        ("num_hidden_layers", shape.layers),
-        ("hidden_size", shape.hidden),
-        ("num_attention_heads", shape.heads),
-        ("num_key_value_heads", shape.kv_heads),
-        ("intermediate_size", shape.feed_forward),
-        ("vocab_size", shape.vocabulary),
-    ):
-        checks.append(Check(f"{key}: {needed}", str(config.get(key)), config.get(key) == needed, fix))
-    for key, needed in (("quant_algo", QUANT_ALGO), ("kv_cache_quant_algo", KV_QUANT_ALGO)):
-        checks.append(
-            Check(f"{key}: {needed}", str(quantization.get(key)), quantization.get(key) == needed, fix)
-        )
-    length = config.get("max_position_embeddings", 0)
-    checks.append(
-        Check(
-            f"context length of at least {max_seq_len} tokens",
-            str(length),
-            length >= max_seq_len,
-            "lower max_seq_len",
-        )
+    rows, fix = _shard_rows(folder), "this is another model: set model_dir or hf_repo"
+    for needed, said in ((ARCHITECTURE | sizes, config), (QUANTISATION, quantization)):
+        for key, value in needed.items():
+            rows.append((f"{key}: {value}", str(said.get(key)), said.get(key) == value, fix))
+    length, enough = (
+        config.get("max_position_embeddings", 0),
+        f"context length of at least {max_seq_len} tokens",
     )
+    rows.append((enough, str(length), length >= max_seq_len, "lower max_seq_len"))
     try:
         found, ok = f"{Tokenizer.from_file(str(folder / 'tokenizer.json')).get_vocab_size()} tokens", True
     except Exception as error:  # the tokenizers library raises bare Exception
         found, ok = str(error), False
-    checks.append(Check("the tokenizer loads", found, ok, "download tokenizer.json again"))
-    return checks
+    rows.append(("the tokenizer loads", found, ok, "download tokenizer.json again"))
+    return [Check(*row) for row in rows]
 
 
 # -- digests
@@ -499,10 +454,7 @@ def verify_digests(folder: Path, report: Report | None = None) -> list[Check]:
     ------
     ModelError : the folder is not there, or the manifest cannot be read or written.
     """
-    if not folder.is_dir():
-        raise ModelError(
-            f"{folder}: not there. Needed: the checkpoint; run 01_model_download, or set model_dir"
-        )
+    _require_folder(folder)
     manifest = _Manifest(folder)
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     there = {str(PurePosixPath(p)) for p in paths if not any(part.startswith(".") for part in p.parts)}
@@ -514,20 +466,16 @@ def verify_digests(folder: Path, report: Report | None = None) -> list[Check]:
     whole = bool(names) and not bad and not strays
     manifest.save(complete=whole)
     size_gb = sum(entry["size"] for entry in manifest.files.values()) / 1e9
-    source = (
-        f"{manifest.repo} at {manifest.revision}"
-        if manifest.expected
-        else "not from a hub: nothing to compare with"
+    requirement, source = "every file has the hub's digest", f"{manifest.repo} at {manifest.revision}"
+    if not manifest.expected:
+        requirement, source = "every file's digest is recorded", "not from a hub: nothing to compare with"
+    wrong = [*map(manifest.difference, bad), *(f"{name}: not one of the hub's" for name in strays)]
+    found = "; ".join(wrong) or f"{len(names)} files, {size_gb:.2f} GB ({source})"
+    fix = (
+        "run 01_model_download again: it fetches the named files anew. Move away what is not the hub's: servers "
+        "load all shards"
     )
-    return [
-        Check(
-            "every file has the hub's digest" if manifest.expected else "every file's digest is recorded",
-            "; ".join([*map(manifest.difference, bad), *(f"{name}: not one of the hub's" for name in strays)])
-            or f"{len(names)} files, {size_gb:.2f} GB ({source})",
-            whole,
-            "run 01_model_download again: it fetches the named files anew. Move away what is not the hub's: servers load all shards",
-        )
-    ]
+    return [Check(requirement, found, whole, fix)]
 
 
 def cite_model(folder: Path) -> dict | None:
@@ -630,8 +578,9 @@ def hub_listing(
         if path.is_absolute() or ".." in path.parts:
             raise ModelError(f"{repo} lists {f.rfilename!r}, outside its folder. Do not use this repository")
         if not f.rfilename.startswith("."):
+            large = f.lfs is not None
             files[f.rfilename] = HubFile(
-                f.size, f.lfs.sha256 if f.lfs else None, None if f.lfs else f.blob_id
+                f.size, f.lfs.sha256 if large else None, None if large else f.blob_id
             )
     return info.sha, files
 
@@ -652,7 +601,6 @@ def download_checkpoint(
     repo: str,
     revision: str | None = None,
     *,
-    names: Sequence[str] = ("*",),
     endpoint: str | None = None,
     workers: int = 8,
     margin_bytes: int = 5_000_000_000,
@@ -666,7 +614,6 @@ def download_checkpoint(
 
     Parameters
     ----------
-    names : patterns of the files wanted.
     workers : files that are fetched at a time.
     margin_bytes : room to be left on the file system.
 
@@ -679,13 +626,8 @@ def download_checkpoint(
         manifest = _Manifest(folder)
         ours = manifest.repo == repo
         if not ours or revision not in (None, manifest.revision):
-            manifest.revision, files = hub_listing(repo, revision, endpoint)
-            wanted = [name for name in files if any(fnmatch.fnmatch(name, pattern) for pattern in names)]
-            manifest.repo, manifest.expected, manifest.files = (
-                repo,
-                {name: files[name] for name in wanted},
-                {},
-            )
+            manifest.revision, manifest.expected = hub_listing(repo, revision, endpoint)
+            manifest.repo, manifest.files = repo, {}
         bad = manifest.hash_files(manifest.expected, report)
         if bad and not ours:
             raise HubError("foreign files", folder, f"not fetched by this: {manifest.difference(bad[0])}")
@@ -766,9 +708,8 @@ class _Fetch:
 
     def stream(self, name: str, part: Path, size: int) -> None:
         """One request for the rest of a file. (The hub library's own download begins anew in a new process.)"""
-        url = huggingface_hub.hf_hub_url(
-            self.manifest.repo, name, revision=self.manifest.revision, endpoint=self.endpoint
-        )
+        repo, revision = self.manifest.repo, self.manifest.revision
+        url = huggingface_hub.hf_hub_url(repo, name, revision=revision, endpoint=self.endpoint)
         at = _size(part)
         headers = build_hf_headers(library_name="disagg_lib") | {"Accept-Encoding": "identity"}
         headers |= {"Range": f"bytes={at}-"} if at else {}
@@ -862,21 +803,18 @@ def data_checks(scratch_dir: str, dataset_path: str | None = None, needed: bool 
         "in the harness's container: python3 code/llama3_1-405b/tensorrt/preprocess_data.py --data_dir build/data "
         "--preprocessed_data_dir build/preprocessed_data"
     )
-    wanted = [(second / name, get_model) for name in ("config.json", "tokenizer.json")]
-    wanted.append((Path(dataset_path) if dataset_path else data / DATA_SET, get_pickle))
-    arrays = {
-        "input_ids_padded.npy": f"int32 {SAMPLES} x {MAX_INPUT_TOKENS}",
-        "input_lens.npy": f"int32 {SAMPLES}",
-    }
-    wanted += [(data / name, get_arrays) for name in arrays]
+    wanted = {second / name: (get_model, "") for name in ("config.json", "tokenizer.json")}
+    wanted[Path(dataset_path) if dataset_path else data / DATA_SET] = get_pickle, ""
+    wanted[data / "input_ids_padded.npy"] = get_arrays, f"int32 {SAMPLES} x {MAX_INPUT_TOKENS}"
+    wanted[data / "input_lens.npy"] = get_arrays, f"int32 {SAMPLES}"
     checks = []
-    for path, fix in wanted:
-        requirement, found, ok = f"{path.parent.name}/{path.name}", "absent", path.is_file()
+    for path, (fix, shape) in wanted.items():
+        found, ok = "absent", path.is_file()
         if ok:
             found = f"SHA-256 {_hash_file(path, lambda count: None, git=False)[0]}, {path.stat().st_size / 1e6:.1f} MB"
-        if path.name in arrays:
-            requirement += f": {arrays[path.name]}"
-            shape = _array_shape(path) if ok else ""
-            ok, found = shape == arrays[path.name], f"{shape}, {found}" if ok else found
+            if shape:
+                there = _array_shape(path)
+                ok, found = there == shape, f"{there}, {found}"
+        requirement = f"{path.parent.name}/{path.name}" + (f": {shape}" if shape else "")
         checks.append(Check(requirement, found, ok, fix, level="error" if needed else "warning"))
     return checks

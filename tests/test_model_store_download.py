@@ -463,11 +463,6 @@ def test_a_synthetic_checkpoint_gets_a_manifest_that_says_it_is_from_no_hub(tmp_
     assert cite_model(folder)["repo"] is None
 
 
-def test_only_the_wanted_names_are_fetched(fetch, tmp_path):
-    fetch(names=("config.json", "tokenizer*"))
-    assert sorted(read(tmp_path / "model")) == ["config.json", "tokenizer.json"]
-
-
 def test_progress_on_no_terminal_is_few_whole_lines(fetch, capsys):
     fetch(report=None)
     lines = capsys.readouterr().out.splitlines()
