@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -53,12 +53,14 @@ FIXES = {
     "missing repository": f"Check hf_repo; a private one needs a token. {LOG_IN}",
     "missing revision": "Set hf_revision to a commit of this repository, or leave it out",
     "too many requests": f"Try again later; a token raises the limit. {LOG_IN}",
-    "proxy": "Check HTTPS_PROXY and NO_PROXY, or run this where no proxy is needed",
+    "proxy": "Check HTTPS_PROXY, NO_PROXY and HF_ENDPOINT, or run this where no proxy is needed",
     "offline": "Unset HF_HUB_OFFLINE, or copy the checkpoint and its manifest here",
     "no network": "Run this where there is network (a login or transfer node); behind a proxy set HTTPS_PROXY; "
-    "for a mirror set HF_ENDPOINT",
+    "for a mirror set HF_ENDPOINT, for a certificate of your site's SSL_CERT_FILE",
     "hub error": "Try again later: what has come is kept",
     "disk full": "Free some, or set scratch_dir (or model_dir) to a larger file system: what has come is kept",
+    "file system": "Set scratch_dir (or model_dir) to a folder that you may write; for someone else's checkpoint make one "
+    "with links to its files (cp -rs)",
     "locked": "Wait for it, then run this again: a complete folder is found as it is",
     "damaged twice": "A proxy may change files on the way: try without it",
     "foreign files": "Set model_dir to another folder, or hf_revision to the commit that is there, or remove the files",
@@ -155,22 +157,23 @@ def make_rehearsal_checkpoint(folder: Path) -> Path:
         tokenizer.save(str(draft / "tokenizer.json"))
         draft.chmod(0o755)
         os.rename(draft, folder)
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # then another process was first
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, fix: str = "Download this file again") -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: not there. Needed: a complete checkpoint; run 01_model_download") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not JSON ({error}). Download this file again") from None
+        raise ModelError(f"{path}: not JSON ({error}). {fix}") from None
     if not isinstance(value, dict):
-        found = type(value).__name__
-        raise ModelError(f"{path}: found a {found}, needed a mapping. Download this file again")
+        raise ModelError(f"{path}: found a {type(value).__name__}, needed a mapping. {fix}")
     return value
 
 
@@ -186,28 +189,19 @@ def _shard_rows(folder: Path) -> list[tuple]:
         except safetensors.SafetensorError as error:
             damaged.append(f"{name}: {error}")
     lost = sorted(set(weight_map) - held)
-    rows = []
-    for requirement, wanted, lacking, fix in (
-        (
-            "every shard of the index is there",
-            shards,
-            absent,
-            "run 01_model_download again: it fetches what is absent",
-        ),
-        (
-            "every tensor of the index is in its shard",
-            weight_map,
-            lost,
-            "download one revision whole: these are of two",
-        ),
-    ):
-        found = f"{len(wanted) - len(lacking)} of {len(wanted)}" + (
-            f"; absent: {lacking[0]}" if lacking else ""
-        )
-        rows.append((requirement, found, bool(wanted) and not lacking, fix))
-    found = damaged[0] if damaged else f"{len(shards) - len(absent)} shards read"
-    fix = "delete the named shard and run 01_model_download again"
-    return [*rows, ("safetensors headers and sizes agree", found, not damaged, fix)]
+
+    def complete(requirement: str, wanted: Collection, lacking: list[str], fix: str) -> tuple:
+        found = f"{len(wanted) - len(lacking)} of {len(wanted)}"
+        return requirement, "; absent: ".join([found, *lacking[:1]]), bool(wanted) and not lacking, fix
+
+    fetch, anew = "run 01_model_download again: it fetches what is absent", "run 01_model_download again"
+    header = damaged[0] if damaged else f"{len(shards) - len(absent)} shards read"
+    mixed = "index and shards are of different revisions: download one revision whole"
+    return [
+        complete("every shard of the index is there", shards, absent, fetch),
+        ("safetensors headers and sizes agree", header, not damaged, f"delete the named shard and {anew}"),
+        complete("every tensor of the index is in its shard", weight_map, lost, mixed),
+    ]
 
 
 def _require_folder(folder: Path) -> None:
@@ -230,10 +224,8 @@ def verify_checkpoint(folder: Path, sizes: dict[str, int], max_seq_len: int) -> 
     for needed, said in ((ARCHITECTURE | sizes, config), (QUANTISATION, quantization)):
         for key, value in needed.items():
             rows.append((f"{key}: {value}", str(said.get(key)), said.get(key) == value, fix))
-    length, enough = (
-        config.get("max_position_embeddings", 0),
-        f"context length of at least {max_seq_len} tokens",
-    )
+    enough = f"context length of at least {max_seq_len} tokens"
+    length = config.get("max_position_embeddings", 0)
     rows.append((enough, str(length), length >= max_seq_len, "lower max_seq_len"))
     try:
         found, ok = f"{Tokenizer.from_file(str(folder / 'tokenizer.json')).get_vocab_size()} tokens", True
@@ -364,10 +356,14 @@ class _Manifest:
     def __init__(self, folder: Path):
         self.folder, self.path = folder, manifest_path(folder)
         self.lock, self.saved_at = threading.Lock(), 0.0
-        value = _read_json(self.path) if self.path.exists() else {}
+        fix = "Move it away and run 01_model_download again"
+        value = _read_json(self.path, fix) if self.path.exists() else {}
         self.repo, self.revision, self.digest = (value.get(key) for key in ("repo", "revision", "digest"))
-        self.expected = {name: HubFile(**file) for name, file in value.get("expected", {}).items()}
         self.files: dict[str, dict] = value.get("files", {})
+        try:
+            self.expected = {name: HubFile(**file) for name, file in value.get("expected", {}).items()}
+        except (AttributeError, TypeError):
+            raise ModelError(f"{self.path}: not as this release writes it. {fix}") from None
 
     def unchanged(self, name: str) -> bool:
         """Whether the file has the size and time that it had when it was hashed."""
@@ -391,14 +387,9 @@ class _Manifest:
             "files": dict(sorted(self.files.items())),
         }
         draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
+        with _file_system(self.path):
             draft.write_text(json.dumps(value, indent=1) + "\n")
             draft.replace(self.path)
-        except OSError as error:
-            raise _disk_full(error, self.path.parent) or ModelError(
-                f"{self.path}: cannot be written ({error.strerror}). If the checkpoint is someone else's, make a folder of your "
-                f"own with links to its files (cp -rs) and set model_dir to it"
-            ) from None
         self.saved_at = time.monotonic()
 
     def hash_files(self, names: Iterable[str], report: Report) -> list[str]:
@@ -501,11 +492,16 @@ def cite_model(folder: Path) -> dict | None:
 MAX_PATIENCE_S = 300  # the longest wait that the hub may ask for
 PASSING = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
 HUB_FAULTS = (httpx2.HTTPError, hub_errors.OfflineModeIsEnabled, hub_errors.HFValidationError)
+NO_HUBS_ANSWER = (
+    ValueError,
+    KeyError,
+    TypeError,
+)  # of the hub library, as it reads a portal's page for a hub's JSON
 
 
-def _redact(error: Exception) -> str:
-    """What an error says, on one line, without tokens, signatures (the query of a URL) and proxy passwords."""
-    text = getattr(error, "server_message", None) or str(error) or type(error).__name__
+def _redact(said: object) -> str:
+    """What an error or an address says, on one line, without tokens, signatures (the query of a URL) and passwords."""
+    text = getattr(said, "server_message", None) or str(said) or type(said).__name__
     if token := huggingface_hub.get_token():
         text = text.replace(token, "***")
     text = re.sub(r"hf_\w+|(?<=://)[^/@\s]+(?=@)", "***", text)
@@ -531,16 +527,33 @@ def _named(error: Exception, where: str) -> HubError:
         kind = "proxy"
     elif isinstance(error, hub_errors.OfflineModeIsEnabled):
         kind = "offline"
+    elif isinstance(error, UnicodeEncodeError):
+        kind = "token refused"
+    elif isinstance(error, NO_HUBS_ANSWER):
+        return HubError(
+            "proxy", _redact(where), f"no hub's answer ({type(error).__name__}: {_redact(error)})"
+        )
     else:
         kind = {403: "forbidden", 429: "too many requests", None: "no network"}.get(status, "hub error")
-    return HubError(kind, where, f"{status} {_redact(error)}" if status else _redact(error))
+    return HubError(kind, _redact(where), f"{status} {_redact(error)}" if status else _redact(error))
 
 
-def _disk_full(error: OSError, folder: Path, needed: int = 0) -> HubError | None:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return None
+def _disk_full(folder: Path, needed: int) -> HubError:
     free = shutil.disk_usage(_existing_parent(folder)).free
     return HubError("disk full", folder, f"found {free / 1e9:.2f} GB free, needed {needed / 1e9:.2f} GB more")
+
+
+@contextlib.contextmanager
+def _file_system(place: Path, needed: Callable[[], int] = lambda: 0):
+    """What the file system says against it, as one of our errors."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, HUB_FAULTS):  # the hub library's offline mode is an OSError, too
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(place.parent, needed()) from None
+        raise HubError("file system", place, str(error)) from None
 
 
 def _pause_s(error: Exception, failures: int) -> float | None:
@@ -571,6 +584,8 @@ def hub_listing(
             wait_s = _pause_s(error, failures)
             if wait_s is None or isinstance(error, httpx2.ConnectError):
                 raise _named(error, f"{repo} at {api.endpoint}") from None
+        except NO_HUBS_ANSWER as error:
+            raise _named(error, f"{repo} at {api.endpoint}") from None
         time.sleep(wait_s)
     files = {}
     for f in info.siblings:
@@ -622,7 +637,7 @@ def download_checkpoint(
     HubError : its `kind` says what: gated, no token, no network, disk full, locked, ...
     """
     report = report or print_progress()
-    with _locked(folder):
+    with _file_system(folder), _locked(folder):
         manifest = _Manifest(folder)
         ours = manifest.repo == repo
         if not ours or revision not in (None, manifest.revision):
@@ -641,7 +656,7 @@ def download_checkpoint(
 
 
 class _Fetch:
-    """Fetches files into `.<folder>.parts`, each named by its digest, and from there to its place."""
+    """Fetches files into `.<folder>.parts`, each named by its digest and name, and from there to its place."""
 
     def __init__(self, manifest: _Manifest, endpoint: str | None, report: Report):
         self.manifest, self.report = manifest, report
@@ -650,7 +665,7 @@ class _Fetch:
 
     def part(self, name: str) -> Path:
         file = self.manifest.expected[name]
-        return self.parts / (file.sha256 or file.git_sha1)
+        return self.parts / f"{file.sha256 or file.git_sha1}-{name.replace('/', '-')}"
 
     def run(self, bad: Sequence[str], absent: Sequence[str], workers: int, margin_bytes: int) -> None:
         # Small files first: a wrong config.json shows before 230 GB have come.
@@ -659,7 +674,7 @@ class _Fetch:
         self.parts.mkdir(exist_ok=True)
         needed = sum(sizes.values()) - there + margin_bytes
         if shutil.disk_usage(self.parts).free < needed:
-            raise _disk_full(OSError(errno.ENOSPC, ""), self.manifest.folder, needed)
+            raise _disk_full(self.manifest.folder, needed)
         self.progress = Progress("download", len(sizes), sum(sizes.values()), self.report)
         self.progress.add(there)
         for name in bad:
@@ -678,7 +693,9 @@ class _Fetch:
             if file.fits(*sums):
                 break
             if again:
-                raise HubError("damaged twice", name, f"SHA-256 {sums[0]}, the hub has {part.name}")
+                raise HubError(
+                    "damaged twice", name, f"SHA-256 {sums[0]}, the hub has {file.sha256 or file.git_sha1}"
+                )
             self.progress.say(f"{name}: arrived damaged (SHA-256 {sums[0][:12]}): fetched again")
             self.progress.add(-_size(part))
             part.unlink()
@@ -693,12 +710,9 @@ class _Fetch:
         while not part.exists() or _size(part) != size:
             before = _size(part)
             try:
-                self.stream(name, part, size)
-            except (*HUB_FAULTS, OSError) as error:
-                if full := isinstance(error, OSError) and _disk_full(error, part.parent, size - _size(part)):
-                    raise full from None
-                if not isinstance(error, HUB_FAULTS):
-                    raise
+                with _file_system(part, lambda: size - _size(part)):
+                    self.stream(name, part, size)
+            except HUB_FAULTS as error:
                 failures = 1 if _size(part) > before else failures + 1
                 wait_s = _pause_s(error, failures)
                 if wait_s is None:
@@ -742,9 +756,18 @@ def obtain_checkpoint(e: Experiment, report: Report | None = None) -> Path:
     """
     folder = Path(e.model_path)
     if e.engine == "rehearsal":
-        make_rehearsal_checkpoint(folder)
+        with _file_system(folder):
+            make_rehearsal_checkpoint(folder)
     elif e.engine == "trtllm":
-        download_checkpoint(folder, e.hf_repo, e.hf_revision, report=report)
+        try:
+            download_checkpoint(folder, e.hf_repo, e.hf_revision, report=report)
+        except HubError as error:
+            by_hand = (folder / "model.safetensors.index.json").is_file() and not _Manifest(folder).repo
+            if error.kind not in ("no network", "offline", "proxy") or not by_hand:
+                raise
+            print(
+                f"{error}\nSo {folder} is taken as it is: its digests are recorded, but compared with nothing"
+            )
     return folder
 
 

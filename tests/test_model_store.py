@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,12 @@ def edit(path, **values):
 
 def test_the_synthetic_checkpoint_passes(folder):
     assert unmet(folder) == []
+
+
+def test_two_that_write_it_at_once_both_have_it(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: make_rehearsal_checkpoint(tmp_path / "model"), range(8)))
+    assert unmet(folders[0]) == [] and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_it_is_not_the_real_model(folder):

@@ -15,7 +15,7 @@ import yaml
 from hub_server import Fault, HubServer
 
 from disagg_lib import model_store
-from disagg_lib.experiment import REPOSITORY
+from disagg_lib.experiment import REPOSITORY, load_experiment
 from disagg_lib.model_store import (
     HubError,
     ModelError,
@@ -354,6 +354,76 @@ def test_a_repository_name_that_is_none_is_refused(hub, tmp_path):
     with pytest.raises(HubError) as caught:
         download_checkpoint(tmp_path / "model", "no/such/name", endpoint=hub.endpoint)
     assert caught.value.kind == "missing repository"
+
+
+@pytest.mark.parametrize(("variable", "value"), [("HF_TOKEN", "hf_\u2026"), ("HTTP_PROXY", "ftp://u:hf_x@y")])
+def test_a_setting_that_no_request_can_be_made_with_is_named(fetch, monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(HubError) as caught:
+        fetch()
+    assert caught.value.kind == {"HF_TOKEN": "token refused", "HTTP_PROXY": "proxy"}[variable]
+    assert "hf_x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("page", ["<html>Please log in to the network</html>", {}])
+def test_a_portals_page_is_not_taken_for_the_hub(fetch, hub, page):
+    hub.faults = [Fault(API, status=200, body=page)]
+    with pytest.raises(HubError, match="proxy: no hub's answer") as caught:
+        fetch()
+    assert caught.value.kind == "proxy"
+
+
+def test_the_password_of_a_mirror_is_not_shown(tmp_path):
+    with pytest.raises(HubError, match="http://[*]{3}@127.0.0.1:1: no network") as caught:
+        download_checkpoint(tmp_path / "model", REPO, endpoint=f"http://user:{CANARY[3:]}@127.0.0.1:1")
+    assert CANARY[3:] not in str(caught.value)
+
+
+def test_a_place_that_cannot_be_written_is_named(fetch, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/model", tmp_path / ("x" * 300)):
+        with pytest.raises(
+            HubError, match="file system: .*Set scratch_dir .or model_dir. to a folder"
+        ) as caught:
+            fetch(folder)
+        assert caught.value.kind == "file system"
+
+
+def test_two_files_of_one_content_are_both_fetched(fetch, hub, contents, tmp_path):
+    hub.repos[REPO] = {**hub.repos[REPO], "copy.safetensors": contents[SHARD], "d/e.bin": contents[SHARD]}
+    fetch()
+    for name in (SHARD, "copy.safetensors", "d/e.bin"):
+        assert (tmp_path / "model" / name).read_bytes() == contents[SHARD]
+    assert verify_digests(tmp_path / "model", lambda p: None)[0].ok
+
+
+def test_offline_mode_is_named_before_and_in_the_middle(fetch, monkeypatch, tmp_path):
+    fetch()
+    (tmp_path / "model/config.json").unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for folder in (tmp_path / "model", tmp_path / "other"):
+        with pytest.raises(HubError) as caught:
+            fetch(folder)
+        assert caught.value.kind == "offline"
+
+
+def test_a_checkpoint_brought_by_hand_is_taken_where_there_is_no_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    e = load_experiment((), {"engine": "trtllm", "model_dir": str(tmp_path / "model")})
+    with pytest.raises(HubError, match="no network"):
+        model_store.obtain_checkpoint(e)
+    make_rehearsal_checkpoint(tmp_path / "model")
+    assert model_store.obtain_checkpoint(e) == tmp_path / "model"
+    assert "compared with nothing" in capsys.readouterr().out
+    checks = model_store.checkpoint_checks(e, lambda p: None)
+    assert "nothing to compare with" in checks[-1].found and cite_model(tmp_path / "model")["repo"] is None
+
+
+def test_a_manifest_that_is_none_says_what_to_do(tmp_path):
+    for text in ("{", '{"expected": {"a": {"bytes": 1}}}'):
+        manifest_path(tmp_path / "model").write_text(text)
+        with pytest.raises(ModelError, match="Move it away and run 01_model_download again"):
+            cite_model(tmp_path / "model")
 
 
 def test_a_file_name_that_leaves_the_folder_is_refused(hub, tmp_path):
