@@ -747,6 +747,13 @@ class _Fetch:
             raise httpx2.RemoteProtocolError(f"the answer ended elsewhere than at {size} bytes")
 
 
+def origin(e: Experiment) -> str:
+    """Where the experiment's checkpoint comes from, in words."""
+    if e.engine == "trtllm":
+        return f"{e.hf_repo} at {e.hf_revision or 'the main branch, looked up once and then kept'}"
+    return {"rehearsal": "a synthetic checkpoint of two layers", "external": "the endpoint's own"}[e.engine]
+
+
 def obtain_checkpoint(e: Experiment, report: Report | None = None) -> Path:
     """Make the experiment's checkpoint be there: download it, or write a rehearsal's; returns its folder.
 

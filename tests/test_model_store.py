@@ -45,6 +45,11 @@ def test_two_that_write_it_at_once_both_have_it(tmp_path):
     assert unmet(folders[0]) == [] and [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_rehearsals_checkpoint_is_not_said_to_come_from_the_hub(experiment):
+    assert "nvidia/" not in model_store.origin(experiment(engine="rehearsal", container="none"))
+    assert "nvidia/Llama" in model_store.origin(experiment(engine="trtllm"))
+
+
 def test_it_is_not_the_real_model(folder):
     assert "num_hidden_layers: 126" in unmet(folder, LLAMA_405B)
 
