@@ -283,7 +283,7 @@ def _made_with(e: Experiment) -> dict:
         checkpoint = {"problem": str(error)}
     return {
         "checkpoint": checkpoint,
-        "container_image": cite_image(e.container_image) if e.container == "pyxis" else None,
+        "container_image": cite_image(e) if e.container == "pyxis" else None,
         "client_env": cite_client(e.client_dir) if e.client_dir else None,
     }
 

@@ -2,15 +2,17 @@
 
 Each is a job of one node with a folder of its own, `<scratch_dir>/setup/<time>_<kind>/`: job.sh, output.txt and
 what it found. The texts are pure functions of the Experiment; `run_setup_job` submits and follows them.
-
-SetupError    a setup job failed, or cannot be made from these parameters
 """
 
+import contextlib
 import datetime
 import hashlib
 import json
+import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -21,17 +23,18 @@ import yaml
 
 from . import launch
 from .errors import DisaggError
-from .experiment import REPOSITORY, Experiment
+from .experiment import REPOSITORY, Experiment, read_params_file
 from .job_agent import last_lines
 from .preflight import Check, _pinned_versions
 from .run_folder import Table
 
 SITE = REPOSITORY / "params/site.yaml"
-_NEWLINE = "\\n"  # as printf reads it
 ELF_MACHINES = {183: "aarch64", 62: "x86_64"}  # e_machine in an ELF header
 ENDED_WELL = launch.SLURM_STATES["COMPLETED"][1]
 PROBE_KEPT_S = 7 * 86400
 CLIENT_PACKAGES = ("mlcommons-loadgen", "numpy", "uvloop")
+BUILD_PACKAGES = ("setuptools", "wheel", "pybind11==2.11.1")  # what LoadGen 5.1.2's source package asks for
+CHECK_CLIENT = Path(__file__).parent / "templates/check_client.py"
 
 
 class SetupError(DisaggError):
@@ -40,48 +43,48 @@ class SetupError(DisaggError):
 
 # -- the scripts
 
-
-def _header(e: Experiment, kind: str, time_limit: str, gpus: bool = True) -> str:
-    lines = [
-        "#!/bin/bash",
-        f"#SBATCH --job-name=disagg_setup_{kind}",
-        "#SBATCH --nodes=1",
-        "#SBATCH --ntasks=1",
-    ]
-    if gpus and e.engine != "external":
-        lines.append(f"#SBATCH --gpus-per-node={e.gpus_per_node}")
-    lines.append(f"#SBATCH --time={time_limit}")
-    lines += [f"#SBATCH --{key}={value}" for key in ("partition", "account") if (value := getattr(e, key))]
-    lines += ["#SBATCH --output=output.txt", "#SBATCH --no-requeue"]
-    return "\n".join(lines) + "\n" + PREAMBLE
-
-
 # The status goes into a file: accounting may be absent, and squeue forgets. Variables that would redirect the harness
-# are facts of the v5.1 code; tokens are nobody's business on a compute node.
+# are facts of the v5.1 code; tokens are nobody's business on a compute node. A draft goes when the job ends.
 PREAMBLE = """# shellcheck disable=SC2016,SC2329 # quoted values stay as they are; traps call functions
 set -uo pipefail
 cd -- "${SLURM_SUBMIT_DIR:-$(dirname -- "$0")}" || exit 1
 JOB=$PWD
-trap 'echo "$?" >"$JOB/status"' EXIT
+draft=
+ended() {
+  echo "$?" >"$JOB/status"
+  [[ -z $draft ]] || rm -rf -- "$draft"
+}
+trap ended EXIT
 trap 'exit 143' TERM
 unset LOG_DIR MODEL_DIR DATA_DIR PREPROCESSED_DATA_DIR BUILD_DIR CONFIG_DIR ARTIFACTS_DIR
 unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACE_HUB_TOKEN
+fail() { echo "$*"; exit 1; }
+
 """
 
 
-def _mounts(e: Experiment) -> list[str]:
-    """Host paths that a compute node must see: scratch, mounts, and where the image is or will be."""
-    hosts = [pair.partition(":")[0] for pair in (e.container_mounts or "").split(",") if pair]
+def _header(e: Experiment, kind: str, time_limit: str, gpus: bool = True, **options: str) -> str:
+    options = {"job-name": f"disagg_setup_{kind}", "nodes": "1", "ntasks": "1", "time": time_limit} | options
+    if gpus and e.engine != "external":
+        options["gpus-per-node"] = str(e.gpus_per_node)
+    options |= {key: value for key in ("partition", "account") if (value := getattr(e, key))}
+    lines = [f"#SBATCH --{key}={value}".removesuffix("=") for key, value in options.items()]
+    return "\n".join(["#!/bin/bash", *lines, "#SBATCH --output=output.txt", "#SBATCH --no-requeue", PREAMBLE])
+
+
+def _visible(e: Experiment) -> list[str]:
+    """Host paths that a compute node must see: run folders, scratch, what is given, mounts, the image's folder."""
+    mounts = [pair.partition(":")[0] for pair in (e.container_mounts or "").split(",")]
     image = e.container_image if (e.container_image or "").endswith(".sqsh") else None
-    return list(dict.fromkeys([e.scratch_dir, *hosts, *([str(Path(image).parent)] if image else [])]))
+    paths = [REPOSITORY, e.scratch_dir, e.dataset_path, e.client_dir, e.harness_dir, *mounts]
+    return list(dict.fromkeys(str(path) for path in [*paths, image and Path(image).parent] if path))
 
 
 def probe_script(e: Experiment) -> str:
     """A job of two minutes that writes what a compute node has into probe.txt: a name, a tab, a value a line."""
     return (
         _header(e, "probe", "0:02:00", gpus=e.engine == "trtllm")
-        + f"""
-scratch={shlex.quote(e.scratch_dir)}
+        + f"""scratch={shlex.quote(e.scratch_dir)}
 say() {{ printf '%s\\t%s\\n' "$1" "$2" >>probe.txt; }}
 say host "$(hostname)"
 say arch "$(uname -m)"
@@ -89,7 +92,7 @@ say python3 "$(python3 -c 'import platform; print(platform.python_version())' 2>
 say gpus "$(nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>&1 | paste -sd';')"
 say fabric "$(nvidia-smi -q 2>&1 | awk '/ClusterUUID|CliqueId/ {{ print $NF }}' | paste -sd' ')" # a pair a GPU
 say pyxis "$(srun --help 2>&1 | grep -c -e --container-image)"
-for path in {shlex.join(_mounts(e))}; do
+for path in {shlex.join(_visible(e))}; do
   if [[ -r $path ]]; then say "path $path" readable; else say "path $path" 'not readable'; fi
 done
 if own=$(mktemp -p "$scratch" .probe-XXXXXX 2>&1); then rm -- "$own" && say scratch writable; else say scratch "$own"; fi
@@ -97,6 +100,12 @@ say free_kb "$(df -Pk -- "$scratch" 2>&1 | awk 'NR == 2 {{ print $4 }}')"
 say end ''
 """
     )
+
+
+def _require_given(e: Experiment, job: str, *keys: str) -> None:
+    for key in keys:
+        if not getattr(e, key):
+            raise SetupError(f"{key}: not given, and the {job} job needs it. Set it in params/site.yaml")
 
 
 def image_script(e: Experiment, arch: str = "aarch64") -> str:
@@ -107,19 +116,19 @@ def image_script(e: Experiment, arch: str = "aarch64") -> str:
 
     Raises
     ------
-    SetupError : harness_dir, container_image or partition is not given, or the makefile is not there.
+    SetupError : a parameter is not given or not a plain path, or the makefile is not there.
     """
-    for key in ("harness_dir", "container_image", "partition"):
-        if not getattr(e, key):
-            raise SetupError(f"{key}: not given, and the image job needs it. Set it in params/site.yaml")
+    _require_given(e, "image", "harness_dir", "container_image", "partition")
     if not (Path(e.harness_dir) / "Makefile.pyxis").is_file():
-        raise SetupError(
-            f"harness_dir: {e.harness_dir} has no Makefile.pyxis. Needed: the v5.1 tree's closed/NVIDIA"
-        )
+        needed = "the v5.1 tree's closed/NVIDIA"
+        raise SetupError(f"harness_dir: {e.harness_dir} has no Makefile.pyxis. Needed: {needed}")
     if not e.container_image.endswith(".sqsh"):
-        raise SetupError(
-            f"container_image: found {e.container_image!r}, needed the path of the .sqsh file to make"
-        )
+        needed = "the path of the .sqsh file to make"
+        raise SetupError(f"container_image: found {e.container_image!r}, needed {needed}")
+    for key in ("harness_dir", "container_image", "scratch_dir"):
+        if not re.fullmatch(r"[\w./+@=-]+", getattr(e, key)):
+            why = "make and its recipes would split or expand it. Use a path of letters, digits and ./_+@=-"
+            raise SetupError(f"{key}: found {getattr(e, key)!r}; {why}")
     values = {
         "ARCH": arch,
         "SLURM_MODE": "srun",
@@ -130,20 +139,20 @@ def image_script(e: Experiment, arch: str = "aarch64") -> str:
         "MLPERF_SCRATCH_PATH": e.scratch_dir,
         "EXTRA_SRUN_FLAGS": "--container-remap-root",
     }
+    answers = "y\\n" if e.account else "\\ny\\n"
     return (
-        _header(e, "image", e.time_limit)
-        + f"""
-image={shlex.quote(e.container_image)}
+        _header(e, "image", e.time_limit, exclusive="")
+        + f"""image={shlex.quote(e.container_image)}
+[[ -e $image ]] && fail "$image is there already, and nothing is overwritten"
 draft=${{image%.sqsh}}.draft-${{SLURM_JOB_ID:-$$}}.sqsh # it gets its name when it is whole
-[[ -e $image ]] && echo "$image is there already, and nothing is overwritten" && exit 1
 cd -- {shlex.quote(e.harness_dir)} || exit 1
-printf '{"" if e.account else _NEWLINE}y{_NEWLINE}' | make -f Makefile.pyxis build_base_sqsh "SBATCH_CONTAINER_SAVE=$draft" \\
+printf '{answers}' | make -f Makefile.pyxis build_base_sqsh "SBATCH_CONTAINER_SAVE=$draft" \\
   {shlex.join(f"{key}={value}" for key, value in values.items())} || exit 1
-[[ $(head -c 4 -- "$draft") == hsqs ]] || {{ echo "$draft is no squashfs image"; exit 1; }}
+[[ $(head -c 4 -- "$draft") == hsqs ]] || fail "$draft is no squashfs image"
 digest=$(sha256sum <"$draft") || exit 1
 mv -n -- "$draft" "$image"
-[[ -e $draft ]] && echo "$image came from elsewhere meanwhile; ours is $draft" && exit 1
-printf '%s  %s\\n' "${{digest%% *}}" "${{image##*/}}" >"$image.sha256"
+[[ -e $draft ]] && fail "$image came from elsewhere meanwhile"
+[[ -e $image.sha256 ]] || printf '%s  %s\\n' "${{digest%% *}}" "${{image##*/}}" >"$image.sha256"
 """
     )
 
@@ -153,94 +162,59 @@ def client_folder(e: Experiment) -> Path:
     return Path(e.scratch_dir) / "client_env"
 
 
-def client_script(e: Experiment, wheels: str | None = None) -> str:
+def wheels_folder(e: Experiment) -> Path:
+    """Where packages brought along for it are looked for, on clusters whose nodes have no internet."""
+    return Path(e.scratch_dir) / "client_wheels"
+
+
+def client_script(e: Experiment, brought: bool = False) -> str:
     """The job that installs LoadGen (built from its source package), numpy and uvloop into `client_folder`.
 
     Parameters
     ----------
-    wheels : folder of packages brought along (`pip download`), for nodes without internet; then nothing else is asked.
+    brought : whether the packages come from `wheels_folder`; then nothing else is asked.
+
+    Raises
+    ------
+    SetupError : no image is given, or its mounts cannot be written down.
     """
-    packages = [f"{name}=={_pinned_versions()[name]}" for name in CLIENT_PACKAGES]
-    source = ["--no-index", "--find-links", wheels] if wheels else ["--no-binary", "mlcommons-loadgen"]
+    packages = [
+        "--no-binary",
+        "mlcommons-loadgen",
+        *(f"{name}=={_pinned_versions()[name]}" for name in CLIENT_PACKAGES),
+    ]
+    where = ["--no-index", "--find-links", str(wheels_folder(e))] if brought else []
+    bring = shlex.join(
+        ["python3", "-m", "pip", "download", "--dest", str(wheels_folder(e)), *packages, *BUILD_PACKAGES]
+    )
     step = ""
     if e.launcher == "slurm" and e.container == "pyxis":
-        pairs = [f"{path}:{path}" for path in (e.scratch_dir, wheels) if path]
-        pairs += (e.container_mounts or "").split(",") if e.container_mounts else []
-        mounts = ",".join(dict.fromkeys(pairs))
-        step = shlex.join(
-            [
-                "srun",
-                f"--container-image={e.container_image}",
-                f"--container-mounts={mounts}",
-                "--container-remap-root",
-            ]
-        )
+        _require_given(e, "client", "container_image")
+        if re.search("[,:]", e.scratch_dir):
+            raise SetupError(
+                f"scratch_dir: found {e.scratch_dir!r}; a container's mounts cannot hold , and :"
+            )
+        mounts = dict.fromkeys([f"{e.scratch_dir}:{e.scratch_dir}", *(e.container_mounts or "").split(",")])
+        mounts = ",".join(filter(None, mounts))
+        options = {"image": e.container_image, "mounts": mounts}
+        step = shlex.join(["srun", *(f"--container-{key}={value}" for key, value in options.items())])
+        step += " --container-remap-root"
     return (
         _header(e, "client", "0:30:00")
-        + f"""
-target={shlex.quote(str(client_folder(e)))}
+        + f"""target={shlex.quote(str(client_folder(e)))}
+[[ -e $target ]] && fail "$target is there already, and nothing is overwritten"
 draft=$target.draft-${{SLURM_JOB_ID:-$$}}
-[[ -e $target ]] && echo "$target is there already, and nothing is overwritten" && exit 1
-ended() {{
-  echo "$?" >"$JOB/status"
-  rm -rf -- "$draft"
-}}
-trap ended EXIT
 step() {{ {step} "$@"; }}
-step python3 -m pip install --no-input --disable-pip-version-check --no-cache-dir --target "$draft" \\
-  {shlex.join([*source, *packages])} || exit 1
+if ! step python3 -m pip install --no-input --disable-pip-version-check --no-cache-dir --target "$draft" \\
+  {shlex.join([*where, *packages])}; then
+  echo 'If this node has no internet, bring the packages along, from a machine with the same python3 and processor:'
+  fail {shlex.quote(bring)}
+fi
 # Five seconds of LoadGen, from that folder
-step env PYTHONPATH="$draft" python3 "$PWD/check_client.py" "$PWD/check" | tee check.json || exit 1
+step env PYTHONPATH="$draft" python3 "$PWD/check_client.py" "$PWD/check" "$draft" | tee check.json || exit 1
 mv -T -- "$draft" "$target"
 """
     )
-
-
-CHECK_CLIENT = '''"""Five seconds of LoadGen with a server that answers at once: prints versions and LoadGen's verdict as JSON."""
-
-import json
-import os
-import platform
-import sys
-
-import mlperf_loadgen as lg
-import numpy
-
-folder = sys.argv[1]
-os.makedirs(folder)
-settings = lg.TestSettings()
-settings.scenario, settings.mode = lg.TestScenario.Server, lg.TestMode.PerformanceOnly
-settings.server_target_qps, settings.min_duration_ms, settings.server_target_latency_ns = 200.0, 5000, 10**9
-output, log = lg.LogOutputSettings(), lg.LogSettings()
-output.outdir = folder
-log.log_output, log.enable_trace = output, False
-sut = lg.ConstructSUT(
-    lambda queries: lg.QuerySamplesComplete([lg.QuerySampleResponse(q.id, 0, 0) for q in queries]), lambda: None
-)
-qsl = lg.ConstructQSL(100, 100, lambda samples: None, lambda samples: None)
-lg.StartTestWithLogSettings(sut, qsl, settings, log)
-lg.DestroyQSL(qsl)
-lg.DestroySUT(sut)
-with open(os.path.join(folder, "mlperf_log_summary.txt")) as file:
-    verdict = [line.split()[-1] for line in file if line.startswith("Result is")]
-try:
-    import uvloop
-except ImportError:
-    uvloop = None
-print(
-    json.dumps(
-        {
-            "result": verdict[0] if verdict else "none",
-            "loadgen_from": os.path.dirname(lg.__file__),
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "numpy": numpy.__version__,
-            "uvloop": getattr(uvloop, "__version__", None),
-        }
-    )
-)
-sys.exit(verdict != ["VALID"])
-'''
 
 
 # -- running them
@@ -258,31 +232,42 @@ def run_setup_job(
 
     Raises
     ------
-    SetupError : it ended with a status other than 0, with its last lines.
+    SetupError : it ended with a status other than 0, with its last lines; or its folder cannot be made.
     JobError : Slurm refused it.
     """
     folder = Path(e.scratch_dir) / "setup" / f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}_{kind}"
-    folder.mkdir(parents=True)
-    for name, text in {"job.sh": script, **(files or {})}.items():
-        (folder / name).write_text(text)
-    output, status = folder / "output.txt", folder / "status"
+    try:
+        folder.mkdir(parents=True)
+        for name, text in {"job.sh": script, **(files or {})}.items():
+            (folder / name).write_text(text)
+    except OSError as error:
+        fix = "Set scratch_dir to a shared folder that you may write"
+        raise SetupError(f"{folder}: cannot be made ({error.strerror}). {fix}") from None
+    output, status, environment = folder / "output.txt", folder / "status", launch._environment()
     if e.launcher == "local":
-        with output.open("wb") as log:
+        with output.open("wb") as log:  # a session of its own: what it started is ended with it
             process = subprocess.Popen(
-                ["bash", "job.sh"],
-                cwd=folder,
-                env=launch._environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-        state, cancel = _local_state(process), process.terminate
+                ["bash", "job.sh"], cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                start_new_session=True
+            )  # fmt: skip
+
+        def state():
+            return (False, "running") if process.poll() is None else (True, ENDED_WELL)
+
+        def cancel():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(30)
     else:
-        answer = launch.slurm(
-            "sbatch", "--parsable", "job.sh", tries=1, cwd=folder, environment=launch._environment()
-        )
+        answer = launch.slurm("sbatch", "--parsable", "job.sh", tries=1, cwd=folder, environment=environment)
         job_id = answer.strip().split(";")[0]
-        state, cancel = _slurm_state(job_id), lambda: launch.slurm("scancel", job_id)
+
+        def state():
+            return _slurm_state(job_id)
+
+        def cancel():
+            launch.slurm("scancel", job_id)
+
     out(f"{kind}: job folder {folder}")
     try:
         words = _follow(state, output, out, poll_s)
@@ -299,20 +284,13 @@ def run_setup_job(
     return folder
 
 
-def _local_state(process: subprocess.Popen) -> Callable[[], tuple[bool, str]]:
-    return lambda: (True, ENDED_WELL) if process.poll() is not None else (False, "running")
-
-
-def _slurm_state(job_id: str) -> Callable[[], tuple[bool, str]]:
-    def state() -> tuple[bool, str]:
-        try:
-            word, why = launch._slurm_state(job_id)
-        except launch.NoAnswer as silence:
-            return False, str(silence)
-        ended, meaning = launch.SLURM_STATES.get(word, (not word, word))  # '': Slurm has forgotten it
-        return ended, meaning + (f" ({why})" if why and not ended else "")
-
-    return state
+def _slurm_state(job_id: str) -> tuple[bool, str]:
+    try:
+        word, why = launch._slurm_state(job_id)
+    except launch.NoAnswer as silence:
+        return False, str(silence)
+    ended, meaning = launch.SLURM_STATES.get(word, (not word, word))  # '': Slurm has forgotten it
+    return ended, meaning + (f" ({why})" if why and not ended else "")
 
 
 def _follow(state: Callable[[], tuple[bool, str]], output: Path, out, poll_s: float) -> str:
@@ -367,7 +345,7 @@ def probe_checks(e: Experiment, found: Mapping[str, str]) -> list[Check]:
         pairs = found["fabric"].split()
         domains = {tuple(pairs[i : i + 2]) for i in range(0, len(pairs), 2)}
         across = any(len(server.nodes) > 1 for server in e.servers)
-        one = len(domains) == 1 and "N/A" not in min(domains)
+        one = len(domains) == 1 and min(domains)[-1].strip("0-") not in ("", "N/A")  # of 0 only: no fabric
         told = " ".join(min(domains)) if len(domains) == 1 else f"{len(domains)} domains: {found['fabric']}"
         fix = "servers of one node only need none; otherwise ask for nodes of one rack (segment)"
         spans = " (a server spans several nodes)" if across else ""
@@ -379,14 +357,11 @@ def probe_checks(e: Experiment, found: Mapping[str, str]) -> list[Check]:
     fix = "mount it on the nodes, or set another path in params/site.yaml"
     paths = {name[5:]: value for name, value in found.items() if name.startswith("path ")}
     rows += [(f"{path} is visible", value, value == "readable", fix) for path, value in paths.items()]
-    writable = found["scratch"] == "writable"
-    rows.append(
-        ("scratch_dir is writable", found["scratch"], writable, "set scratch_dir to a shared folder of yours")
-    )
+    fix = "set scratch_dir to a shared folder of yours"
+    rows.append(("scratch_dir is writable", found["scratch"], found["scratch"] == "writable", fix))
     free_gb = int(found["free_kb"]) * 1024 / 1e9 if found["free_kb"].isdigit() else 0.0
-    rows.append(
-        ("1 GB free in scratch_dir", f"{free_gb:.0f} GB", free_gb >= 1, "free some, or set scratch_dir")
-    )
+    fix = "free some, or set scratch_dir"
+    rows.append(("1 GB free in scratch_dir", f"{free_gb:.0f} GB", free_gb >= 1, fix))
     return [Check(f"on {found['host']}: {requirement}", *rest) for requirement, *rest in rows]
 
 
@@ -415,19 +390,20 @@ def probe(e: Experiment, out=print) -> list[Check]:
 
 
 def _image_arch(image: Path) -> str:
-    """Architecture of a program in the image, from its ELF header."""
+    """Architecture of a program in the image, from its ELF header; or why it is not known."""
     if shutil.which("unsquashfs") is None:
-        return "not looked at: unsquashfs (package squashfs-tools) is absent"
+        return "not looked at: unsquashfs (package squashfs-tools) is absent here"
     with tempfile.TemporaryDirectory() as place:
-        subprocess.run(
-            ["unsquashfs", "-no-xattrs", "-d", f"{place}/root", str(image), "usr/bin/env"],
-            capture_output=True,
-            timeout=120,
-        )
+        command = ["unsquashfs", "-no-xattrs", "-d", f"{place}/root", str(image), "usr/bin/env"]
+        try:
+            subprocess.run(command, capture_output=True, timeout=120)
+        except subprocess.TimeoutExpired:
+            return "not looked at: unsquashfs took more than 120 s"
         program = Path(place) / "root/usr/bin/env"
-        head = program.read_bytes()[:20] if program.is_file() else b""
+        # A link would lead to a program of this machine.
+        head = program.read_bytes()[:20] if program.is_file() and not program.is_symlink() else b""
     if head[:4] != b"\x7fELF":
-        return "no usr/bin/env in it"
+        return "not known: no program usr/bin/env in it"
     machine = int.from_bytes(head[18:20], "little")
     return ELF_MACHINES.get(machine, f"ELF machine {machine}")
 
@@ -439,16 +415,15 @@ def image_checks(image: str | Path, arch: str = "aarch64", min_gb: float = 1.0) 
         return [Check("container_image is there", f"no file {image}", False, fix)]
     with image.open("rb") as file:
         magic = file.read(4)
-    size_gb, found = image.stat().st_size / 1e9, _image_arch(image) if magic == b"hsqs" else "not looked at"
+    squashfs, size_gb = magic == b"hsqs", image.stat().st_size / 1e9
+    found = _image_arch(image) if squashfs else "no squashfs image"
+    unknown = found.startswith("not ")
+    see, level = (f"see that it is for {arch}", "warning") if unknown else (fix, "error")
+    size = (f"container_image has {min_gb} GB or more", f"{size_gb:.2f} GB", size_gb >= min_gb)
     return [
-        Check("container_image is a squashfs image", repr(magic), magic == b"hsqs", fix),
-        Check(
-            f"container_image has {min_gb} GB or more",
-            f"{size_gb:.2f} GB",
-            size_gb >= min_gb,
-            f"it was cut short: {fix}",
-        ),
-        Check(f"container_image is for {arch}", found, found == arch, fix),
+        Check("container_image is a squashfs image", repr(magic), squashfs, fix),
+        Check(*size, f"it was cut short: {fix}"),
+        Check(f"container_image is for {arch}", found, found == arch, see, level=level),
     ]
 
 
@@ -464,13 +439,49 @@ def build_image(e: Experiment, arch: str = "aarch64", out=print, min_gb: float =
     return image_checks(e.container_image, arch, min_gb)
 
 
-def cite_image(image: str | Path) -> dict | None:
-    """What a run's manifest says of the image; None without `<image>.sha256` beside it."""
-    path = Path(f"{image}.sha256")
-    return {"path": str(image), "sha256": path.read_text().split()[0]} if path.is_file() else None
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def build_client(e: Experiment, wheels: str | None = None, out=print) -> dict:
+def cite_image(e: Experiment) -> dict | None:
+    """What a run's manifest says of the image: path and SHA-256; None for a registry's name, or if none is recorded.
+
+    It stands, as sha256sum writes it, beside the image, or in scratch_dir where that is someone else's folder. One
+    that is older than the image is another's.
+    """
+    image = Path(e.container_image or "")
+    for record, name in ((Path(f"{image}.sha256"), image.name), (_image_record(e), str(image))):
+        if image.is_file() and record.is_file() and record.stat().st_mtime >= image.stat().st_mtime:
+            digest, _, named = record.read_text(errors="replace").strip().partition("  ")
+            if named == name and re.fullmatch("[0-9a-f]{64}", digest):
+                return {"path": str(image), "sha256": digest}
+    return None
+
+
+def _image_record(e: Experiment) -> Path:
+    return Path(e.scratch_dir) / "setup" / f"{Path(e.container_image or '').name}.sha256"
+
+
+def record_image(e: Experiment, out=print) -> dict:
+    """Make an image that was brought along citable, too; its own folder is not touched.
+
+    Raises
+    ------
+    SetupError : scratch_dir cannot be written.
+    """
+    image, record = Path(e.container_image), _image_record(e)
+    if cite_image(e) is None:
+        out(f"SHA-256 of {image}, once: {image.stat().st_size / 1e9:.2f} GB")
+        try:
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(f"{_sha256(image)}  {image}\n")
+        except OSError as error:
+            raise SetupError(f"{record}: {error.strerror}. Set scratch_dir to a folder of yours") from None
+    return cite_image(e)
+
+
+def build_client(e: Experiment, out=print) -> dict:
     """Build the client's environment on a compute node unless it is there; returns its path, versions and digest.
 
     Raises
@@ -479,41 +490,44 @@ def build_client(e: Experiment, wheels: str | None = None, out=print) -> dict:
     """
     folder = client_folder(e)
     if not folder.exists():
-        job = run_setup_job(e, "client", client_script(e, wheels), {"check_client.py": CHECK_CLIENT}, out=out)
+        script, files = (
+            client_script(e, wheels_folder(e).is_dir()),
+            {CHECK_CLIENT.name: CHECK_CLIENT.read_text()},
+        )
+        job = run_setup_job(e, "client", script, files, out=out)
         checked = json.loads((job / "check.json").read_text().splitlines()[-1])
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
-        lines = "".join(
-            f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(folder)}\n" for p in files
-        )
-        pins = _pinned_versions()
-        value = {"path": str(folder), "mlcommons-loadgen": pins["mlcommons-loadgen"], **checked}
-        (folder / "client_env.json").write_text(
-            json.dumps(value | {"digest": hashlib.sha256(lines.encode()).hexdigest()}, indent=1) + "\n"
-        )
+        names = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+        lines = "".join(f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in names)
+        value = {"path": str(folder), "mlcommons-loadgen": _pinned_versions()["mlcommons-loadgen"], **checked}
+        value["digest"] = hashlib.sha256(lines.encode()).hexdigest()
+        (folder / "client_env.json").write_text(json.dumps(value, indent=1) + "\n")
     cited = cite_client(folder)
     if cited is None:
         raise SetupError(f"{folder}: not made by 00_setup, or cut short. Remove it and run this again")
     return cited
 
 
+def cite_client(folder: str | Path) -> dict | None:
+    """What a run's manifest says of the client's environment: path, versions, digest; None if 00_setup did not build it."""
+    record = Path(folder) / "client_env.json"
+    return json.loads(record.read_text()) if record.is_file() else None
+
+
 # -- what 00_setup does, as `setup_jobs` allows
 
 
 def node_rows(e: Experiment, out=print) -> list[Check]:
-    """A compute node's rows of 00's table; empty with `setup_jobs: none`, or where this machine is the node.
-
-    Raises
-    ------
-    SetupError, JobError
-    """
+    """A compute node's rows of 00's table; empty with `setup_jobs: none`, or where this machine is the node."""
     if e.launcher == "local" or e.setup_jobs == "none":
-        out(
-            "launcher: local: this machine does it all"
-            if e.launcher == "local"
-            else "setup_jobs: none: no probe job"
-        )
+        local = "launcher: local: this machine does it all"
+        out(local if e.launcher == "local" else "setup_jobs: none: no probe job")
         return []
-    return probe(e, out)
+    try:
+        return probe(e, out)
+    except (SetupError, launch.JobError) as error:
+        return [
+            Check("a job can look at a compute node", str(error), False, "see above, or set setup_jobs: none")
+        ]
 
 
 def image_rows(e: Experiment, out=print) -> list[Check]:
@@ -529,8 +543,12 @@ def image_rows(e: Experiment, out=print) -> list[Check]:
     looked_at = _last_probe(e, probe_script(e))
     arch = read_probe(looked_at)["arch"] if looked_at else "aarch64"  # a GB200's
     if e.setup_jobs == "all":
-        return build_image(e, arch, out)
-    return image_checks(image or "container_image, which is not given", arch)
+        rows = build_image(e, arch, out)
+    else:
+        rows = image_checks(image or "container_image, which is not given", arch)
+    if Path(image).is_file():
+        rows.append(Check("container_image's SHA-256 is recorded", record_image(e, out)["sha256"], True))
+    return rows
 
 
 def client_rows(e: Experiment, out=print) -> list[Check]:
@@ -546,28 +564,16 @@ def client_rows(e: Experiment, out=print) -> list[Check]:
         build_client(e, out=out)
     folder = Path(e.client_dir or client_folder(e))
     cited = cite_client(folder)
-    found = (
-        f"{folder}: LoadGen {cited['mlcommons-loadgen']}, {cited['machine']}"
-        if cited
-        else f"none in {folder}"
+    found, fix = (
+        f"none in {folder}",
+        "set setup_jobs: all to build it, or go on if the container brings LoadGen and numpy",
     )
-    return [
-        Check(
-            "client_dir holds LoadGen and numpy for the nodes",
-            found if e.client_dir or not cited else f"{found}, but client_dir does not name it",
-            bool(cited and e.client_dir),
-            f"set client_dir: {folder} in params/site.yaml"
-            if cited
-            else "set setup_jobs: all to build it, or go on if the container brings LoadGen and numpy",
-            level="warning",
-        )
-    ]
-
-
-def cite_client(folder: str | Path) -> dict | None:
-    """What a run's manifest says of the client's environment: path, versions, digest; None if 00_setup did not build it."""
-    record = Path(folder) / "client_env.json"
-    return json.loads(record.read_text()) if record.is_file() else None
+    if cited:
+        found = f"{folder}: LoadGen {cited['mlcommons-loadgen']}, {cited['machine']}"
+        found += "" if e.client_dir else ", but client_dir does not name it"
+        fix = f"set client_dir: {folder} in params/site.yaml"
+    ok = bool(cited and e.client_dir)
+    return [Check("client_dir holds LoadGen and numpy for the nodes", found, ok, fix, level="warning")]
 
 
 # -- params/site.yaml
@@ -587,14 +593,17 @@ def suggest_site(e: Experiment) -> dict[str, tuple[object, str]]:
         if e.provenance[key] != "default" and getattr(e, key) is not None
     }
     if e.launcher == "slurm":
-        for partition in launch.partitions():
-            if partition.is_default:
-                found.setdefault("partition", (partition.name, "sinfo: the default partition"))
-        accounts = launch.accounts()
-        if len(accounts) == 1:
-            found.setdefault("account", (accounts[0], "sacctmgr: your only account"))
-    if cite_client(client_folder(e)):
-        found.setdefault("client_dir", (str(client_folder(e)), "built by 00_setup"))
+        with contextlib.suppress(launch.JobError):  # the table of the machine and the cluster says so
+            for partition in launch.partitions():
+                if partition.is_default:
+                    found.setdefault("partition", (partition.name, "sinfo: the default partition"))
+            accounts = launch.accounts()
+            if len(accounts) == 1:
+                found.setdefault("account", (accounts[0], "sacctmgr: your only account"))
+    if built := cite_client(client_folder(e)):
+        versions = ", ".join(f"{name} {built.get(name)}" for name in CLIENT_PACKAGES)
+        why = f"built by 00_setup: {versions}, digest {built.get('digest')}"
+        found.setdefault("client_dir", (str(client_folder(e)), why))
     return found
 
 
@@ -602,20 +611,10 @@ def write_site(found: Mapping[str, tuple[object, str]], path: Path = SITE, write
     """Write params/site.yaml if there is none (and `write`); in any case the difference: key, in the file, found, from."""
     if write and found and not path.exists():
         lines = ["# What is about this site; written once by 00_setup, yours to edit. No token belongs here."]
-        lines += [
-            f"{yaml.safe_dump({key: value}, width=1000).strip()}  # {why}"
-            for key, (value, why) in found.items()
-        ]
+        for key, (value, why) in found.items():
+            lines.append(f"{yaml.safe_dump({key: value}, width=1000).strip()}  # {why}")
         with path.open("x") as file:
             file.write("\n".join(lines) + "\n")
-    there = yaml.safe_load(path.read_text()) or {} if path.exists() else {}
-    rows = [
-        {
-            "key": key,
-            "in the file": there.get(key),
-            "found": found.get(key, (None,))[0],
-            "from": found.get(key, (None, ""))[1],
-        }
-        for key in dict.fromkeys([*there, *found])
-    ]
+    there = read_params_file(path, str(path)) if path.exists() else {}
+    rows = [(key, there.get(key), *found.get(key, (None, ""))) for key in dict.fromkeys([*there, *found])]
     return Table(rows, columns=["key", "in the file", "found", "from"])

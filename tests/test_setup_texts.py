@@ -1,15 +1,20 @@
 """Setup jobs: their texts, run here by bash, and what is made of what they find."""
 
+import hashlib
+import os
 import shutil
 import stat
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from disagg_lib import setup_jobs
-from disagg_lib.experiment import load_experiment
+from disagg_lib.experiment import REPOSITORY, ParameterError, load_experiment
 from disagg_lib.setup_jobs import SetupError
 
 LOCAL = {"engine": "rehearsal", "launcher": "local", "container": "none"}
@@ -29,8 +34,8 @@ GOOD = {
 
 @pytest.fixture
 def harness(tmp_path):
-    folder = tmp_path / "closed NVIDIA"
-    folder.mkdir()
+    folder = tmp_path / "closed/NVIDIA"
+    folder.mkdir(parents=True)
     (folder / "Makefile.pyxis").write_text("build_base_sqsh:\n\tfalse\n")
     return folder
 
@@ -49,26 +54,32 @@ def site(odd_dir, harness):
     }
 
 
-def scripts(given):
+@pytest.fixture
+def plain(site):
+    """Paths that make does not change."""
+    return {**site, "scratch_dir": "/scratch", "container_image": "/images/trtllm.sqsh"}
+
+
+def scripts(given, plain):
     e = load_experiment((), given)
     yield setup_jobs.probe_script(e)
     yield setup_jobs.client_script(e)
-    yield setup_jobs.client_script(e, wheels=given["scratch_dir"] + "/wheels")
-    yield setup_jobs.image_script(e)
+    yield setup_jobs.client_script(e, brought=True)
+    yield setup_jobs.image_script(load_experiment((), {**given, **plain, "account": given["account"]}))
 
 
 @pytest.mark.parametrize("given", [{}, {"account": None}, {"container": "none"}, {"launcher": "slurm"}])
-def test_every_script_is_clean_to_shellcheck(site, given):
+def test_every_script_is_clean_to_shellcheck(site, plain, given):
     shellcheck = shutil.which("shellcheck", path=str(sys.executable).rsplit("/", 1)[0]) or "shellcheck"
-    for text in scripts({**site, **given}):
+    for text in scripts({**site, **given}, plain):
         done = subprocess.run([shellcheck, "-"], input=text, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
 
 
-def test_the_image_job_answers_the_makefiles_questions(site):
-    text = setup_jobs.image_script(load_experiment((), site))
+def test_the_image_job_answers_the_makefiles_questions(plain):
+    text = setup_jobs.image_script(load_experiment((), plain))
     assert "printf 'y\\n' | make -f Makefile.pyxis build_base_sqsh" in text
-    text = setup_jobs.image_script(load_experiment((), {**site, "account": None}))
+    text = setup_jobs.image_script(load_experiment((), {**plain, "account": None}))
     assert "printf '\\ny\\n' | make" in text and "SBATCH_ACCOUNT= " in text
 
 
@@ -76,6 +87,122 @@ def test_the_image_job_answers_the_makefiles_questions(site):
 def test_an_image_job_without_what_it_needs_is_refused(site, key):
     with pytest.raises(SetupError, match=f"^{key}: not given"):
         setup_jobs.image_script(load_experiment((), {**site, key: None}))
+
+
+@pytest.mark.parametrize("path", ["/a b", "/a$b", "/a:b", "/a#b"])
+def test_a_path_that_make_would_split_or_expand_is_refused(plain, path):
+    for key, value in {"scratch_dir": path, "container_image": path + ".sqsh"}.items():
+        with pytest.raises(
+            SetupError, match=f"^{key}: found .*make and its recipes would split or expand it"
+        ):
+            setup_jobs.image_script(load_experiment((), {**plain, key: value}))
+
+
+def test_an_image_is_built_with_all_of_a_nodes_cores_and_a_draft_goes_with_the_job(plain, tmp_path, harness):
+    image = tmp_path / "i.sqsh"
+    e = load_experiment((), {**plain, "container_image": str(image)})
+    script = setup_jobs.image_script(e)
+    assert "\n#SBATCH --exclusive\n" in script
+    (harness / "Makefile.pyxis").write_text('build_base_sqsh:\n\tprintf hsq >"$(SBATCH_CONTAINER_SAVE)"\n')
+    (tmp_path / "job.sh").write_text(script)
+    done = subprocess.run(["bash", "job.sh"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "is no squashfs image" in done.stdout
+    (harness / "Makefile.pyxis").write_text('build_base_sqsh:\n\tprintf hsqs >"$(SBATCH_CONTAINER_SAVE)"\n')
+    before = (tmp_path / "status").read_text(), sorted(tmp_path.glob("i.*"))
+    assert before == ("1\n", [])
+    assert subprocess.run(["bash", "job.sh"], cwd=tmp_path).returncode == 0
+    assert sorted(path.name for path in tmp_path.glob("i.*")) == ["i.sqsh", "i.sqsh.sha256"]
+    assert setup_jobs.cite_image(e)["sha256"] == hashlib.sha256(b"hsqs").hexdigest()
+
+
+def test_an_image_that_was_brought_along_is_cited_and_its_folder_left_as_it_is(plain, tmp_path):
+    (tmp_path / "theirs").mkdir()
+    image = tmp_path / "theirs/i.sqsh"
+    image.write_bytes(b"hsqs")
+    (tmp_path / "theirs/i.sqsh.sha256").write_text("their own notes\n")
+    e = load_experiment(
+        (), {**plain, "container_image": str(image), "scratch_dir": str(tmp_path / "scratch")}
+    )
+    assert setup_jobs.cite_image(e) is None
+    row = setup_jobs.image_rows(e, out=list)[-1]
+    assert row.found == setup_jobs.cite_image(e)["sha256"] == hashlib.sha256(b"hsqs").hexdigest()
+    assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["i.sqsh", "i.sqsh.sha256"]
+    image.write_bytes(b"hsqs, newer")
+    os.utime(image, (time.time() + 9, time.time() + 9))
+    assert setup_jobs.cite_image(e) is None
+    assert setup_jobs.cite_image(load_experiment((), {**plain, "container_image": "nvcr.io/x:1"})) is None
+
+
+def test_packages_brought_along_are_taken_and_nothing_else_is_asked(site):
+    e = load_experiment((), site)
+    text = setup_jobs.client_script(e, brought=True)
+    assert "--no-index --find-links" in text and "client_wheels" in text
+    install = setup_jobs.client_script(e).split("echo")[0]
+    assert "--no-index" not in install and "client_wheels" not in install
+
+
+def test_nodes_without_internet_are_told_how_to_bring_the_packages(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    e = load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path)})
+    with pytest.raises(
+        SetupError, match="bring the packages along, .*pip download --dest .*client_wheels .*pybind11"
+    ):
+        setup_jobs.build_client(e, out=list)
+    assert [path.name for path in tmp_path.iterdir()] == ["setup"]
+
+
+def test_a_client_environment_in_no_container_is_refused(site):
+    with pytest.raises(SetupError, match="^container_image: not given, and the client job"):
+        setup_jobs.client_script(load_experiment((), {**site, "container_image": None}))
+    with pytest.raises(SetupError, match="a container's mounts cannot hold"):
+        setup_jobs.client_script(load_experiment((), {**site, "scratch_dir": "/a:b"}))
+
+
+def test_the_client_check_refuses_modules_from_elsewhere(tmp_path):
+    command = [sys.executable, setup_jobs.CHECK_CLIENT, tmp_path / "logs", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and f"not from {tmp_path}" in done.stderr and not (tmp_path / "logs").exists()
+
+
+def test_an_interrupt_ends_a_local_job_and_what_it_started(tmp_path):
+    e = load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path)})
+
+    def interrupt(line):
+        if "asleep" in line:
+            raise KeyboardInterrupt
+
+    script = setup_jobs._header(e, "x", "0:01:00") + "sleep 300 &\necho asleep $!\nsleep 300\n"
+    with pytest.raises(KeyboardInterrupt):
+        setup_jobs.run_setup_job(e, "x", script, out=interrupt, poll_s=0.1)
+    (output,) = tmp_path.glob("setup/*/output.txt")
+    child = int(output.read_text().split()[1])
+    deadline = time.monotonic() + 5
+    while psutil.pid_exists(child) and psutil.Process(child).status() != "zombie":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert (output.parent / "status").read_text() == "143\n"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SetupError, match="cannot be made .* Set scratch_dir to a shared folder"):
+        setup_jobs.probe(load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path / "file")}), out=list)
+
+
+def test_without_slurm_the_setup_has_a_row_that_says_so_and_goes_on(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    e = load_experiment((), {"scratch_dir": str(tmp_path / "scratch"), "partition": "batch"})
+    (row,) = setup_jobs.node_rows(e, out=list)
+    assert not row.ok and "sbatch is not on PATH" in row.found
+    assert setup_jobs.suggest_site(e)["partition"] == ("batch", "given")
+
+
+def test_the_probe_looks_at_every_path_that_a_run_reads_or_writes(site):
+    e = load_experiment((), {**site, "dataset_path": "/data/x.pkl", "client_dir": "/client"})
+    seen = setup_jobs._visible(e)
+    assert {str(REPOSITORY), e.scratch_dir, "/data/x.pkl", "/client", e.harness_dir, "/data"} <= set(seen)
 
 
 def test_the_original_readmes_folder_for_the_makefile_is_refused(site, harness):
@@ -180,6 +307,7 @@ def test_a_good_node_meets_every_requirement():
         ({"python3": "bash: python3: command not found"}, {}, "python3 3.8 or newer"),
         ({"fabric": "a 1 a 1 a 2 a 2"}, {"gen_tp_size": 8}, SPANS),
         ({"fabric": "N/A N/A N/A N/A"}, {"gen_tp_size": 8}, SPANS),
+        ({"fabric": "0 00000000-0000-0000-0000-000000000000"}, {"gen_tp_size": 8}, SPANS),
         ({"fabric": ""}, {"gen_tp_size": 8}, SPANS),
     ],
 )
@@ -222,6 +350,17 @@ def test_an_image_that_is_none_is_found(tmp_path):
     assert [check.ok for check in setup_jobs.image_checks(tmp_path / "absent.sqsh")] == [False]
 
 
+def test_an_image_whose_program_is_a_link_is_not_judged_by_this_machines(tmp_path):
+    if shutil.which("mksquashfs") is None:
+        pytest.skip("mksquashfs is absent; on Debian: apt install squashfs-tools")
+    (tmp_path / "root/usr/bin").mkdir(parents=True)
+    (tmp_path / "root/usr/bin/env").symlink_to(shutil.which("env"))
+    command = ["mksquashfs", tmp_path / "root", tmp_path / "i.sqsh", "-quiet", "-no-progress"]
+    subprocess.run(command, check=True)
+    row = setup_jobs.image_checks(tmp_path / "i.sqsh", os.uname().machine, min_gb=0)[-1]
+    assert (row.ok, row.level, row.found) == (False, "warning", "not known: no program usr/bin/env in it")
+
+
 def test_site_yaml_is_written_once_and_then_compared(tmp_path):
     path = tmp_path / "site.yaml"
     e = load_experiment(
@@ -234,12 +373,25 @@ def test_site_yaml_is_written_once_and_then_compared(tmp_path):
     before = path.read_text()
     other = setup_jobs.write_site({"partition": ("other", "given"), "account": ("a", "given")}, path)
     assert path.read_text() == before
-    rows = (
-        other.set_index("key")[["in the file", "found"]]
-        .astype(object)
-        .where(other.set_index("key").notna(), None)
+    assert tuple(other.set_index("key").loc["partition", ["in the file", "found"]]) == ("batch", "other")
+
+
+def test_a_site_yaml_that_is_none_is_named(tmp_path):
+    (tmp_path / "site.yaml").write_text("- a\n")
+    with pytest.raises(ParameterError, match="site.yaml: found a list, needed a mapping"):
+        setup_jobs.write_site({}, tmp_path / "site.yaml")
+
+
+def test_site_yaml_says_what_the_client_environment_is(site, odd_dir, tmp_path):
+    folder = odd_dir / "client_env"
+    folder.mkdir()
+    (folder / "client_env.json").write_text('{"mlcommons-loadgen": "5.1.2", "numpy": "2.1", "digest": "abc"}')
+    setup_jobs.write_site(
+        setup_jobs.suggest_site(load_experiment((), {**site, "launcher": "local"} | LOCAL)),
+        tmp_path / "s.yaml",
     )
-    assert tuple(rows.loc["partition"][["in the file", "found"]]) == ("batch", "other")
+    text = (tmp_path / "s.yaml").read_text()
+    assert "built by 00_setup: mlcommons-loadgen 5.1.2, numpy 2.1" in text and "digest abc" in text
 
 
 def test_site_yaml_is_readable_by_the_owners_group_as_others_files_are(tmp_path):
