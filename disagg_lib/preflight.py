@@ -1,5 +1,6 @@
 """Rules that are checked before the queue, each with what was found and what to do."""
 
+import contextlib
 import importlib.metadata
 import math
 import os
@@ -101,10 +102,7 @@ def machine_checks(e: Experiment) -> list[Check]:
     checks = [Check("Python 3.11 to 3.13", python, known, "install one of these")]
     packages = ("mlcommons-loadgen", "jupyterlab", "papermill", "ipywidgets", "pandas", "huggingface-hub")
     checks += [_package(name, pins[name]) for name in packages]
-    needed_gb = REHEARSAL_GB if e.engine == "rehearsal" else CHECKPOINT_GB
-    free_gb = shutil.disk_usage(_existing_parent(Path(e.scratch_dir))).free / 1e9
-    requirement, fix = f"{needed_gb} GB free below scratch_dir", "free some, or set scratch_dir"
-    checks.append(Check(requirement, f"{free_gb:.0f} GB", free_gb >= needed_gb, fix))
+    checks.append(_room(e))
     if e.launcher == "slurm":
         checks += [*_slurm_tools(e), *cluster_checks(e, make_job_script(e))]
     if e.engine == "rehearsal":
@@ -115,18 +113,33 @@ def machine_checks(e: Experiment) -> list[Check]:
     return checks
 
 
+def _room(e: Experiment) -> Check:
+    """Free space where the checkpoint belongs, less what of it has come."""
+    model, needed_gb = Path(e.model_path), REHEARSAL_GB
+    if e.engine == "trtllm":
+        come = [*model.glob("*.safetensors"), *model.with_name(f".{model.name}.parts").glob("*")]
+        needed_gb = max(needed_gb, round(CHECKPOINT_GB - sum(path.stat().st_size for path in come) / 1e9))
+    free_gb = shutil.disk_usage(_existing_parent(model)).free / 1e9
+    where = "in model_dir" if e.model_dir else "below scratch_dir"
+    fix = f"free some, or set {where.split()[1]}"
+    return Check(f"{needed_gb} GB free {where}", f"{free_gb:.0f} GB", free_gb >= needed_gb, fix)
+
+
 def _slurm_tools(e: Experiment) -> list[Check]:
     """Versions of Slurm and, for pyxis, whether its plugin and enroot are on this login node."""
     checks = []
-    if shutil.which("sinfo"):
-        version = launch.slurm("sinfo", "--version").strip().removeprefix("slurm ")
-        new = int(version.split(".")[0]) >= 22 if version[:1].isdigit() else False
-        checks.append(Check("Slurm 22 or newer", version, new, "untried with older ones", level="warning"))
-    if e.container == "pyxis":
-        pyxis = bool(shutil.which("srun")) and "--container-image" in launch.slurm("srun", "--help")
-        found = "yes" if pyxis else "no"
-        fix = "ask for pyxis and enroot, or set container: none"
-        checks.append(Check("srun knows --container-image (pyxis)", found, pyxis, fix))
+    with contextlib.suppress(launch.JobError):  # cluster_checks says that Slurm does not answer, and why
+        if shutil.which("sinfo"):
+            version = launch.slurm("sinfo", "--version").strip().removeprefix("slurm ")
+            new = int(version.split(".")[0]) >= 22 if version[:1].isdigit() else False
+            checks.append(
+                Check("Slurm 22 or newer", version, new, "untried with older ones", level="warning")
+            )
+        if e.container == "pyxis":
+            pyxis = bool(shutil.which("srun")) and "--container-image" in launch.slurm("srun", "--help")
+            found = "yes" if pyxis else "no"
+            fix = "ask for pyxis and enroot, or set container: none"
+            checks.append(Check("srun knows --container-image (pyxis)", found, pyxis, fix))
     return checks
 
 

@@ -123,3 +123,23 @@ def test_the_walltime_advice_is_enough(site):
         if c.rule == "walltime"
     )
     assert "walltime" not in unmet(load_experiment([], site | {"time_limit": advised.split()[-1]}))
+
+
+@pytest.mark.parametrize(("come_gb", "needed_gb"), [(0, 250), (100, 150), (300, 1)])
+def test_room_is_wanted_only_for_what_of_the_checkpoint_has_not_come(site, come_gb, needed_gb):
+    parts = Path(site["model_dir"]).with_name(".model.parts")
+    parts.mkdir()
+    with (parts / "a").open("wb") as file:
+        file.truncate(come_gb * 10**9)  # takes no room itself
+    (check,) = [c for c in preflight.machine_checks(load_experiment((), site)) if "GB free" in c.requirement]
+    assert check.requirement == f"{needed_gb} GB free in model_dir"
+
+
+def test_a_controller_that_is_silent_is_a_row_of_the_machines_table(site, tmp_path, monkeypatch):
+    """With commands that fail as Slurm's do where there is no configuration."""
+    for name in ("sinfo", "srun", "sbatch", "squeue", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'DNS SRV lookup failed' >&2; exit 1\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = {check.rule: check for check in preflight.machine_checks(load_experiment((), site))}
+    assert not found["slurm"].ok and "DNS SRV lookup failed" in found["slurm"].found
