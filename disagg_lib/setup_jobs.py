@@ -581,17 +581,23 @@ def client_rows(e: Experiment, out=print) -> list[Check]:
 
 SITE_KEYS = (
     *("partition", "account", "scratch_dir", "model_dir", "container_image", "container_mounts", "work_dir"),
-    *("dataset_path", "trust_dataset", "harness_dir", "client_dir", "gpus_per_node", "segment", "time_limit"),
+    *("dataset_path", "trust_dataset", "harness_dir", "client_dir"),
 )
+EXPERIMENTS_KEYS = (
+    "gpus_per_node",
+    "segment",
+    "time_limit",
+)  # the site's only if not from an experiment's file
 
 
 def suggest_site(e: Experiment) -> dict[str, tuple[object, str]]:
     """What is about the site: key -> (value, where it comes from). Given values come first, then what Slurm says."""
-    found = {
-        key: (getattr(e, key), e.provenance[key])
-        for key in SITE_KEYS
-        if e.provenance[key] != "default" and getattr(e, key) is not None
-    }
+    found = {}
+    for key in SITE_KEYS + EXPERIMENTS_KEYS:
+        value, source = getattr(e, key), e.provenance[key]
+        of_site = key in SITE_KEYS or source == "given" or Path(source).name == SITE.name
+        if source != "default" and value is not None and of_site:
+            found[key] = value, source
     if e.launcher == "slurm":
         with contextlib.suppress(launch.JobError):  # the table of the machine and the cluster says so
             for partition in launch.partitions():
@@ -608,8 +614,11 @@ def suggest_site(e: Experiment) -> dict[str, tuple[object, str]]:
 
 
 def write_site(found: Mapping[str, tuple[object, str]], path: Path = SITE, write: bool = True) -> Table:
-    """Write params/site.yaml if there is none (and `write`); in any case the difference: key, in the file, found, from."""
-    if write and found and not path.exists():
+    """Write params/site.yaml if there is none (and `write`, and a partition is known); the difference in any case.
+
+    Columns: key, in the file, found, from.
+    """
+    if write and "partition" in found and not path.exists():
         lines = ["# What is about this site; written once by 00_setup, yours to edit. No token belongs here."]
         for key, (value, why) in found.items():
             lines.append(f"{yaml.safe_dump({key: value}, width=1000).strip()}  # {why}")

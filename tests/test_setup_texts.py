@@ -376,6 +376,24 @@ def test_site_yaml_is_written_once_and_then_compared(tmp_path):
     assert tuple(other.set_index("key").loc["partition", ["in the file", "found"]]) == ("batch", "other")
 
 
+def test_an_experiments_own_values_do_not_become_the_sites():
+    def keys(**given):
+        return set(
+            setup_jobs.suggest_site(
+                load_experiment(["params/gb200_20gpu.yaml"], {"launcher": "local", **given})
+            )
+        )
+
+    given = LOCAL | {"scratch_dir": "/s"}
+    assert keys(**given) == {"scratch_dir"}
+    assert keys(**given, time_limit="1:00:00") == {"scratch_dir", "time_limit"}
+
+
+def test_no_site_yaml_is_written_where_slurm_did_not_answer(tmp_path):
+    setup_jobs.write_site({"scratch_dir": ("/s", "given")}, tmp_path / "site.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_site_yaml_that_is_none_is_named(tmp_path):
     (tmp_path / "site.yaml").write_text("- a\n")
     with pytest.raises(ParameterError, match="site.yaml: found a list, needed a mapping"):
@@ -386,10 +404,8 @@ def test_site_yaml_says_what_the_client_environment_is(site, odd_dir, tmp_path):
     folder = odd_dir / "client_env"
     folder.mkdir()
     (folder / "client_env.json").write_text('{"mlcommons-loadgen": "5.1.2", "numpy": "2.1", "digest": "abc"}')
-    setup_jobs.write_site(
-        setup_jobs.suggest_site(load_experiment((), {**site, "launcher": "local"} | LOCAL)),
-        tmp_path / "s.yaml",
-    )
+    e = load_experiment((), site | LOCAL)
+    setup_jobs.write_site(setup_jobs.suggest_site(e), tmp_path / "s.yaml")
     text = (tmp_path / "s.yaml").read_text()
     assert "built by 00_setup: mlcommons-loadgen 5.1.2, numpy 2.1" in text and "digest abc" in text
 
