@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -462,10 +463,8 @@ def verify_digests(folder: Path, report: Report | None = None) -> list[Check]:
         requirement, source = "every file's digest is recorded", "not from a hub: nothing to compare with"
     wrong = [*map(manifest.difference, bad), *(f"{name}: not one of the hub's" for name in strays)]
     found = "; ".join(wrong) or f"{len(names)} files, {size_gb:.2f} GB ({source})"
-    fix = (
-        "run 01_model_download again: it fetches the named files anew. Move away what is not the hub's: servers "
-        "load all shards"
-    )
+    fix = "run 01_model_download again: it fetches the named files anew"
+    fix += ". Move away what is not the hub's: servers load all shards" if strays else ""
     return [Check(requirement, found, whole, fix)]
 
 
@@ -530,9 +529,8 @@ def _named(error: Exception, where: str) -> HubError:
     elif isinstance(error, UnicodeEncodeError):
         kind = "token refused"
     elif isinstance(error, NO_HUBS_ANSWER):
-        return HubError(
-            "proxy", _redact(where), f"no hub's answer ({type(error).__name__}: {_redact(error)})"
-        )
+        what = f"no hub's answer ({type(error).__name__}: {_redact(error)})"
+        return HubError("proxy", _redact(where), what)
     else:
         kind = {403: "forbidden", 429: "too many requests", None: "no network"}.get(status, "hub error")
     return HubError(kind, _redact(where), f"{status} {_redact(error)}" if status else _redact(error))
@@ -569,23 +567,16 @@ def _pause_s(error: Exception, failures: int) -> float | None:
 def hub_listing(
     repo: str, revision: str | None = None, endpoint: str | None = None
 ) -> tuple[str, dict[str, HubFile]]:
-    """The commit that a revision (None: the main branch) stands for now, and its files by name.
-
-    Raises
-    ------
-    HubError
-    """
+    """The commit that a revision (None: the main branch) stands for now, and its files by name."""
     api = huggingface_hub.HfApi(endpoint=endpoint, library_name="disagg_lib")
     for failures in range(1, 7):
         try:
             info = api.model_info(repo, revision=revision, files_metadata=True, timeout=60)
             break
-        except HUB_FAULTS as error:
+        except (*HUB_FAULTS, *NO_HUBS_ANSWER) as error:
             wait_s = _pause_s(error, failures)
             if wait_s is None or isinstance(error, httpx2.ConnectError):
                 raise _named(error, f"{repo} at {api.endpoint}") from None
-        except NO_HUBS_ANSWER as error:
-            raise _named(error, f"{repo} at {api.endpoint}") from None
         time.sleep(wait_s)
     files = {}
     for f in info.siblings:
@@ -593,10 +584,8 @@ def hub_listing(
         if path.is_absolute() or ".." in path.parts:
             raise ModelError(f"{repo} lists {f.rfilename!r}, outside its folder. Do not use this repository")
         if not f.rfilename.startswith("."):
-            large = f.lfs is not None
-            files[f.rfilename] = HubFile(
-                f.size, f.lfs.sha256 if large else None, None if large else f.blob_id
-            )
+            sha256, git_sha1 = (f.lfs.sha256, None) if f.lfs else (None, f.blob_id)
+            files[f.rfilename] = HubFile(f.size, sha256, git_sha1)
     return info.sha, files
 
 
@@ -755,12 +744,7 @@ def origin(e: Experiment) -> str:
 
 
 def obtain_checkpoint(e: Experiment, report: Report | None = None) -> Path:
-    """Make the experiment's checkpoint be there: download it, or write a rehearsal's; returns its folder.
-
-    Raises
-    ------
-    HubError, ModelError
-    """
+    """Make the experiment's checkpoint be there: download it, or write a rehearsal's; returns its folder."""
     folder = Path(e.model_path)
     if e.engine == "rehearsal":
         with _file_system(folder):
@@ -772,19 +756,12 @@ def obtain_checkpoint(e: Experiment, report: Report | None = None) -> Path:
             by_hand = (folder / "model.safetensors.index.json").is_file() and not _Manifest(folder).repo
             if error.kind not in ("no network", "offline", "proxy") or not by_hand:
                 raise
-            print(
-                f"{error}\nSo {folder} is taken as it is: its digests are recorded, but compared with nothing"
-            )
+            print(f"{error}\n{folder} is taken as it is: its digests are recorded, but compared with nothing")
     return folder
 
 
 def checkpoint_checks(e: Experiment, report: Report | None = None) -> list[Check]:
-    """Everything that the experiment assumes of its checkpoint: structure first, then every digest.
-
-    Raises
-    ------
-    ModelError
-    """
+    """Everything that the experiment assumes of its checkpoint: structure first, then every digest."""
     if e.engine == "external":
         return []
     folder, shape = Path(e.model_path), REHEARSAL if e.engine == "rehearsal" else LLAMA_405B
@@ -823,7 +800,7 @@ def data_checks(scratch_dir: str, dataset_path: str | None = None, needed: bool 
     second, data = harness_model_folder(scratch_dir), Path(scratch_dir) / "preprocessed_data/llama3.1-405b"
     get_model = (
         f"accept the terms of {HARNESS_REPO}, then hf download {HARNESS_REPO} --revision {HARNESS_REVISION} "
-        f"--include {' '.join(map(repr, HARNESS_FILES))} --local-dir {second}"
+        f"--include {' '.join(map(repr, HARNESS_FILES))} --local-dir {shlex.quote(str(second))}"
     )
     get_pickle = (
         "MLCommons' r2-downloader with https://inference.mlcommons-storage.org/metadata/llama3-1-405b-dataset-8313.uri "

@@ -1,7 +1,8 @@
 """Setup on a cluster: the probe of a compute node, the container image, the client's environment, params/site.yaml.
 
 Each is a job of one node with a folder of its own, `<scratch_dir>/setup/<time>_<kind>/`: job.sh, output.txt and
-what it found. The texts are pure functions of the Experiment; `run_setup_job` submits and follows them.
+what it found. The texts are pure functions of the Experiment; `run_setup_job` submits and follows them. Whatever makes
+or runs a job raises SetupError, and JobError where Slurm refuses it.
 """
 
 import contextlib
@@ -178,27 +179,22 @@ def client_script(e: Experiment, brought: bool = False) -> str:
     ------
     SetupError : no image is given, or its mounts cannot be written down.
     """
-    packages = [
-        "--no-binary",
-        "mlcommons-loadgen",
-        *(f"{name}=={_pinned_versions()[name]}" for name in CLIENT_PACKAGES),
-    ]
-    where = ["--no-index", "--find-links", str(wheels_folder(e))] if brought else []
-    bring = shlex.join(
-        ["python3", "-m", "pip", "download", "--dest", str(wheels_folder(e)), *packages, *BUILD_PACKAGES]
-    )
+    pins, wheels = _pinned_versions(), str(wheels_folder(e))
+    packages = ["--no-binary", CLIENT_PACKAGES[0], *(f"{name}=={pins[name]}" for name in CLIENT_PACKAGES)]
+    where = ["--no-index", "--find-links", wheels] if brought else []
+    bring = f"python3 -m pip download {shlex.join(['--dest', wheels, *packages, *BUILD_PACKAGES])}"
     step = ""
     if e.launcher == "slurm" and e.container == "pyxis":
         _require_given(e, "client", "container_image")
         if re.search("[,:]", e.scratch_dir):
-            raise SetupError(
-                f"scratch_dir: found {e.scratch_dir!r}; a container's mounts cannot hold , and :"
-            )
+            why = "a container's mounts cannot hold , and :"
+            raise SetupError(f"scratch_dir: found {e.scratch_dir!r}; {why}")
         mounts = dict.fromkeys([f"{e.scratch_dir}:{e.scratch_dir}", *(e.container_mounts or "").split(",")])
-        mounts = ",".join(filter(None, mounts))
-        options = {"image": e.container_image, "mounts": mounts}
-        step = shlex.join(["srun", *(f"--container-{key}={value}" for key, value in options.items())])
-        step += " --container-remap-root"
+        options = [
+            f"--container-image={e.container_image}",
+            f"--container-mounts={','.join(filter(None, mounts))}",
+        ]
+        step = shlex.join(["srun", *options, "--container-remap-root"])
     return (
         _header(e, "client", "0:30:00")
         + f"""target={shlex.quote(str(client_folder(e)))}
@@ -376,12 +372,7 @@ def _last_probe(e: Experiment, script: str) -> Path | None:
 
 
 def probe(e: Experiment, out=print) -> list[Check]:
-    """What a compute node has, by a job of one node and two minutes at most. A whole probe of this week is read again.
-
-    Raises
-    ------
-    SetupError, JobError
-    """
+    """What a compute node has, by a job of one node and two minutes at most. A whole probe of this week is read again."""
     script = probe_script(e)
     folder = _last_probe(e, script)
     if folder:
@@ -428,12 +419,7 @@ def image_checks(image: str | Path, arch: str = "aarch64", min_gb: float = 1.0) 
 
 
 def build_image(e: Experiment, arch: str = "aarch64", out=print, min_gb: float = 1.0) -> list[Check]:
-    """Build container_image unless it is there, and check it.
-
-    Raises
-    ------
-    SetupError, JobError
-    """
+    """Build container_image unless it is there, and check it."""
     if not (e.container_image and Path(e.container_image).exists()):
         run_setup_job(e, "image", image_script(e, arch), out=out)
     return image_checks(e.container_image, arch, min_gb)
@@ -482,12 +468,7 @@ def record_image(e: Experiment, out=print) -> dict:
 
 
 def build_client(e: Experiment, out=print) -> dict:
-    """Build the client's environment on a compute node unless it is there; returns its path, versions and digest.
-
-    Raises
-    ------
-    SetupError, JobError
-    """
+    """Build the client's environment on a compute node unless it is there; returns its path, versions and digest."""
     folder = client_folder(e)
     if not folder.exists():
         script, files = (
@@ -525,18 +506,12 @@ def node_rows(e: Experiment, out=print) -> list[Check]:
     try:
         return probe(e, out)
     except (SetupError, launch.JobError) as error:
-        return [
-            Check("a job can look at a compute node", str(error), False, "see above, or set setup_jobs: none")
-        ]
+        fix = "do what it says, or set setup_jobs: none"
+        return [Check("a job can look at a compute node", str(error), False, fix)]
 
 
 def image_rows(e: Experiment, out=print) -> list[Check]:
-    """The image's rows; `setup_jobs: all` builds an absent one first. Empty without a container, or for a registry's name.
-
-    Raises
-    ------
-    SetupError, JobError
-    """
+    """The image's rows; `setup_jobs: all` builds an absent one first. Empty without a container, or for a registry's name."""
     image = e.container_image or ""
     if e.container == "none" or (image and not image.endswith(".sqsh")):
         return []
@@ -552,22 +527,15 @@ def image_rows(e: Experiment, out=print) -> list[Check]:
 
 
 def client_rows(e: Experiment, out=print) -> list[Check]:
-    """The row of the client's environment for compute nodes; `setup_jobs: all` builds an absent one first.
-
-    Raises
-    ------
-    SetupError, JobError
-    """
+    """The row of the client's environment for compute nodes; `setup_jobs: all` builds an absent one first."""
     if e.engine == "rehearsal" or e.launcher == "local" or e.client != "loadgen":
         return []
     if e.setup_jobs == "all" and not e.client_dir:
         build_client(e, out=out)
     folder = Path(e.client_dir or client_folder(e))
     cited = cite_client(folder)
-    found, fix = (
-        f"none in {folder}",
-        "set setup_jobs: all to build it, or go on if the container brings LoadGen and numpy",
-    )
+    found = f"none in {folder}"
+    fix = "set setup_jobs: all to build it, or go on if the container brings LoadGen and numpy"
     if cited:
         found = f"{folder}: LoadGen {cited['mlcommons-loadgen']}, {cited['machine']}"
         found += "" if e.client_dir else ", but client_dir does not name it"
@@ -583,11 +551,8 @@ SITE_KEYS = (
     *("partition", "account", "scratch_dir", "model_dir", "container_image", "container_mounts", "work_dir"),
     *("dataset_path", "trust_dataset", "harness_dir", "client_dir"),
 )
-EXPERIMENTS_KEYS = (
-    "gpus_per_node",
-    "segment",
-    "time_limit",
-)  # the site's only if not from an experiment's file
+# The site's only where no experiment's file says so.
+EXPERIMENTS_KEYS = ("gpus_per_node", "segment", "time_limit")
 
 
 def suggest_site(e: Experiment) -> dict[str, tuple[object, str]]:
