@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -538,6 +539,18 @@ def test_progress_on_no_terminal_is_few_whole_lines(fetch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("download: 6/6 files") and "\r" not in "".join(lines)
     assert len(lines) <= 3
+
+
+def test_progress_on_a_terminal_is_one_line_that_renews_itself(fetch, hub, capsys, monkeypatch):
+    hub.faults = [Fault(rf"/cdn/.*{SHARD}", bytes_per_s=2_000_000)]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    fetch(report=None)
+    (line, rest) = capsys.readouterr().out.split("\n")
+    states = line.split("\r\x1b[K")
+    assert not rest
+    assert len(states) > 3 and states[-1].startswith("download: 6/6 files")
+    rates = [int(rate) for state in states[2:] for rate in re.findall(r"(\d+) MB/s, 0:00:0\d left$", state)]
+    assert rates and 0 < max(rates) < 10
 
 
 def test_no_token_appears_anywhere(hub, tmp_path, monkeypatch):
