@@ -82,6 +82,7 @@ BYTES = {"bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "uint8": 1}  # of one 
 # What config.json and hf_quant_config.json must say.
 ARCHITECTURE = {"architectures": ["LlamaForCausalLM"]}
 QUANTISATION = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}
+SYNTHETIC = "disagg_lib rehearsal"  # producer, in a rehearsal's hf_quant_config.json
 SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads")
 SIZES += ("intermediate_size", "vocab_size")
 LLAMA_405B = dict(zip(SIZES, (126, 16384, 128, 8, 53248, 128256), strict=True))
@@ -148,7 +149,7 @@ def make_rehearsal_checkpoint(folder: Path) -> Path:
         quantization = {"quantization": QUANTISATION | {"group_size": 16}}
         for name, value in {
             "config.json": ARCHITECTURE | REHEARSAL | {"max_position_embeddings": 131072},
-            "hf_quant_config.json": {"producer": {"name": "disagg_lib rehearsal"}} | quantization,
+            "hf_quant_config.json": {"producer": {"name": SYNTHETIC}} | quantization,
             "model.safetensors.index.json": {"metadata": {"total_size": total}, "weight_map": weight_map},
         }.items():
             (draft / name).write_text(json.dumps(value, indent=1) + "\n")
@@ -746,6 +747,14 @@ def origin(e: Experiment) -> str:
 def obtain_checkpoint(e: Experiment, report: Report | None = None) -> Path:
     """Make the experiment's checkpoint be there: download it, or write a rehearsal's; returns its folder."""
     folder = Path(e.model_path)
+    quantization = folder / "hf_quant_config.json"
+    if e.engine != "external" and quantization.is_file():  # the two have one place below scratch_dir
+        synthetic = SYNTHETIC in quantization.read_text(errors="replace")
+        if synthetic != (e.engine == "rehearsal"):
+            found = (
+                "a rehearsal's synthetic checkpoint" if synthetic else "a checkpoint that is no rehearsal's"
+            )
+            raise ModelError(f"{folder}: found {found}. Set scratch_dir (or model_dir) to another folder")
     if e.engine == "rehearsal":
         with _file_system(folder):
             make_rehearsal_checkpoint(folder)

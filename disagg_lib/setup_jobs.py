@@ -497,6 +497,11 @@ def cite_client(folder: str | Path) -> dict | None:
 # -- what 00_setup does, as `setup_jobs` allows
 
 
+def _failed(job: str, error: DisaggError) -> list[Check]:
+    fix = "do what it says, and run 00_setup again"
+    return [Check(f"the {job} job does its work", str(error), False, fix)]
+
+
 def node_rows(e: Experiment, out=print) -> list[Check]:
     """A compute node's rows of 00's table; empty with `setup_jobs: none`, or where this machine is the node."""
     if e.launcher == "local" or e.setup_jobs == "none":
@@ -506,8 +511,7 @@ def node_rows(e: Experiment, out=print) -> list[Check]:
     try:
         return probe(e, out)
     except (SetupError, launch.JobError) as error:
-        fix = "do what it says, or set setup_jobs: none"
-        return [Check("a job can look at a compute node", str(error), False, fix)]
+        return _failed("probe", error)
 
 
 def image_rows(e: Experiment, out=print) -> list[Check]:
@@ -518,7 +522,10 @@ def image_rows(e: Experiment, out=print) -> list[Check]:
     looked_at = _last_probe(e, probe_script(e))
     arch = read_probe(looked_at)["arch"] if looked_at else "aarch64"  # a GB200's
     if e.setup_jobs == "all":
-        rows = build_image(e, arch, out)
+        try:
+            rows = build_image(e, arch, out)
+        except (SetupError, launch.JobError) as error:
+            return _failed("image", error)
     else:
         rows = image_checks(image or "container_image, which is not given", arch)
     if Path(image).is_file():
@@ -531,7 +538,10 @@ def client_rows(e: Experiment, out=print) -> list[Check]:
     if e.engine == "rehearsal" or e.launcher == "local" or e.client != "loadgen":
         return []
     if e.setup_jobs == "all" and not e.client_dir:
-        build_client(e, out=out)
+        try:
+            build_client(e, out=out)
+        except (SetupError, launch.JobError) as error:
+            return _failed("client", error)
     folder = Path(e.client_dir or client_folder(e))
     cited = cite_client(folder)
     found = f"none in {folder}"

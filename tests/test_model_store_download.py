@@ -413,11 +413,24 @@ def test_a_checkpoint_brought_by_hand_is_taken_where_there_is_no_network(tmp_pat
     e = load_experiment((), {"engine": "trtllm", "model_dir": str(tmp_path / "model")})
     with pytest.raises(HubError, match="no network"):
         model_store.obtain_checkpoint(e)
-    make_rehearsal_checkpoint(tmp_path / "model")
+    quantization = make_rehearsal_checkpoint(tmp_path / "model") / "hf_quant_config.json"
+    quantization.write_text(quantization.read_text().replace(model_store.SYNTHETIC, "modelopt"))
     assert model_store.obtain_checkpoint(e) == tmp_path / "model"
     assert "compared with nothing" in capsys.readouterr().out
     checks = model_store.checkpoint_checks(e, lambda p: None)
     assert "nothing to compare with" in checks[-1].found and cite_model(tmp_path / "model")["repo"] is None
+
+
+def test_a_rehearsals_checkpoint_and_the_real_one_are_told_apart_in_their_one_place(tmp_path):
+    given = {"scratch_dir": str(tmp_path)}
+    rehearsal = load_experiment((), {**given, "engine": "rehearsal", "container": "none"})
+    folder = model_store.obtain_checkpoint(rehearsal)
+    with pytest.raises(ModelError, match="found a rehearsal's synthetic checkpoint. Set scratch_dir"):
+        model_store.obtain_checkpoint(load_experiment((), given))
+    assert model_store.obtain_checkpoint(rehearsal) == folder
+    (folder / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="found a checkpoint that is no rehearsal's"):
+        model_store.obtain_checkpoint(rehearsal)
 
 
 def test_a_manifest_that_is_none_says_what_to_do(tmp_path):

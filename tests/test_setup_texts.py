@@ -258,6 +258,15 @@ def test_an_image_is_looked_at_where_there_shall_be_one(site):
     assert unmet() == unmet(container_image=None) == ["container_image is there"]
 
 
+def test_a_job_that_cannot_be_made_or_submitted_is_a_row(site, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    e = load_experiment((), {**site, "setup_jobs": "all", "harness_dir": None})
+    (image,) = setup_jobs.image_rows(e, out=list)
+    assert not image.ok and image.found.startswith("harness_dir: not given")
+    (client,) = setup_jobs.client_rows(e, out=list)
+    assert not client.ok and client.found.startswith("sbatch is not on PATH")
+
+
 def test_a_built_client_environment_is_cited_and_an_unnamed_one_told(site, odd_dir):
     def row(**given):
         return setup_jobs.client_rows(load_experiment((), {**site, **given}), out=list)[0]
