@@ -358,6 +358,98 @@ def _describe(run: _Run, draft: Path) -> None:
     crate.metadata.write(draft)
 
 
+# -- the kept example
+
+
+LARGEST_KEPT_KB = 150  # of a file of the example; pictures and notebooks are smaller
+_NOT_KEPT = re.compile(
+    r".*\.html|job/.*\.py"
+)  # pages hold what notebooks hold; the modules are the repository's
+
+
+def export_example(run_dir: Path | str, dest: Path | str) -> Shared:
+    """The small files of a rehearsal, redacted, below a README.md that a git host renders.
+
+    An earlier example in `dest` is replaced, if nothing but it is there.
+
+    Raises
+    ------
+    ExportError : no rehearsal, or `dest` holds a file that is not of an earlier example as it was written.
+    SecretError : a secret would be in it.
+    """
+    dest = Path(dest)
+    refuse_foreign(dest)
+    run = _gather(run_dir)
+    source = results.folder_source(run.folder)
+    if source != "rehearsed":
+        raise ExportError(
+            f"{run.folder}: its source is {source}; needed: rehearsed, which is what everyone can repeat"
+        )
+    files = {name: run.redactor.text(text, name).encode() for name, text in run.texts.items()} | dict(
+        run.pictures
+    )
+    left_out = list(run.left_out)
+    for name, content in sorted(files.items()):
+        if _NOT_KEPT.fullmatch(name) or len(content) > LARGEST_KEPT_KB * 1000:
+            left_out.append(f"{name}: {len(content) / 1000:.0f} kB")
+            del files[name]
+
+    def write(draft: Path) -> None:
+        for name, content in files.items():
+            _put(draft / name, content)
+        _put(draft / "README.md", _example_readme(run, sorted(files), left_out))
+        manifest = json.loads(files.get("manifest.json", b"{}"))
+        manifest["sha256"] = _all_digests(draft)  # of the files as they are here, redacted
+        _put(draft / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory(prefix=".example-", dir=dest.parent) as scratch:
+        written = _write_into(Path(scratch) / "new", write, run.redactor)
+        if dest.exists():
+            dest.replace(Path(scratch) / "old")
+        written.replace(dest)
+    return Shared(dest, tuple(run.redactor.listed()), tuple(left_out))
+
+
+def refuse_foreign(example: Path) -> None:
+    """Raise if a folder is there and is not an example exactly as `export_example` wrote it."""
+    if not example.exists():
+        return
+    manifest = example / "manifest.json"
+    named = json.loads(manifest.read_text())["sha256"] if manifest.is_file() else {}
+    found = _all_digests(example)
+    other = sorted(name for name in found | named if found.get(name) != named.get(name))
+    if other or not named:
+        raise ExportError(
+            f"{example}: found {other[0] if other else 'no manifest.json'}, not as an earlier example left it; "
+            "needed nothing but that example. Move the folder away"
+        )
+
+
+def _all_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder but its manifest.json."""
+    paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: sha256(path) for name, path in sorted(paths.items()) if name != "manifest.json"}
+
+
+def _example_readme(run: _Run, files: list[str], left_out: list[str]) -> str:
+    """What a visitor on the web sees: verdict, table, figures, notebooks, what is not here, how to repeat it."""
+    table = results.format_table(results.runs_table([run.folder]))
+    pictures = [f"![{Path(name).stem}]({name})" for name in files if name.endswith(".png")]
+    notebooks = [f"- [{Path(name).stem}]({name})" for name in files if name.endswith(".ipynb")]
+    text = "\n".join([
+        "# A rehearsal, as it is left behind\n",
+        "**source: rehearsed.** No GPU was there: a stand-in served at the modelled GPUs' pace; the processes, HTTP and LoadGen",
+        "were real. `make example` made this folder, and nothing in it was edited but that `REDACTED_...` stands where names and",
+        "paths of the machine stood.\n",
+        "## The verdict\n", f"```\n{results.verdict_text(run.folder)}\n```\n",
+        "## The figures\n", f"```\n{table}\n```\n", *pictures,
+        "\n## The notebooks, executed\n", *notebooks,
+        "\n## What is not here\n", "A run folder also holds:\n", *(f"- `{item}`" for item in left_out),
+        "\n## Repeat it\n", f"    {_repeat(_given(run.folder))}\n",
+    ])  # fmt: skip
+    return run.redactor.text(text, "README.md")
+
+
 # -- submission
 
 

@@ -20,7 +20,7 @@ BLUE, ORANGE = "#1f4e9c", "#e08a1e"  # dark and light when printed in grey
 _CENTRED = {"ha": "center", "va": "center"}
 
 
-def _figure(width: float, height: float, **grid) -> tuple[Figure, object]:
+def new_figure(width: float, height: float, **grid) -> tuple[Figure, object]:
     """A white figure and its axes; made without pyplot, so that nothing is drawn twice or kept."""
     figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
     axes = figure.subplots(**grid)
@@ -65,7 +65,7 @@ def figure_latency_distributions(run_dir: Path | str) -> Figure:
         raise LogError("no_token_latencies", run.log_dir, found, needed, "Draw another run.")
     queries = result.files.base / "job/queries_performance.csv"
     values = read_queries(queries) if queries.is_file() else {}
-    figure, axes = _figure(9.5, 3.9, ncols=2, sharey=True)
+    figure, axes = new_figure(9.5, 3.9, ncols=2, sharey=True)
     limits = {check.name: check.limit for check in result.verdict.checks if check.name.endswith("_p99")}
     for axis, name in zip(axes, ("ttft", "tpot"), strict=True):
         _draw_distribution(axis, name, run, values.get(name), limits.get(f"{name}_p99"))
@@ -74,11 +74,11 @@ def figure_latency_distributions(run_dir: Path | str) -> Figure:
         axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False, fontsize=7.5)
     kept = "per query, by the client" if values else "LoadGen's percentiles"
     load = f"{run.query_count:.0f} queries at {run.target_qps:g} queries/s"
-    _title(figure, f"{claim.model or 'run'} {claim.scenario}, {load}", claim.source, kept)
+    set_title(figure, f"{claim.model or 'run'} {claim.scenario}, {load}", claim.source, kept)
     return figure
 
 
-def _title(figure: Figure, what: str, source: str, more: str = "") -> None:
+def set_title(figure: Figure, what: str, source: str, more: str = "") -> None:
     """Title with the source, so that no figure goes about without it."""
     figure.suptitle(f"{what}\nsource: {source}" + (f" ({more})" if more else ""), fontsize=10, color=INK)
 
@@ -114,7 +114,7 @@ def figure_interactivity(table) -> Figure:
         without a GPU count or a TPOT (Offline) cannot be placed and are left out; the title counts them.
     """
     placed = table[(table["tpot_p50_ms"] > 0) & (table["completed_tokens_per_s_per_gpu"] > 0)]
-    figure, axis = _figure(7.5, 4.6)
+    figure, axis = new_figure(7.5, 4.6)
     marks = {
         "measured": ("o", BLUE),
         "rehearsed": ("s", ORANGE),
@@ -140,7 +140,7 @@ def figure_interactivity(table) -> Figure:
     if len(placed):
         axis.legend(frameon=False, fontsize=8)
     left_out = len(table) - len(placed)
-    _title(figure, "Throughput against interactivity", ", ".join(sorted(set(placed["source"]))) or "none",
+    set_title(figure, "Throughput against interactivity", ", ".join(sorted(set(placed["source"]))) or "none",
            f"{left_out} rows without TPOT or GPU count left out" if left_out else "")  # fmt: skip
     return figure
 
@@ -164,7 +164,7 @@ def figure_timeline(run_dir: Path | str) -> Figure:
         raise LogError("missing_file", job, "no phases.jsonl", needed, "Launch the job first.")
     start = min(times)
     end = max(times) - start
-    figure, axes = _figure(9.5, 5.4, nrows=3, sharex=True, height_ratios=[1, 2, 2])
+    figure, axes = new_figure(9.5, 5.4, nrows=3, sharex=True, height_ratios=[1, 2, 2])
     _draw_phases(axes[0], phases, start, end)
     for mode, dash in (("performance", "-"), ("accuracy", ":")):
         rows = [row for row in progress if row["mode"] == mode]
@@ -184,7 +184,7 @@ def figure_timeline(run_dir: Path | str) -> Figure:
             axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
     axes[0].set_xlim(0, max(end, 1))
     more = "tokens/s between two lines of progress.jsonl"
-    _title(figure, "Timeline of the job", folder_source(run_dir), more)
+    set_title(figure, "Timeline of the job", folder_source(run_dir), more)
     return figure
 
 
@@ -231,7 +231,7 @@ def figure_topology(run_dir: Path | str) -> Figure:
         todo = "Write the run with 03_configuration."
         raise LogError("missing_file", path, "no `servers`", "the layout of a run", todo)
     nodes, per_node = settings["node_count"], settings["gpus_per_node"]
-    figure, axis = _figure(1.6 + 1.5 * per_node, 1.5 + 0.62 * nodes)
+    figure, axis = new_figure(1.6 + 1.5 * per_node, 1.5 + 0.62 * nodes)
     axis.grid(False)
     for server in servers:
         _draw_server(axis, server, per_node)
@@ -248,7 +248,7 @@ def figure_topology(run_dir: Path | str) -> Figure:
     roles = [server["role"] for server in servers]
     count = f"{roles.count('context')} context and {roles.count('generation')} generation servers"
     what = f"{count} on {nodes} x {per_node} GPUs"
-    _title(figure, what, folder_source(run_dir), "bold rank: leads its server")
+    set_title(figure, what, folder_source(run_dir), "bold rank: leads its server")
     return figure
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import binascii
+import contextlib
 import json
 import math
 import re
@@ -26,8 +27,9 @@ NAN = float("nan")
 class LogError(DisaggError):
     """A LoadGen log is missing, cut short or contradicts itself; `case` names which.
 
-    Cases: missing_folder, empty_folder, missing_file, not_loadgen, cut_log, mixed_runs, bad_value, bad_accuracy;
-    of the files beside the logs also bad_experiment, and no_token_latencies where a figure needs them.
+    Cases: missing_folder, empty_folder, missing_file, not_loadgen, cut_log (a file ends inside what LoadGen writes at
+    once), killed_run (whole lines, but no result), damaged_line, mixed_runs, bad_value, bad_accuracy; of the files beside
+    the logs also bad_experiment, and no_token_latencies where a figure needs them.
     """
 
     def __init__(self, case: str, where: Path, found: str, needed: str, todo: str) -> None:
@@ -158,7 +160,7 @@ def read_run(log_dir: Path | str) -> MlperfRun:
 
     Raises
     ------
-    LogError : missing_folder, empty_folder, missing_file, not_loadgen, cut_log, mixed_runs, bad_value.
+    LogError : its case says which of the ways to be bad.
 
     Source: mlcommons/inference, loadgen/results.cc and loadgen/logging.cc.
     """
@@ -166,7 +168,7 @@ def read_run(log_dir: Path | str) -> MlperfRun:
     detail_text, summary_text = _read_texts(log_dir)
     detail, errors, warnings = parse_detail(detail_text, log_dir / DETAIL)
     mode = _MODES.get(str(detail.get("effective_test_mode")), "")
-    _refuse_cut(detail, detail_text, summary_text, mode, log_dir)
+    _refuse_cut(detail, summary_text, mode, log_dir)
     _refuse_mixed(detail, summary_text, log_dir)
     _refuse_bad_values(detail, log_dir / DETAIL)
     figures = {name: _figure(detail, keys, divisor) for name, (keys, divisor) in FIGURES.items()}
@@ -200,30 +202,64 @@ def read_run(log_dir: Path | str) -> MlperfRun:
 def parse_detail(text: str, where: Path) -> tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]:
     """Values by key (first one wins, as in the official parser), error texts, warning texts.
 
-    Only the value of a line is decoded; the index lists of tens of kB are not decoded at all.
+    LoadGen escapes nothing: a text may hold quotes and line breaks, so an entry reaches to the next `:::MLLOG`.
+    Bulky lists and repeated keys are not decoded, but every entry must be whole.
     """
-    decoder = json.JSONDecoder()
-    values: dict[str, object] = {}
-    errors, warnings = [], []
-    for line in text.splitlines():
-        if not line.startswith(':::MLLOG {"key": "'):
-            continue
-        end = line.find('"', 18)
-        key = line[18:end]
-        flagged = '"is_error": true' in line[-400:] or '"is_warning": true' in line[-400:]
-        if key in _BULKY or (key in values and not flagged):
-            continue
-        try:
-            value, _ = decoder.raw_decode(line, end + 12)  # after `", "value": `
-        except ValueError:
-            value = line[end + 12 :]  # a message with characters that LoadGen does not escape, or the cut end
-        values.setdefault(key, value)
-        if flagged:
-            (errors if '"is_error": true' in line[-400:] else warnings).append(str(value))
-    if not values:
+    before, *entries = ("\n" + text).split("\n:::MLLOG ")
+    if not entries:
         todo = "Give the folder that LoadGen wrote into (log_output.outdir)."
         raise LogError("not_loadgen", where, "no line `:::MLLOG ...`", "LoadGen's detail log", todo)
+    values: dict[str, object] = {}
+    errors, warnings = [], []
+    for number, entry in enumerate(entries):
+        begin, close = _ENTRY.match(entry), entry.rfind(', "time_ms": ')
+        tail = _ENTRY_END.match(entry, close) if close > 0 else None
+        key, raw = (begin[1], entry[begin.end() : close]) if begin and tail else ("", "")
+        flagged = tail and ('"is_error": true' in tail[1] or '"is_warning": true' in tail[1])
+        if key not in _BULKY and (key not in values or flagged):
+            value = _value(raw)
+            values.setdefault(key, value)
+            if flagged:
+                (errors if '"is_error": true' in tail[1] else warnings).append(str(value))
+        if (
+            not key
+            or values.get(key, "") is None
+            or ":::MLLOG" in raw
+            or '"metadata": ' in raw
+            or before.strip()
+        ):
+            raise _damaged(before, entries, number, cut=entry is entries[-1] and not tail, where=where)
     return values, tuple(errors), tuple(warnings)
+
+
+_DECODER = json.JSONDecoder()
+#: how an entry of the detail log begins, and what follows its value
+_ENTRY = re.compile(r'\{"key": "([^"]+)", "value": ')
+_ENTRY_END = re.compile(
+    r', "time_ms": [\d.e+-]+, "namespace": "[^"]*", "event_type": "\w+", "metadata": \{([^{}]*)\}\}\s*\Z'
+)
+
+
+def _value(raw: str) -> object:
+    """A value as LoadGen writes it: JSON, C++'s nan and inf, or a text with quotes in it; None if it is none of these."""
+    with contextlib.suppress(ValueError):
+        value, end = _DECODER.raw_decode(raw)
+        if end == len(raw):
+            return value
+    if re.fullmatch("-?(nan|inf)", raw):
+        return float(raw)
+    return raw[1:-1] if raw[:1] == raw[-1:] == '"' else None
+
+
+def _damaged(before: str, entries: list[str], number: int, cut: bool, where: Path) -> LogError:
+    """The error for an entry that is not whole: `cut` short at the end of the file, or damaged."""
+    line = 1 + sum(entry.count("\n") + 1 for entry in entries[:number]) if not before.strip() else 1
+    found = f"line {line}, `{(before.strip() or entries[number])[:60]}`"
+    if cut:
+        todo = "It was copied in part, or LoadGen still writes: copy it again, or run it again."
+        return LogError("cut_log", where, f"an end inside {found}", "whole lines", todo)
+    todo = "The file is damaged: copy it again from the run."
+    return LogError("damaged_line", where, found, "whole lines of LoadGen's", todo)
 
 
 def parse_summary(text: str) -> dict[str, str]:
@@ -248,7 +284,9 @@ def _read_texts(log_dir: Path) -> tuple[str, str]:
         if name not in names:
             todo = "Copy it from the machine that ran LoadGen."
             raise LogError("missing_file", log_dir / name, ", ".join(names[:5]), name, todo)
-    detail, summary = ((log_dir / name).read_bytes().decode("utf-8", "replace") for name in (DETAIL, SUMMARY))
+    detail, summary = (
+        (log_dir / name).read_bytes().decode("utf-8-sig", "replace") for name in (DETAIL, SUMMARY)
+    )
     return detail, summary
 
 
@@ -259,9 +297,8 @@ def read_bytes(path: Path | str, name: str, todo: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def _refuse_cut(detail: Mapping, detail_text: str, summary_text: str, mode: str, log_dir: Path) -> None:
-    """Raise when either file ends before LoadGen had written all it writes."""
-    last_line = detail_text.rstrip().rpartition("\n")[2]
+def _refuse_cut(detail: Mapping, summary_text: str, mode: str, log_dir: Path) -> None:
+    """Raise when a run ended before LoadGen had written all it writes, or the summary is not whole."""
     needed = ["effective_scenario", "effective_test_mode"]
     if mode == "accuracy":
         needed += ["power_end"]  # the last line of every accuracy log
@@ -274,14 +311,14 @@ def _refuse_cut(detail: Mapping, detail_text: str, summary_text: str, mode: str,
         if tuple(map(int, version)) >= (5, 0, 21):
             needed += ["num_errors"]  # the last line of every performance log since then
     absent = [key for key in needed if key not in detail]
-    if absent or not last_line.endswith("}"):
-        found = f"an end at `{last_line[:60]}`" + (f", no `{absent[0]}`" if absent else "")
+    if absent:
+        found = f"{len(detail)} keys, but no `{absent[0]}`"
         todo = "The run was killed or still runs: see logs/ and job/phases.jsonl, then run it again."
-        raise LogError("cut_log", log_dir / DETAIL, found, "LoadGen's last lines", todo)
+        raise LogError("killed_run", log_dir / DETAIL, found, "LoadGen's last lines", todo)
     if "ncountered" not in summary_text[-300:]:
         found = f"{len(summary_text)} characters without the closing line on errors"
         needed = "`No errors encountered during test.` or a number of errors"
-        todo = "The run was killed while LoadGen wrote: run it again."
+        todo = "It was copied in part, or LoadGen was killed while it wrote: copy it again, or run it again."
         raise LogError("cut_log", log_dir / SUMMARY, found, needed, todo)
 
 
@@ -425,7 +462,7 @@ class AccuracyLog:
         return self.ids[self.offsets[answer] : self.offsets[answer + 1]]
 
 
-_ENTRY = re.compile(rb'"qsl_idx"\s*:\s*(\d+),\s*"data"\s*:\s*"')
+_ANSWER = re.compile(rb'"qsl_idx"\s*:\s*(\d+),\s*"data"\s*:\s*"')
 _COUNT = re.compile(rb'"token_count"\s*:\s*(\d+)')
 
 
@@ -479,7 +516,7 @@ def _scan_answers(raw: bytes, truncated: bool) -> tuple[list[int], list[int], li
     """
     qsl_idx, counts, data = [], [], []
     at = 0
-    while found := _ENTRY.search(raw, at):
+    while found := _ANSWER.search(raw, at):
         end = raw.find(b'"', found.end())
         close = raw.find(b"}", end) if end >= 0 else -1
         if close < 0:

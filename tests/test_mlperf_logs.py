@@ -136,32 +136,63 @@ def test_other_text_is_not_a_loadgen_log(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.9, 0.99, 0.999])
-def test_detail_log_cut_anywhere_is_refused(tmp_path, share):
+def test_detail_log_cut_inside_a_line_is_half_written(tmp_path, share):
     folder = copy(tmp_path)
     raw = (folder / DETAIL).read_bytes()
     (folder / DETAIL).write_bytes(raw[: int(len(raw) * share)])
     assert case_of(folder) == "cut_log"
 
 
-def test_detail_log_cut_between_two_lines_is_refused(tmp_path):
-    folder = copy(tmp_path)
-    lines = (folder / DETAIL).read_text().splitlines(keepends=True)
-    (folder / DETAIL).write_text("".join(lines[:-1]))
-    assert case_of(folder) == "cut_log"
+@pytest.mark.parametrize("kind", ["performance", "accuracy"])
+@pytest.mark.parametrize("lines", [40, 60, -1])
+def test_whole_lines_without_the_last_ones_are_a_killed_run(tmp_path, kind, lines):
+    folder = copy(tmp_path, f"logs_full/{kind}")
+    kept = (folder / DETAIL).read_text().splitlines(keepends=True)[:lines]
+    (folder / DETAIL).write_text("".join(kept))
+    (folder / SUMMARY).write_text("")
+    assert case_of(folder) == "killed_run"
 
 
 @pytest.mark.parametrize("kept", [0, 200, 2000])
-def test_half_written_summary_of_a_killed_run_is_refused(tmp_path, kept):
+def test_half_written_summary_is_refused(tmp_path, kept):
     folder = copy(tmp_path)
     (folder / SUMMARY).write_bytes((folder / SUMMARY).read_bytes()[:kept])
     assert case_of(folder) == "cut_log"
 
 
-def test_accuracy_log_of_a_killed_run_is_refused(tmp_path):
-    folder = copy(tmp_path, "logs_full/accuracy")
-    lines = (folder / DETAIL).read_text().splitlines(keepends=True)
-    (folder / DETAIL).write_text("".join(lines[:60]))
-    assert case_of(folder) == "cut_log"
+@pytest.mark.parametrize("line", [0, 7, 80, 120])
+@pytest.mark.parametrize(
+    "damage",
+    [lambda text: text[len(text) // 2 :], lambda text: text[: len(text) // 2], lambda text: text[3:],
+     lambda text: text[:30] + text[70:], lambda text: "\0" * len(text), lambda text: text[:-1]],
+)  # fmt: skip
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_damaged_line_in_the_middle_is_an_error_that_names_it(tmp_path, line, damage, end):
+    folder = copy(tmp_path)
+    lines = (folder / DETAIL).read_text().splitlines()
+    damaged = [*lines[:line], damage(lines[line]) + end + lines[line + 1], *lines[line + 2 :]]
+    (folder / DETAIL).write_text("\n".join(damaged) + "\n")
+    assert case_of(folder) == "damaged_line"
+
+
+@pytest.mark.parametrize("value", ['a "quoted" word', "two\nlines", 'ends with "a quote"', "back\\slash {}"])
+def test_messages_that_loadgen_does_not_escape_are_read(tmp_path, value):
+    folder = copy(tmp_path)
+    text = (folder / DETAIL).read_text()
+    line = next(line for line in text.splitlines() if '"num_errors"' in line)
+    error = line.replace('"num_errors", "value": 0', f'"error_runtime", "value": "{value}"')
+    error = error.replace('"is_error": false', '"is_error": true')
+    (folder / DETAIL).write_text(text.replace(line, error + "\n" + line))
+    assert read_run(folder).errors == (value,)
+
+
+def test_a_figure_that_loadgen_could_not_compute_is_named(tmp_path):
+    folder = copy(tmp_path)
+    text = (folder / DETAIL).read_text()
+    key = '"result_completed_tokens_per_second", "value": '
+    value = text.split(key)[1].split(",")[0]
+    (folder / DETAIL).write_text(text.replace(key + value, key + "-nan"))
+    assert case_of(folder) == "bad_value"
 
 
 @pytest.mark.parametrize("other", ["logs_short", "logs_6.0.17_short", "logs_offline"])

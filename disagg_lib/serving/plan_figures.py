@@ -11,7 +11,7 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from disagg_lib.figures import BLUE, INK, MID, ORANGE, _figure, _title
+from disagg_lib.figures import BLUE, INK, MID, ORANGE, new_figure, set_title
 from disagg_lib.serving import rules
 from disagg_lib.serving.calibrate import Calibration
 from disagg_lib.serving.latency import LatencyTable, read_table, server_shapes
@@ -39,19 +39,19 @@ def _tables(system: str) -> list[tuple[LatencyTable, dict]]:
 
 def figure_context_step(system: str = "gb200") -> Figure:
     """Prompt tokens a second and GPU over the tokens in a step: why prompts are computed in large chunks."""
-    figure, axis = _figure(7, 3.6)
+    figure, axis = new_figure(7, 3.6)
     for table, look in _tables(system):
         tokens = np.array(table.context_tokens)
         axis.plot(tokens, tokens / np.array(table.context_ms) * 1e3 / table.tp, **look)
     axis.set(xscale="log", xlabel="tokens in a context step", ylabel="prompt tokens/s per GPU")
     axis.legend(frameon=False)
-    _title(figure, f"Context steps, {system}", "simulated")
+    set_title(figure, f"Context steps, {system}", "simulated")
     return figure
 
 
 def figure_generation_step(system: str = "gb200", context_tokens: int = 9700) -> Figure:
     """Time per output token over the requests in a step: what TPOT's limit of 80 ms allows."""
-    figure, axis = _figure(7, 3.6)
+    figure, axis = new_figure(7, 3.6)
     for table, look in _tables(system):
         room = int(table.kv_capacity_tokens(0.95, 512) / context_tokens)
         batches = np.arange(1, min(room, 512), 3)
@@ -67,13 +67,13 @@ def figure_generation_step(system: str = "gb200", context_tokens: int = 9700) ->
         ylabel="TPOT (ms)",
     )
     axis.legend(frameon=False)
-    _title(figure, f"Generation steps, {system}", "simulated")
+    set_title(figure, f"Generation steps, {system}", "simulated")
     return figure
 
 
 def figure_queues(run: SimulatedRun) -> Figure:
     """Requests at the servers over one run, summed over servers, and how busy these are."""
-    figure, (top, bottom) = _figure(7, 4.4, nrows=2, sharex=True, height_ratios=[2, 1])
+    figure, (top, bottom) = new_figure(7, 4.4, nrows=2, sharex=True, height_ratios=[2, 1])
     inside = queue_lengths(run)
     for name, color in (("context", BLUE), ("generation_active", ORANGE), ("generation_waiting", INK)):
         top.plot(inside["time_s"], inside[name].sum(axis=0), color=color, label=name.replace("_", ", "))
@@ -82,7 +82,7 @@ def figure_queues(run: SimulatedRun) -> Figure:
     top.set_ylabel("requests")
     top.legend(frameon=False)
     bottom.set(ylabel="busy (%)", xlabel="time (s)", xlim=(0, inside["time_s"][-1]), ylim=(0, 105))
-    _title(figure, f"One run at {run.load.target_qps:g} queries/s, all servers", "simulated")
+    set_title(figure, f"One run at {run.load.target_qps:g} queries/s, all servers", "simulated")
     return figure
 
 
@@ -117,7 +117,7 @@ def heat_map(
 def figure_heat_map(table: pd.DataFrame, best: Deployment) -> Figure:
     """The heat map, its cells written out, the choice framed."""
     rows, columns = table.shape
-    figure, axis = _figure(2.2 + 0.75 * columns, 1.6 + 0.32 * rows)
+    figure, axis = new_figure(2.2 + 0.75 * columns, 1.6 + 0.32 * rows)
     axis.grid(False)
     axis.imshow(table.to_numpy(), cmap="cividis", aspect="auto", origin="lower")
     for i, count in enumerate(table.index):
@@ -135,7 +135,7 @@ def figure_heat_map(table: pd.DataFrame, best: Deployment) -> Figure:
                 )
     axis.set(xticks=range(columns), xticklabels=table.columns, yticks=range(rows), yticklabels=table.index)
     axis.set(xlabel="generation servers", ylabel="context servers")
-    _title(figure, "Highest VALID queries/s", "simulated")
+    set_title(figure, "Highest VALID queries/s", "simulated")
     return figure
 
 
@@ -165,7 +165,7 @@ def sensitivity(
 
 def figure_sensitivity(table: pd.DataFrame) -> Figure:
     """The sensitivity table as bars with the range over seeds."""
-    figure, axis = _figure(7, 3.2)
+    figure, axis = new_figure(7, 3.2)
     middle = table["target_qps"]
     spread = [middle - table["lowest"], table["highest"] - middle]
     axis.barh(
@@ -174,5 +174,5 @@ def figure_sensitivity(table: pd.DataFrame) -> Figure:
     axis.axvline(middle[0], color=INK, linewidth=0.8, linestyle="--")
     axis.invert_yaxis()
     axis.set(xlabel="highest VALID queries/s (bar: median, line: range over seeds)")
-    _title(figure, "What the choice depends on", "simulated")
+    set_title(figure, "What the choice depends on", "simulated")
     return figure

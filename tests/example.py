@@ -1,0 +1,19 @@
+"""python tests/example.py: rehearse by the default parameters, and keep the small files of it, redacted, in results/ (4 minutes)."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from disagg_lib.experiment import REPOSITORY
+from disagg_lib.export import export_example, refuse_foreign
+from disagg_lib.pipeline import run_chain
+
+EXAMPLE = REPOSITORY / "results/example_rehearsal"
+
+if __name__ == "__main__":
+    refuse_foreign(EXAMPLE)  # before the minutes, not after
+    scratch = Path(tempfile.mkdtemp(prefix="example-"))  # stays if the run fails: its logs say why
+    print(
+        export_example(run_chain(["params/rehearsal.yaml"], {}, str(scratch / EXAMPLE.name)), EXAMPLE).text()
+    )
+    shutil.rmtree(scratch)
