@@ -361,7 +361,7 @@ def _describe(run: _Run, draft: Path) -> None:
 # -- the kept example
 
 
-LARGEST_KEPT_KB = 150  # of a file of the example; pictures and notebooks are smaller
+LARGEST_KEPT_KB = 150  # of a file of the example; a notebook or a picture may have 1000
 _NOT_KEPT = re.compile(
     r".*\.html|job/.*\.py"
 )  # pages hold what notebooks hold; the modules are the repository's
@@ -390,7 +390,11 @@ def export_example(run_dir: Path | str, dest: Path | str) -> Shared:
     )
     left_out = list(run.left_out)
     for name, content in sorted(files.items()):
-        if _NOT_KEPT.fullmatch(name) or len(content) > LARGEST_KEPT_KB * 1000:
+        if not content.strip():  # what the job keeps ready to write into
+            del files[name]
+        elif _NOT_KEPT.fullmatch(name) or len(content) > 1000 * (
+            1000 if name.endswith((".ipynb", ".png")) else LARGEST_KEPT_KB
+        ):
             left_out.append(f"{name}: {len(content) / 1000:.0f} kB")
             del files[name]
 
