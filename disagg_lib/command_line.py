@@ -177,9 +177,13 @@ def calibrate(runs, out):
     help="Rebuild each run's tables and figures from its raw logs and compare digests.",
 )
 def results(folders, csv_file, recompute):
-    """Print one row for each run folder or LoadGen log folder."""
+    """Print one row for each run folder (its path, or its name in results/) or LoadGen log folder."""
     from . import results as tables
+    from .run_folder import RESULTS
 
+    folders = [
+        name if Path(name).exists() or not (RESULTS / name).is_dir() else RESULTS / name for name in folders
+    ]
     table = tables.runs_table(folders)
     _write_csv(table, csv_file)
     click.echo(tables.format_table(table))
@@ -188,11 +192,18 @@ def results(folders, csv_file, recompute):
         from .export import recompute as rebuild
 
         for folder in folders:
-            compared = rebuild(folder)
-            same = int((compared["word"] == "same").sum())
-            click.echo(f"\n{folder}: {same} of {len(compared)} files are what the raw logs give")
+            try:
+                compared = rebuild(folder)
+            except DisaggError as error:
+                click.echo(f"\nnot rebuilt: {error}")
+                wrong = True
+                continue
+            counts = compared["word"].value_counts()
+            rest = "".join(f", {n} {word}" for word, n in counts.items() if word != "same")
+            same = f"{counts.get('same', 0)} of {len(compared)} files are what the raw logs give"
+            click.echo(f"\n{folder}: {same}{rest}")
             click.echo(compared[["word", "file"]].to_string(index=False))
-            wrong = wrong or bool((compared["word"] == "differs").any())
+            wrong = wrong or "differs" in counts
     sys.exit(1 if wrong else 0)
 
 

@@ -17,7 +17,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -142,29 +142,38 @@ def export_html(run_dir: Path | str, dest: Path | str) -> Shared:
     ExportError : no run folder, or `dest` exists. SecretError : a secret would be in a page.
     """
     run = _gather(run_dir)
-    notebooks = sorted(name for name in run.texts if name.endswith(".ipynb"))
+    notebooks = {Path(name).stem: name for name in sorted(run.texts) if name.endswith(".ipynb")}
 
     def write(draft: Path) -> None:
-        pages = []
-        for name in notebooks:
-            page = f"{Path(name).stem}.html"
-            _put(draft / page, _page_of(run.redactor.text(run.texts[name], name)))
-            pages.append(page)
-        _put(draft / "index.html", _index(run, pages))
+        for stem, name in notebooks.items():
+            _put(draft / f"{stem}.html", notebook_page(run.redactor.text(run.texts[name], name), notebooks))
+        _put(draft / "index.html", _index(run, [f"{stem}.html" for stem in notebooks]))
 
     path = _write_into(dest, write, run.redactor)
     return Shared(path, tuple(run.redactor.listed()), run.left_out)
 
 
-def _page_of(notebook: str) -> str:
-    """An executed notebook as one static page."""
+def notebook_page(notebook: str, pages: Iterable[str] = ()) -> str:
+    """An executed notebook as one static page that follows the reader's light or dark setting.
+
+    Parameters
+    ----------
+    notebook : its JSON text. pages : notebooks that have a page beside this one; links to others are taken out.
+    """
     import nbformat
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
     hide = Config({"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["parameters"]}})
-    body, _ = HTMLExporter(config=hide, embed_images=True).from_notebook_node(nbformat.reads(notebook, 4))
-    return _static(body)
+    exporter = HTMLExporter(config=hide, embed_images=True)
+    body, _ = exporter.from_notebook_node(nbformat.reads(notebook, 4))
+    dark = next(
+        path for root in exporter.template_paths if (path := Path(root) / "static/theme-dark.css").is_file()
+    )
+    style = f"<style>@media (prefers-color-scheme: dark) {{ {dark.read_text()} img {{ background: white; }} }}</style>"
+    beside = set(pages)
+    body = re.sub(r' href="([^"]+)\.ipynb"', lambda m: f' href="{m[1]}.html"' if m[1] in beside else "", body)
+    return _static(body.replace("</head>", f"{style}</head>", 1))
 
 
 def _static(page: str) -> str:
@@ -176,7 +185,8 @@ def _static(page: str) -> str:
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-pre, table { font: 13px/1.45 ui-monospace, monospace; overflow-x: auto; }
+pre, table { font: 13px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; }
 td, th { text-align: left; padding: 0 1.2em 0 0; vertical-align: top; }
 figure { margin: 1rem 0; } img { max-width: 100%; background: white; }
 .source { border: 1px solid; border-radius: 4px; padding: 0 .4em; }

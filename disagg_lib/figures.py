@@ -99,8 +99,8 @@ def _draw_distribution(axis, name: str, run, values: np.ndarray | None, limit_ms
     if limit_ms is not None:
         label = f"p99 limit {limit_ms:g} ms"
         axis.axvline(limit_ms, color=ORANGE, linestyle="--", linewidth=1.8, label=label)
-    axis.set_xlim(left=0)
-    axis.set_ylim(0, 101)
+    axis.set_xlim(0, 1.06 * max(x[-1], getattr(run, f"{name}_p99_ms"), limit_ms or 0))
+    axis.set_ylim(0, 103)
     words = {"ttft": "TTFT, time to first token (ms)", "tpot": "TPOT, time per output token (ms)"}
     axis.set_xlabel(words[name])
 
@@ -134,7 +134,7 @@ def figure_interactivity(table) -> Figure:
         axis.annotate(f"TPOT {limit_ms} ms ({label})", (1e3 / limit_ms, 0.99), xycoords=("data", "axes fraction"), rotation=90,
                       va="top", ha="right", fontsize=7, color=MID)  # fmt: skip
     axis.set_xlim(left=0)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
     axis.set_xlabel("interactivity: 1000 / TPOT p50 (tokens/s/user)")
     axis.set_ylabel("completed output tokens/s/GPU")
     if len(placed):
@@ -248,7 +248,9 @@ def figure_topology(run_dir: Path | str) -> Figure:
     roles = [server["role"] for server in servers]
     count = f"{roles.count('context')} context and {roles.count('generation')} generation servers"
     what = f"{count} on {nodes} x {per_node} GPUs"
-    set_title(figure, what, folder_source(run_dir), "bold rank: leads its server")
+    set_title(
+        figure, what, folder_source(run_dir), "light: context, dark: generation, bold: leads its server"
+    )
     return figure
 
 

@@ -29,7 +29,7 @@ COLUMNS = (
     "samples_per_s", "completed_tokens_per_s", "completed_tokens_per_s_per_gpu", "target_qps", "scheduled_samples_per_s",
     "ttft_mean_ms", "ttft_p50_ms", "ttft_p90_ms", "ttft_p95_ms", "ttft_p99_ms", "ttft_p999_ms", "ttft_limit_ms",
     "tpot_mean_ms", "tpot_p50_ms", "tpot_p90_ms", "tpot_p95_ms", "tpot_p99_ms", "tpot_p999_ms", "tpot_limit_ms",
-    "latency_p50_s", "latency_p99_s", "duration_s", "min_duration_ms", "query_count", "error_count",
+    "latency_mean_s", "latency_p50_s", "latency_p90_s", "latency_p99_s", "query_latency_p99_s", "duration_s", "min_duration_ms", "query_count", "error_count",
     "accuracy_rougeL", "accuracy_exact_match", "tokens_per_sample",
     "loadgen_scenario", "loadgen_version", "test_datetime", "log_path", "error",
 )  # fmt: skip
@@ -282,8 +282,7 @@ def run_row(run_dir: Path | str, source: str | None = None) -> dict:
         "completed_tokens_per_s_per_gpu": run.completed_tokens_per_s / gpus if gpus > 0 else NAN,
         "ttft_limit_ms": limits[0],
         "tpot_limit_ms": limits[1],
-        "latency_p50_s": run.latency_p50_ms / 1e3,
-        "latency_p99_s": run.latency_p99_ms / 1e3,
+        **{name: getattr(run, f"{name[:-2]}_ms") / 1e3 for name in COLUMNS if "latency_" in name},
         "accuracy_rougeL": scores.get("rougeL", NAN),
         "accuracy_exact_match": scores.get("exact_match", NAN),
         "tokens_per_sample": scores.get("tokens_per_sample", NAN),
@@ -325,7 +324,9 @@ def write_outputs(run_dir: Path | str, dest: Path | str | None = None) -> list[P
         (dest / name).mkdir(parents=True, exist_ok=True)
     row = run_row(run_dir)
     row["folder"] = run_dir.resolve().name
-    row["log_path"] = Path(row["log_path"]).resolve().relative_to(run_dir.resolve()).as_posix()
+    log = Path(row["log_path"])
+    if log.is_file():  # else it is a published log's place in its repository
+        row["log_path"] = log.resolve().relative_to(run_dir.resolve()).as_posix()
     paths = [dest / "tables" / f"run_{row['source']}.csv"]
     as_table([row]).to_csv(paths[0], index=False)
     for name, draw in FIGURES.items():
@@ -399,7 +400,8 @@ def format_table(table: pd.DataFrame) -> str:
         rows = cells if len(good) <= 3 else list(zip(*cells, strict=True))  # few: a run is a column
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines += [f"{row.folder}: {row.error}" for row in table[table["error"] != ""].itertuples()]
+    for row in table[table["error"] != ""].itertuples():
+        lines.append(row.error if row.error.startswith(row.folder) else f"{row.folder}: {row.error}")
     return "\n".join(lines)
 
 
@@ -534,7 +536,7 @@ def _noise(figure: str, scenario: str, difference: float, obstacle: str) -> tupl
     """The band in percent, and the word."""
     if scenario not in ("Server", "Interactive", "Offline"):
         return NAN, "not comparable: no published runs of this scenario"
-    if scenario == "Offline" and figure != "completed_tokens_per_s":
+    if not _has_band(figure, scenario):
         return NAN, "not comparable: follows from the number of samples"
     band = noise_band(figure, scenario).pairs_95_percent
     # a fall is as large as the rise that undoes it
@@ -542,6 +544,63 @@ def _noise(figure: str, scenario: str, difference: float, obstacle: str) -> tupl
     return band, obstacle or ("beyond the noise" if size > band else "inside the noise")
 
 
-def beside_published(table: pd.DataFrame, scenario: str = "Interactive") -> pd.DataFrame:
-    """The runs of a table, then the published v5.1 rows of a scenario; `source` keeps them apart."""
-    return pd.concat([table, published_table(scenario)], ignore_index=True)
+#: what a person compares, from COLUMNS, and what `figure_interactivity` draws
+BESIDE = ("source", "scenario", "submitter", "system", "accelerators_total", "target_qps", "completed_tokens_per_s",
+          "completed_tokens_per_s_per_gpu", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "valid")  # fmt: skip
+
+
+def beside_published(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The runs of a table above the published v5.1 rows of their scenario, and in words what may be concluded.
+
+    Returns
+    -------
+    DataFrame with the columns of BESIDE, ours first, then by tokens/s/GPU; and a few sentences: each of our runs among the
+    published figures per GPU, whether it may be compared at all, and how far runs of one kind differ.
+
+    Raises
+    ------
+    DisaggError : no run of the table could be read, or nothing is published for its scenario.
+    """
+    ours = table[table["loadgen_scenario"] != ""]
+    scenario = ours["scenario"].iloc[0] if len(ours) else ""
+    published = published_table(scenario)
+    if not len(published):
+        raise DisaggError(
+            f"beside the published results: found {scenario or 'no run that could be read'}; needed a run of "
+            f"{', '.join(sorted(set(_published()['scenario'])))}"
+        )
+    rate = published["completed_tokens_per_s_per_gpu"]
+    said = [
+        f"Published: {len(rate)} {scenario} runs of llama3.1-405b, {rate.min():.1f} to {rate.max():.1f} tokens/s/GPU, "
+        f"median {rate.median():.1f}."
+    ]
+    for run in ours.itertuples():
+        own = run.completed_tokens_per_s_per_gpu
+        place = f"{own:.1f} tokens/s/GPU, above {(rate < own).sum()} of them" if own > 0 else "GPUs unknown"
+        said.append(f"{Path(str(run.folder)).name}: {run.source}, {place}.{_caution(run)}")
+    bands = {name: noise_band(name, scenario) for name in COMPARED if _has_band(name, scenario)}
+    widths = ", ".join(
+        f"{name} {band.pairs_95_percent:.1f} %" for name, band in bands.items() if "p50" not in name
+    )
+    count = next(iter(bands.values())).runs
+    said.append(
+        f"Noise: {count} of them ran on eight B200 at one load; 19 of 20 pairs of these differ by less than: {widths}. "
+        "A smaller difference between two runs of yours says nothing."
+    )
+    published = published.sort_values("completed_tokens_per_s_per_gpu", ascending=False)
+    names = ours["folder"].map(lambda folder: Path(str(folder)).name)
+    ours = ours.assign(system=ours["system"].where(ours["system"] != "", names))
+    rows = pd.concat([ours, published], ignore_index=True)
+    return rows[list(BESIDE)], "\n".join(said)
+
+
+def _caution(run) -> str:
+    """Why a run's place among the published ones is not a comparison; "" if it is one."""
+    reasons = [] if run.source == "measured" else [f"it is {run.source}, so a model's word"]
+    reasons += [f"it is shortened ({run.shortened})"] if run.shortened else []
+    reasons += ["it is not valid"] if not run.valid else []
+    return f" No comparison: {'; '.join(reasons)}." if reasons else ""
+
+
+def _has_band(figure: str, scenario: str) -> bool:
+    return scenario != "Offline" or figure == "completed_tokens_per_s"

@@ -269,6 +269,20 @@ def test_pages_load_nothing_and_the_index_says_it_all(tmp_path):
     )
 
 
+def test_pages_follow_the_readers_dark_setting_and_link_to_pages_that_are_there():
+    cells = [
+        {
+            "cell_type": "markdown",
+            "id": "b",
+            "metadata": {},
+            "source": "[next](05_a.ipynb) [gone](02_plan.ipynb)",
+        }
+    ]
+    page = export.notebook_page(json.dumps({**NOTEBOOK, "cells": cells}), ["05_a"])
+    assert "@media (prefers-color-scheme: dark)" in page and 'href="05_a.html"' in page
+    assert ".ipynb" not in page and ">gone</a>" in page
+
+
 def test_index_of_a_failed_run_says_why_there_is_no_verdict(tmp_path):
     run = make_site_run(tmp_path / "run", site())
     (run / "mlperf/performance" / SUMMARY).write_text("")

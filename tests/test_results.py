@@ -250,12 +250,32 @@ def test_other_sources_and_loads_are_not_compared():
     assert differing(1.5, target_qps=2.0) == "not comparable: target_qps 1.15 and 2"
 
 
-def test_published_rows_stand_below_ours(tmp_path):
-    table = results.beside_published(results.runs_table([make_run(tmp_path / "run")]))
+def test_published_rows_stand_below_ours_with_what_may_be_concluded(tmp_path):
+    table, words = results.beside_published(results.runs_table([make_run(tmp_path / "run")]))
+    assert table["source"].tolist() == ["rehearsed"] + ["published"] * 11
+    assert tuple(table.columns) == results.BESIDE and set(table["scenario"]) == {"Interactive"}
+    rates = table["completed_tokens_per_s_per_gpu"][1:]
+    assert rates.is_monotonic_decreasing and rates.iloc[0] == 770.668 / 8
     assert (
-        table["source"].tolist() == ["rehearsed"] + ["published"] * 11
-        and tuple(table.columns) == results.COLUMNS
+        "run: rehearsed, 549" in words
+        and "No comparison: it is rehearsed, so a model's word; it is shorten" in words
     )
+    assert "Noise: 8 of them ran on eight B200 at one load" in words and "ttft_p99_ms" in words
+
+
+def test_a_valid_measured_run_stands_among_the_published_without_a_caution():
+    ours = (
+        results.published_table("Interactive")
+        .iloc[[0]]
+        .assign(source="measured", folder="ours", loadgen_scenario="Server", shortened="", error="")
+    )
+    assert "ours: measured, " in results.beside_published(ours)[1]
+    assert "No comparison" not in results.beside_published(ours)[1]
+
+
+def test_nothing_is_published_beside_a_single_stream_run():
+    with pytest.raises(results.DisaggError, match="found SingleStream; needed a run of Interactive, Offline"):
+        results.beside_published(results.runs_table([DATA / "logs_resnet50_single_stream"]))
 
 
 def test_comparison_needs_its_baseline():
