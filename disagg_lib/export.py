@@ -30,6 +30,7 @@ from .errors import DisaggError
 from .mlperf_logs import ACCURACY, DETAIL, SUMMARY, LogError, read_accuracy_txt
 from .redaction import Redactor, SecretError, collect_names
 from .run_folder import read_json_lines, sha256
+from .validity import load_rules
 
 LARGEST_MIB = 50  # the checker's bound on a file, and a crate nobody minds to download
 
@@ -467,32 +468,10 @@ def _example_readme(run: _Run, files: list[str], left_out: list[str]) -> str:
 # -- submission
 
 
-#: fields of systems/<system>.json that must be there and say something, then those that may be empty; v5.1
-SYSTEM_FIELDS = (
-    "division", "submitter", "system_type", "status", "system_name", "number_of_nodes", "host_processor_model_name",
-    "host_processors_per_node", "host_processor_core_count", "host_memory_capacity", "host_memory_configuration",
-    "host_storage_capacity", "host_storage_type", "host_networking", "host_network_card_count", "host_networking_topology",
-    "accelerators_per_node", "accelerator_model_name", "accelerator_memory_capacity", "accelerator_host_interconnect",
-    "accelerator_memory_configuration", "accelerator_interconnect", "cooling", "framework", "operating_system",
-    "other_software_stack",
-)  # fmt: skip
-SYSTEM_FIELDS_EMPTY = (
-    "host_processor_frequency", "host_processor_caches", "host_processor_interconnect", "accelerator_frequency",
-    "accelerator_interconnect_topology", "accelerator_on-chip_memories", "hw_notes", "sw_notes", "system_type_detail",
-)  # fmt: skip
+_TREE = load_rules()["submission"]
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _ALLOWED = {"division": "closed|open|network", "status": "available|preview|rdi"}
 _ALLOWED |= {"submitter": _NAME, "system_id": _NAME}
-MEASUREMENTS = {
-    "input_data_types": "int32",
-    "retraining": "No",
-    "starting_weights_filename": "nvidia/Llama-3.1-405B-Instruct-FP4",
-    "weight_data_types": "fp4",
-    "weight_transformations": "quantization",
-}
-_CODE = ("config.yaml", "config.ctx.yaml", "config.gen.yaml", "job.sh", "experiment.yaml", "job/settings.json",
-         "job/job_agent.py", "job/loadgen_client.py")  # fmt: skip
-_TEST06_LINES = ("First token check pass", "EOS check pass", "Sample length check pass")
 
 
 def export_submission(run_dir: Path | str, dest: Path | str, system: Path | str) -> Shared:
@@ -539,7 +518,7 @@ def _system_fields(path: Path) -> dict:
     fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(fields, dict):
         raise ExportError(f"{path}: found {type(fields).__name__}; needed `field: value` lines")
-    texts = {name: str(fields.get(name) or "").strip() for name in ("system_id", *SYSTEM_FIELDS)}
+    texts = {name: str(fields.get(name) or "").strip() for name in ("system_id", *_TREE["system_fields"])}
     empty = [name for name, text in texts.items() if not text]
     bad = [
         f"{name}: {fields[name]}"
@@ -558,7 +537,7 @@ def _write_tree(root: Path, run: _Run, result: results.RunResult, fields: dict, 
     missing = []
     claim, name, clean = result.verdict.claim, str(fields["system_id"]), run.redactor.text
     bench, closed = f"{name}/{claim.model}/{claim.scenario}", fields["division"] == "closed"
-    described = {key: fields.get(key, "") for key in SYSTEM_FIELDS + SYSTEM_FIELDS_EMPTY}
+    described = {key: fields.get(key, "") for key in _TREE["system_fields"] + _TREE["system_fields_empty"]}
     _put(root / "systems" / f"{name}.json", clean(json.dumps(described, indent=4) + "\n", "system"))
     logs = {"performance/run_1": result.files.performance, "accuracy": result.files.accuracy}
     for (part, source), file in itertools.product(logs.items(), (SUMMARY, DETAIL)):
@@ -570,12 +549,12 @@ def _write_tree(root: Path, run: _Run, result: results.RunResult, fields: dict, 
     if not run.texts.get("user.conf"):
         missing.append("user.conf: the run folder has none")
     readme = clean(_readme(run, f"{claim.model}, {claim.scenario}", result.verdict.text()), "README.md")
-    values = {**MEASUREMENTS, **(fields.get("measurements") or {})}
+    values = {**_TREE["measurements"], **(fields.get("measurements") or {})}
     measured, code = root / "measurements" / bench, root / "code" / claim.model
     _put(measured / "user.conf", clean(run.texts.get("user.conf", ""), "user.conf"))
     _put(measured / "README.md", readme)
     _put(measured / f"{name}_{claim.scenario}.json", json.dumps(values, indent=4) + "\n")
-    for file in _CODE:
+    for file in _TREE["code"]:
         if file in run.texts:
             _put(code / file, clean(run.texts[file], file))
     _put(code / "README.md", readme)
@@ -641,7 +620,9 @@ def _put_test06(place: Path, run: _Run, closed: bool) -> list[str]:
     log = run.folder / "mlperf/test06" / ACCURACY
     if log.is_file():
         _put(place / "accuracy" / ACCURACY, truncate_accuracy_log(log.read_bytes()))
-    lacking = [line for line in _TEST06_LINES if not re.search(rf"(?m)^{line}: (?:True|Skipped)", text)]
+    lacking = [
+        line for line in _TREE["test06_lines"] if not re.search(rf"(?m)^{line}: (?:True|Skipped)", text)
+    ]
     return [f"TEST06 has no line `{line}: True`" for line in lacking]
 
 

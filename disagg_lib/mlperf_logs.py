@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from .errors import DisaggError
 
@@ -39,59 +40,15 @@ class LogError(DisaggError):
 
 #: p99 -> 0.99: the percentiles that LoadGen writes
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p97": 0.97, "p99": 0.99, "p999": 0.999}
-#: figure -> keys of min, mean and max, keys of percentiles, the summary's words. Only TPOT's keys are uneven: min, mean
-#: and max say "to", percentiles say "per", and only the latter carry the unit.
-_LATENCIES = {
-    "latency": ("result_{}_latency_ns", "result_{}_percentile_latency_ns", "latency"),
-    "ttft": ("result_first_token_{}_latency_ns", "result_first_token_{}_percentile_latency_ns", "first token latency"),
-    "tpot": ("result_time_to_output_token_{}", "result_time_per_output_token_{}_percentile_ns", "time to output token"),
-}  # fmt: skip
-_LATENCY_KEYS = {
-    f"{figure}_{what}_ms": (key.format(word), f"{word}{percentile} {label} (ns)")
-    for figure, (plain, of_percentile, label) in _LATENCIES.items()
-    for what, word, key, percentile in (
-        *((what, what, plain, "") for what in ("min", "mean", "max")),
-        *((what, f"{100 * p:.2f}", of_percentile, " percentile") for what, p in PERCENTILES.items()),
-    )
-}
-_KEYS = {
-    # Server, Offline, SingleStream each have a key of their own for samples per second
-    "samples_per_s": "result_completed_samples_per_sec result_samples_per_second result_qps_with_loadgen_overhead",
-    "scheduled_samples_per_s": "result_scheduled_samples_per_sec",
-    # models with inferred tokens (gptj) write only the last two
-    "completed_tokens_per_s": "result_completed_tokens_per_second result_tokens_per_second "
-    "result_inferred_completed_tokens_per_second result_inferred_tokens_per_second",
-    # MultiStream judges whole queries: its per-query keys differ from its per-sample ones
-    "query_latency_mean_ms": "result_mean_query_latency_ns",
-    "query_latency_p99_ms": "result_99.00_percentile_per_query_latency_ns",
-    **{name: key for name, (key, _) in _LATENCY_KEYS.items()},
-    "query_count": "result_query_count",
-    "generated_query_count": "generated_query_count",
-    "samples_per_query": "generated_samples_per_query effective_samples_per_query",
-    "target_qps": "effective_target_qps",
-    "target_latency_ms": "effective_target_latency_ns",
-    "min_duration_ms": "effective_min_duration_ms",
-    "min_query_count": "effective_min_query_count",
-    "dataset_samples": "qsl_reported_total_count",
-    "performance_sample_count": "effective_performance_sample_count",
-    "ttft_limit_ms": "requested_server_ttft_latency",  # LoadGen's own limit; NaN where it judges no token latency
-    "tpot_limit_ms": "requested_server_tpot_latency",
-}
-#: field -> (detail-log keys in order of preference, divisor: ns into ms). Source: mlcommons/inference, loadgen/results.cc
-#: and test_settings_internal.cc, tags v4.1 to v6.0; seen in logs of 4.1.30, 5.0.15, 5.0.25, 5.1.0, 5.1.2 and 6.0.17.
+_TABLE = yaml.safe_load((Path(__file__).parent / "data/loadgen_keys.yaml").read_text())
+#: figure -> (detail-log keys in order of preference, divisor: ns into ms); the table names its sources
 FIGURES: dict[str, tuple[tuple[str, ...], float]] = {
     name: (tuple(keys.split()), 1e6 if name.endswith("_ms") and not keys.endswith("_ms") else 1)
-    for name, keys in _KEYS.items()
+    for name, (keys, *_) in _TABLE["figures"].items()
 }
-#: summary label -> detail key, lower case, runs of blanks made one. The summary prints what the detail log holds.
-SUMMARY_LABELS: dict[str, str] = {
-    "scenario": "effective_scenario",
-    "mode": "effective_test_mode",
-    "result is": "result_validity",
-    "target_qps": "effective_target_qps",
-    **{label: key for key, label in _LATENCY_KEYS.values()},
-    # 5.1.1 and later say "per" where 5.0.15 to 5.1.0 say "to"
-    **{f"{w} time per output token (ns)": f"result_time_to_output_token_{w}" for w in ("min", "mean", "max")},
+#: summary label -> detail key: the summary prints what the detail log holds
+SUMMARY_LABELS: dict[str, str] = _TABLE["labels"] | {
+    label: FIGURES[name][0][0] for name, (_, *labels) in _TABLE["figures"].items() for label in labels
 }
 
 #: keys of many kB that no figure needs
@@ -305,8 +262,9 @@ def _refuse_cut(detail: Mapping, summary_text: str, mode: str, log_dir: Path) ->
     else:
         needed += ["result_validity", "result_query_count", "result_99.90_percentile_latency_ns"]
         if detail.get("effective_scenario") == "Server" and detail.get("requested_use_token_latencies"):
-            needed += [_LATENCY_KEYS[name][0] for name in ("ttft_p99_ms", "tpot_p99_ms")]
-            needed += ["result_completed_tokens_per_second"]
+            needed += [
+                FIGURES[name][0][0] for name in ("ttft_p99_ms", "tpot_p99_ms", "completed_tokens_per_s")
+            ]
         version = re.findall(r"\d+", str(detail.get("loadgen_version")).split("@")[0])
         if tuple(map(int, version)) >= (5, 0, 21):
             needed += ["num_errors"]  # the last line of every performance log since then

@@ -23,7 +23,7 @@ from .trtllm_config import config_files
 
 RESULTS = REPOSITORY / "results"
 SAMPLE_COUNT = 8313  # samples of the benchmark's data set
-RECORDED_PACKAGES = (
+RECORDED_PACKAGES = [
     "disagg_lib",
     "mlcommons-loadgen",
     "numpy",
@@ -31,7 +31,7 @@ RECORDED_PACKAGES = (
     "papermill",
     "jupyterlab",
     "pandas",
-)
+]
 
 
 class RunFolderError(DisaggError):
@@ -44,19 +44,13 @@ def user_conf_text(e: Experiment) -> str:
     A rehearsal is shortened the second way of MLPerf's short runs: exactly `rehearsal_queries` queries,
     drawn from all samples. LoadGen's equal issue is off for that, so such a run can claim no round.
     """
-    lines = [f"*.Server.target_qps = {e.server_target_qps}"]
-    if e.shortened:
-        lines += [
-            "*.Server.min_duration = 1",
-            f"*.Server.min_query_count = {e.rehearsal_queries}",
-            "*.Server.sample_concatenate_permutation = 0",
-        ]
-    else:
-        lines += [
-            "*.Server.min_duration = 600000",
-            f"*.Server.performance_sample_count_override = {SAMPLE_COUNT}",
-        ]
-    return "\n".join(lines) + "\n"
+    short = {"min_duration": 1, "min_query_count": e.rehearsal_queries, "sample_concatenate_permutation": 0}
+    whole = {"min_duration": 600000, "performance_sample_count_override": SAMPLE_COUNT}
+    settings = {"target_qps": e.server_target_qps, **(short if e.shortened else whole)}
+    return "".join(f"*.Server.{name} = {value}\n" for name, value in settings.items())
+
+
+_OF_A_SERVER = ("name", "role", "ranks", "nodes", "node", "port", "gpus")
 
 
 def settings_of(e: Experiment) -> dict:
@@ -75,18 +69,7 @@ def settings_of(e: Experiment) -> dict:
         "time_limit_s": e.time_limit_s,
         "load_timeout_s": e.load_timeout_s,
         "stall_timeout_s": e.stall_timeout_s,
-        "servers": [
-            {
-                "name": s.name,
-                "role": s.role,
-                "ranks": list(s.ranks),
-                "nodes": list(s.nodes),
-                "node": s.node,
-                "port": s.port,
-                "gpus": [list(gpu) for gpu in s.gpus],
-            }
-            for s in e.servers
-        ],
+        "servers": [{name: getattr(server, name) for name in _OF_A_SERVER} for server in e.servers],
         "find_target_qps": {
             "low_qps": e.search_bounds_qps[0],
             "high_qps": e.search_bounds_qps[1],
@@ -188,12 +171,8 @@ def _write_run(folder: Path, e: Experiment, python: str) -> None:
     (folder / "job.sh").write_text(make_job_script(e, python))
     (folder / "job.sh").chmod(0o755)
     (folder / "job/settings.json").write_text(json.dumps(settings_of(e), indent=1) + "\n")
-    for module in (
-        "job_agent.py",
-        "loadgen_client.py",
-        *(("find_target_qps.py",) if e.find_target_qps else ()),
-    ):
-        shutil.copy(Path(__file__).with_name(module), folder / "job")
+    for module in ["job_agent", "loadgen_client"] + ["find_target_qps"] * e.find_target_qps:
+        shutil.copy(Path(__file__).with_name(f"{module}.py"), folder / "job")
     if not e.dataset_path:
         sample_lengths = lengths.data_set_lengths(e.lengths_file)
         if e.shortened:
@@ -312,20 +291,13 @@ class Table(pd.DataFrame):
 
 def topology_table(e: Experiment) -> pd.DataFrame:
     """One row a server: name, role, GPUs, ranks, nodes, leading node, port."""
-    return pd.DataFrame(
-        [
-            {
-                "server": s.name,
-                "role": s.role,
-                "TP x PP": f"{s.tp_size} x {s.pp_size}",
-                "ranks": f"{s.ranks[0]}-{s.ranks[-1]}",
-                "nodes": ", ".join(str(node) for node in s.nodes),
-                "leads on node": s.node,
-                "port": s.port,
-            }
-            for s in e.servers
-        ]
-    )
+    names = ["server", "role", "TP x PP", "ranks", "nodes", "leads on node", "port"]
+    rows = [
+        (s.name, s.role, f"{s.tp_size} x {s.pp_size}", f"{s.ranks[0]}-{s.ranks[-1]}", ", ".join(map(str, s.nodes)),
+         s.node, s.port)
+        for s in e.servers
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=names)
 
 
 def phases_table(run: Path) -> pd.DataFrame:

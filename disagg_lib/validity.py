@@ -184,39 +184,8 @@ def judge(
     return Verdict(claim, checks, run.loadgen_valid, _suggest(run, checks))
 
 
-#: check -> unit, what to do; checks that need a figure in their advice bring their own
-_ADVICE = {
-    "test_mode": ("", "Give a performance run."),
-    "perf_constraints_met": ("", "Lower target_qps."),
-    "min_duration_met": ("", "Let the run go on for min_duration."),
-    "min_queries_met": ("", "Let the run issue min_query_count queries."),
-    "early_stopping_met": ("", "Lower target_qps, or issue more queries."),
-    "loadgen_errors": ("errors", "Read mlperf_log_detail.txt for lines with is_error."),
-    "use_token_latencies": ("", "Give LoadGen the model key with an underscore, llama3_1-405b-interactive: another key loses it silently."),
-    "ttft_setting": ("ms", "LoadGen judged by another limit: use the scenario's model key, and drop the limit from user.conf."),
-    "tpot_setting": ("ms", "LoadGen judged by another limit: use the scenario's model key, and drop the limit from user.conf."),
-    "ttft_p99": ("ms", "TTFT p99 must be below the limit: lower target_qps, or add context servers."),
-    "tpot_p99": ("ms", "TPOT p99 must be below the limit: lower target_qps, or lower gen_batch_size or add generation servers."),
-    "min_duration": ("ms", "Set *.Server.min_duration = 600000 in user.conf."),
-    "duration": ("s", "The run ended before its duration was over."),
-    "latency_percentile": ("", "Drop target_latency_percentile."),
-    "performance_sample_count": ("samples", "Drop performance_sample_count_override from user.conf, or set it to the data set's size."),
-    "equal_issue": ("", "Drop sample_concatenate_permutation = 0 from user.conf."),
-    "target_latency": ("ms", "Drop target_latency."),
-    "queries_completed": ("queries", "LoadGen judged another number of queries than it drew: the run was ended from outside."),
-    "token_counts": ("tokens a sample", "An answer has 2 tokens or more and no more than the cap, TTFT and TPOT are above 0: "
-                     "the system under test reports token counts or first tokens wrongly."),
-    "client_failures": ("requests", ""),
-    "completed_rate": ("samples/s", ""),
-    "accuracy_errors": ("errors", "Read the accuracy run's detail log."),
-    "accuracy_queries": ("samples", "The accuracy run left samples out."),
-    "accuracy_samples": ("samples", "Evaluate all samples."),
-    "accuracy_token_counts": ("tokens a sample", "gen_tok_len / gen_num must be tokens_per_sample: accuracy.txt contradicts itself."),
-}  # fmt: skip
-
-
 def _check(name: str, good: bool, figure: float | str, limit: float | str, advice: str = "") -> Check:
-    unit, todo = _ADVICE.get(name, ("", ""))
+    unit, todo = load_rules()["checks"].get(name, ("", ""))
     return Check(name, PASS if good else FAIL, figure, limit, unit, advice or todo)
 
 

@@ -18,6 +18,7 @@ from disagg_lib import export, results
 from disagg_lib.export import ExportError, export_crate, export_html, export_submission, recompute
 from disagg_lib.mlperf_logs import ACCURACY, DETAIL, SUMMARY
 from disagg_lib.redaction import SecretError
+from disagg_lib.validity import load_rules
 
 DATA = Path(__file__).parent / "data"
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -422,7 +423,8 @@ def test_tree_of_the_open_division_is_whole(tmp_path):
     assert all(p.stat().st_size for p in (tmp_path / "tree").rglob("*") if p.is_file())
     assert "/lustre" not in (tmp_path / "tree/open/Nobody/code/llama3.1-405b/job.sh").read_text()
     described = json.loads((tmp_path / f"tree/open/Nobody/systems/{name}.json").read_text())
-    assert set(described) == set(export.SYSTEM_FIELDS + export.SYSTEM_FIELDS_EMPTY)
+    tree = load_rules()["submission"]
+    assert set(described) == {*tree["system_fields"], *tree["system_fields_empty"]}
 
 
 def test_accuracy_log_is_truncated_and_its_hash_is_of_the_whole(tmp_path):
