@@ -189,24 +189,27 @@ def figure_timeline(run_dir: Path | str) -> Figure:
 
 
 def _draw_phases(axis, phases: list[dict], start: float, end: float) -> None:
-    """Bars from each phase to the next, light and dark by turns; neighbours too narrow for a name share a label."""
+    """Bars from each phase to the next, light and dark by turns; neighbours too narrow for a name share a label.
+
+    Of `failed: <reason>` only the first word: a reason names nodes, and a picture cannot be redacted.
+    """
+    names = [row["phase"].partition(":")[0] for row in phases]
     begins = [row["time_s"] - start for row in phases] + [end]
     narrow: list[int] = []
-    for place, row in enumerate(phases):
+    for place, name in enumerate(names):
         left, width = begins[place], begins[place + 1] - begins[place]
-        ground = (LIGHT, "#8f8f8f")[place % 2]
-        axis.barh(0, width, left=left, height=0.6, color=ground, edgecolor=INK, linewidth=0.6)
+        style = {"color": (LIGHT, "#8f8f8f")[place % 2], "edgecolor": INK, "linewidth": 0.6}
+        axis.barh(0, width, left=left, height=0.6, **style)
         wide = width > 0.09 * end
         if wide:
-            axis.text(left + width / 2, 0, str(row["phase"])[:40], fontsize=8, color=INK, **_CENTRED)
+            axis.text(left + width / 2, 0, name, fontsize=8, color=INK, **_CENTRED)
         else:
             narrow.append(place)
-        if narrow and (wide or place == len(phases) - 1):
+        if narrow and (wide or place == len(names) - 1):
             # one label above the group, growing towards the middle of the figure
             late = begins[narrow[0]] > end / 2
-            text = ", ".join(phases[i]["phase"] for i in narrow)
-            text = text if len(text) < 90 else text[:89] + "…"
             x, side = begins[narrow[-1 if late else 0]], "right" if late else "left"
+            text = ", ".join(names[i] for i in narrow)
             axis.text(x, 0.42, text, ha=side, fontsize=7.5, color=INK)
             narrow = []
     axis.set_ylim(-0.4, 0.9)

@@ -117,6 +117,33 @@ def test_no_name_of_the_site_survives_in_pages(tmp_path_factory, names):
     check_nothing_survives(tmp_path_factory.mktemp("site"), names, "html", export_html)
 
 
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(SITES)
+def test_no_name_of_the_site_survives_in_a_kept_example(tmp_path_factory, names):
+    check_nothing_survives(tmp_path_factory.mktemp("site"), names, "example", export.export_example)
+
+
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(SITES)
+def test_no_name_of_the_site_survives_in_a_submission(tmp_path_factory, names):
+    tmp = tmp_path_factory.mktemp("site")
+    run, system = make_measured(tmp)
+    for path in make_site_run(tmp / "other", names).rglob("*"):
+        name = path.relative_to(tmp / "other")
+        if (
+            path.is_file()
+            and name.parts[0] != "mlperf"
+            and name.name not in ("experiment.yaml", "settings.json")
+        ):
+            (run / name).parent.mkdir(exist_ok=True)
+            shutil.copy(path, run / name)
+    recorded = (tmp / "other/experiment.yaml").read_text().replace("value: rehearsal", "value: trtllm")
+    (run / "experiment.yaml").write_text(recorded)
+    assert {key for key, _ in survivors(run, names)} == set(names)
+    tree = export_submission(run, tmp / "tree", system).path
+    assert survivors(tree, names) == set() and len(list(tree.rglob("job.sh"))) == 1
+
+
 #: a line of a log -> what of it may not stay, once the run has declared user zoe_site, host gpu17-rack3 and its paths
 LINES = {
     "HF_TOKEN=canarytokenlowercase": "canarytokenlowercase",

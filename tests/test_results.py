@@ -340,3 +340,11 @@ def test_timeline_draws_phases_and_token_rate(tmp_path):
     figure = results.figure_timeline(run)
     assert figure.axes[1].lines[0].get_ydata().tolist() == [7.0] * 9
     assert "source: rehearsed" in figure.get_suptitle() and "(s)" in figure.axes[2].get_xlabel()
+
+
+def test_the_timeline_of_a_failed_job_shows_no_node_of_its_reason(tmp_path):
+    run = make_run(tmp_path / "run")
+    phases = [{"time_s": 1.0, "phase": "bind"}, {"time_s": 9.0, "phase": "failed: node gpu17-rack3 is down"}]
+    (run / "job/phases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in phases))
+    texts = [text.get_text() for text in results.figure_timeline(run).axes[0].texts]
+    assert texts == ["bind", "failed"]
