@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from textwrap import indent
 
 import pandas as pd
 import yaml
@@ -148,7 +149,7 @@ def export_html(run_dir: Path | str, dest: Path | str) -> Shared:
     def write(draft: Path) -> None:
         for stem, name in notebooks.items():
             _put(draft / f"{stem}.html", notebook_page(run.redactor.text(run.texts[name], name), notebooks))
-        _put(draft / "index.html", _index(run, [f"{stem}.html" for stem in notebooks]))
+        _put(draft / "index.html", _index(run, notebooks))
 
     path = _write_into(dest, write, run.redactor)
     return Shared(path, tuple(run.redactor.listed()), run.left_out)
@@ -189,47 +190,60 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto
 pre, table { font: 13px/1.45 ui-monospace, monospace; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; }
 td, th { text-align: left; padding: 0 1.2em 0 0; vertical-align: top; }
-figure { margin: 1rem 0; } img { max-width: 100%; background: white; }
-.source { border: 1px solid; border-radius: 4px; padding: 0 .4em; }
+img { max-width: 100%; margin: 1rem 0; background: white; } .anchor-link { display: none; }
 """
 
 
-def _index(run: _Run, pages: list[str]) -> str:
-    """The run on one page: verdict, table, figures, what was run, how to repeat it, what was replaced."""
-    say = lambda text: html.escape(run.redactor.text(text, "index.html"))  # noqa: E731  a word used in every line below
-    name, source = say(run.folder.resolve().name), results.folder_source(run.folder)
-    parts = [f"<h1>{name} <span class='source'>{source}</span></h1>"]
-    try:
-        verdict, table = results.verdict_text(run.folder), results.runs_table([run.folder])
-        parts.append(f"<pre>{say(verdict)}</pre><h2>Figures</h2>")
-        parts.append(f"<pre>{say(results.format_table(table))}</pre>")
-    except LogError as error:
-        parts.append(f"<p>No verdict: {say(str(error))}</p>")
+def _index(run: _Run, notebooks: Iterable[str]) -> str:
+    """The run on one page, its figures inside."""
+    from nbconvert.filters import markdown2html
+
+    pictures = []
     for title, draw in results.FIGURES.items():
         try:
             picture = io.BytesIO()
             draw(run.folder).savefig(picture, format="png", dpi=110)
+            data = base64.b64encode(picture.getvalue()).decode()
+            pictures.append(f"![{title}](data:image/png;base64,{data})")
         except LogError as error:
-            parts.append(f"<p>No figure of {title}: {say(str(error))}</p>")
-            continue
-        data = f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
-        parts.append(f"<figure><img alt='{title} of this run, {source}' src='{data}'></figure>")
+            pictures.append(f"    No figure of {title}: {error}")
+    text = _summary(run, "index.html", pictures, [f"{stem}.html" for stem in notebooks])
+    title = html.escape(text.split("\n", 1)[0].strip("# "))
+    head = f"<meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
+    return f"<!doctype html><html lang='en'>{head}{_static(markdown2html(text))}"
+
+
+_REHEARSED = """No GPU was there: a stand-in served at the modelled GPUs' pace; the processes, HTTP and LoadGen were real."""
+
+
+def _summary(
+    run: _Run, file: str, pictures: Iterable[str], notebooks: Iterable[str], left_out: Iterable[str] = ()
+) -> str:
+    """The run in Markdown, redacted: verdict, table, figures, what was run, how to repeat it, what was replaced."""
+    source = results.folder_source(run.folder)
+    try:
+        verdict = results.verdict_text(run.folder)
+        table = results.format_table(results.runs_table([run.folder]))
+    except LogError as error:
+        verdict, table = f"No verdict: {error}", ""
     given = _given(run.folder)
-    rows = "".join(f"<tr><td>{say(n)}<td>{say(str(v))}<td>{say(w)}" for n, v, w in given)
+    rows = [f"| {name} | `{value}` | {where} |".replace("\n", " ") for name, value, where in given]
     manifest = json.loads(run.texts.get("manifest.json", "{}"))
     versions = {**manifest.get("versions", {}), "commit": (manifest.get("git") or {}).get("commit")}
-    parts += [
-        "<h2>What was run</h2>",
-        f"<table><tr><th>parameter<th>value<th>from{rows}</table>" if given else "",
-        f"<p>{say(', '.join(f'{k} {v}' for k, v in versions.items() if v))}</p>",
-        f"<h2>How to repeat it</h2><pre>{say(_repeat(given))}</pre>",
-    ]
-    links = "".join(f"<li><a href='{page}'>{page}</a>" for page in pages)
-    parts.append(f"<h2>Notebooks</h2><ul>{links}</ul>" if pages else "")
+    parts = [
+        f"# {run.folder.resolve().name} ({source})",
+        f"**source: {source}.** {_REHEARSED if source == 'rehearsed' else ''}",
+        "## The verdict", indent(verdict, "    "),
+        "## The figures", indent(table, "    "), *pictures,
+        "## What was run", "\n".join(["| parameter | value | from |", "|---|---|---|", *rows]),
+        ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "## How to repeat it", f"    {_repeat(given)}",
+        "## The notebooks, executed", "\n".join(f"- [{Path(name).stem}]({name})" for name in notebooks),
+        "## What is not here" if left_out else "", "\n".join(f"- `{item}`" for item in left_out),
+    ]  # fmt: skip
+    text = run.redactor.text("\n\n".join(filter(None, parts)), file)
     marks = ", ".join(sorted({item["placeholder"] for item in run.redactor.listed()}))
-    parts.append(f"<p>Names and paths of the site are replaced by {html.escape(marks or 'nothing')}.</p>")
-    head = f"<meta charset='utf-8'><title>{name}</title><style>{_STYLE}</style>"
-    return f"<!doctype html><html lang='en'>{head}" + "\n".join(parts)
+    return f"{text}\n\nNames and paths of the site are replaced by: {marks or 'nothing'}.\n"
 
 
 def _given(folder: Path) -> list[tuple[str, object, str]]:
@@ -279,7 +293,7 @@ def export_crate(run_dir: Path | str, dest: Path | str) -> Shared:
             _put(draft / run.redactor.text(name, name), run.redactor.text(text, name))
         for name, picture in run.pictures.items():
             _put(draft / run.redactor.text(name, name), picture)
-        _put(draft / "README.md", _crate_readme(run))
+        _put(draft / "README.md", _readme(run, run.texts | run.pictures))
         _put(draft / "redaction.json", json.dumps(run.redactor.listed(), indent=1) + "\n")
         _describe(run, draft)
 
@@ -287,17 +301,11 @@ def export_crate(run_dir: Path | str, dest: Path | str) -> Shared:
     return Shared(path, tuple(run.redactor.listed()), run.left_out)
 
 
-def _crate_readme(run: _Run) -> str:
-    """README.md of a crate: the verdict, or why there is none, and the command."""
-    try:
-        words = results.verdict_text(run.folder)
-    except LogError as error:
-        words = f"No verdict: {error}"
-    return run.redactor.text(_readme(run, run.folder.resolve().name, words), "README.md")
-
-
-def _readme(run: _Run, title: str, words: str) -> str:
-    return f"# {title}\n\n{words}\n\nRepeat with:\n\n    {_repeat(_given(run.folder))}\n"
+def _readme(run: _Run, files: Iterable[str], left_out: Iterable[str] = ()) -> str:
+    """README.md of a copy of the run, with links to its pictures and notebooks."""
+    pictures = [f"![{Path(name).stem}]({name})" for name in sorted(files) if name.startswith("figures/")]
+    notebooks = sorted(name for name in files if name.endswith(".ipynb"))
+    return _summary(run, "README.md", pictures, notebooks, left_out)
 
 
 def _describe(run: _Run, draft: Path) -> None:
@@ -373,9 +381,8 @@ def _describe(run: _Run, draft: Path) -> None:
 
 
 LARGEST_KEPT_KB = 150  # of a file of the example; a notebook or a picture may have 1000
-_NOT_KEPT = re.compile(
-    r".*\.html|job/.*\.py"
-)  # pages hold what notebooks hold; the modules are the repository's
+#: pages hold what notebooks hold; the modules are the repository's
+_NOT_KEPT = re.compile(r".*\.html|job/.*\.py")
 
 
 def export_example(run_dir: Path | str, dest: Path | str) -> Shared:
@@ -396,23 +403,20 @@ def export_example(run_dir: Path | str, dest: Path | str) -> Shared:
         raise ExportError(
             f"{run.folder}: its source is {source}; needed: rehearsed, which is what everyone can repeat"
         )
-    files = {name: run.redactor.text(text, name).encode() for name, text in run.texts.items()} | dict(
-        run.pictures
-    )
+    files = run.pictures | {name: run.redactor.text(text, name).encode() for name, text in run.texts.items()}
     left_out = list(run.left_out)
     for name, content in sorted(files.items()):
-        if not content.strip():  # what the job keeps ready to write into
-            del files[name]
-        elif _NOT_KEPT.fullmatch(name) or len(content) > 1000 * (
-            1000 if name.endswith((".ipynb", ".png")) else LARGEST_KEPT_KB
-        ):
+        largest_kb = 1000 if name.endswith((".ipynb", ".png")) else LARGEST_KEPT_KB
+        if _NOT_KEPT.fullmatch(name) or len(content) > 1000 * largest_kb:
             left_out.append(f"{name}: {len(content) / 1000:.0f} kB")
+            del files[name]
+        elif not content.strip():  # what the job keeps ready to write into
             del files[name]
 
     def write(draft: Path) -> None:
         for name, content in files.items():
             _put(draft / name, content)
-        _put(draft / "README.md", _example_readme(run, sorted(files), left_out))
+        _put(draft / "README.md", _readme(run, files, left_out))
         manifest = json.loads(files.get("manifest.json", b"{}"))
         manifest["sha256"] = _all_digests(draft)  # of the files as they are here, redacted
         _put(draft / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -444,25 +448,6 @@ def _all_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder but its manifest.json."""
     paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
     return {name: sha256(path) for name, path in sorted(paths.items()) if name != "manifest.json"}
-
-
-def _example_readme(run: _Run, files: list[str], left_out: list[str]) -> str:
-    """What a visitor on the web sees: verdict, table, figures, notebooks, what is not here, how to repeat it."""
-    table = results.format_table(results.runs_table([run.folder]))
-    pictures = [f"![{Path(name).stem}]({name})" for name in files if name.endswith(".png")]
-    notebooks = [f"- [{Path(name).stem}]({name})" for name in files if name.endswith(".ipynb")]
-    text = "\n".join([
-        "# A rehearsal, as it is left behind\n",
-        "**source: rehearsed.** No GPU was there: a stand-in served at the modelled GPUs' pace; the processes, HTTP and LoadGen",
-        "were real. `make example` made this folder, and nothing in it was edited but that `REDACTED_...` stands where names and",
-        "paths of the machine stood.\n",
-        "## The verdict\n", f"```\n{results.verdict_text(run.folder)}\n```\n",
-        "## The figures\n", f"```\n{table}\n```\n", *pictures,
-        "\n## The notebooks, executed\n", *notebooks,
-        "\n## What is not here\n", "A run folder also holds:\n", *(f"- `{item}`" for item in left_out),
-        "\n## Repeat it\n", f"    {_repeat(_given(run.folder))}\n",
-    ])  # fmt: skip
-    return run.redactor.text(text, "README.md")
 
 
 # -- submission
@@ -548,7 +533,8 @@ def _write_tree(root: Path, run: _Run, result: results.RunResult, fields: dict, 
     missing += _put_accuracy(root / "results" / bench / "accuracy", run, result)
     if not run.texts.get("user.conf"):
         missing.append("user.conf: the run folder has none")
-    readme = clean(_readme(run, f"{claim.model}, {claim.scenario}", result.verdict.text()), "README.md")
+    said = f"{result.verdict.text()}\n\nRepeat with:\n\n    {_repeat(_given(run.folder))}"
+    readme = clean(f"# {claim.model}, {claim.scenario}\n\n{said}\n", "README.md")
     values = {**_TREE["measurements"], **(fields.get("measurements") or {})}
     measured, code = root / "measurements" / bench, root / "code" / claim.model
     _put(measured / "user.conf", clean(run.texts.get("user.conf", ""), "user.conf"))
