@@ -170,7 +170,7 @@ def _write_run(folder: Path, e: Experiment, python: str) -> None:
     (folder / "user.conf").write_text(user_conf_text(e))
     (folder / "job.sh").write_text(make_job_script(e, python))
     (folder / "job.sh").chmod(0o755)
-    (folder / "job/settings.json").write_text(json.dumps(settings_of(e), indent=1) + "\n")
+    (folder / "job/settings.json").write_text(json.dumps(settings_of(e), indent=1, default=list) + "\n")
     for module in ["job_agent", "loadgen_client"] + ["find_target_qps"] * e.find_target_qps:
         shutil.copy(Path(__file__).with_name(f"{module}.py"), folder / "job")
     if not e.dataset_path:
