@@ -61,8 +61,7 @@ def figure_latency_distributions(run_dir: Path | str) -> Figure:
     run, claim = result.run, result.verdict.claim
     if np.isnan(run.ttft_p99_ms):
         found = f"a {run.loadgen_scenario} run ({run.missing['ttft_p99_ms']})"
-        needed = "a Server or Interactive run with token latencies"
-        raise LogError("no_token_latencies", run.log_dir, found, needed, "Draw another run.")
+        raise LogError("no_token_latencies", run.log_dir, found)
     queries = result.files.base / "job/queries_performance.csv"
     values = read_queries(queries) if queries.is_file() else {}
     figure, axes = new_figure(9.5, 3.9, ncols=2, sharey=True)
@@ -160,8 +159,7 @@ def figure_timeline(run_dir: Path | str) -> Figure:
     phases, progress = read_json_lines(job / "phases.jsonl"), read_json_lines(job / "progress.jsonl")
     times = [row["time_s"] for row in phases + progress]
     if not times:
-        needed = "the files of a job that has begun"
-        raise LogError("missing_file", job, "no phases.jsonl", needed, "Launch the job first.")
+        raise LogError("missing_file", job, "no phases.jsonl", todo="Launch the job first.")
     start = min(times)
     end = max(times) - start
     figure, axes = new_figure(9.5, 5.4, nrows=3, sharex=True, height_ratios=[1, 2, 2])
@@ -231,8 +229,7 @@ def figure_topology(run_dir: Path | str) -> Figure:
     settings = json.loads(path.read_text()) if path.is_file() else {}
     servers = settings.get("servers") or []
     if not servers:
-        todo = "Write the run with 03_configuration."
-        raise LogError("missing_file", path, "no `servers`", "the layout of a run", todo)
+        raise LogError("missing_file", path, "no `servers`", todo="Write the run with 03_configuration.")
     nodes, per_node = settings["node_count"], settings["gpus_per_node"]
     figure, axis = new_figure(1.6 + 1.5 * per_node, 1.5 + 0.62 * nodes)
     axis.grid(False)

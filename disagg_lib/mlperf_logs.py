@@ -25,16 +25,31 @@ SUMMARY, DETAIL, ACCURACY = "mlperf_log_summary.txt", "mlperf_log_detail.txt", "
 NAN = float("nan")
 
 
+#: the ways in which a log can be bad -> what is needed instead, what to do, unless an error brings better words
+CASES = {
+    "missing_folder": ("LoadGen's folder", "Check the path."),
+    "empty_folder": (f"{DETAIL} and {SUMMARY}", "Did LoadGen start at all? See logs/."),
+    "missing_file": ("that file", "Copy it from the machine that wrote it."),
+    "not_loadgen": ("LoadGen's detail log", "Give the folder that LoadGen wrote into (log_output.outdir)."),
+    # a file ends inside what is written at once
+    "cut_log": ("a whole file", "It was copied in part, or its writer was killed or still writes: copy it again, or run again."),
+    # whole lines, but no result
+    "killed_run": ("LoadGen's last lines", "The run was killed or still runs: see logs/ and job/phases.jsonl, then run it again."),
+    "damaged_line": ("whole lines of LoadGen's", "The file is damaged: copy it again from the run."),
+    "mixed_runs": ("summary and detail log of one run", "Copy both files again from the same run."),
+    "bad_value": ("a number", "The file is damaged or was edited: copy it again from the run."),
+    "bad_accuracy": ("hex digits", "Copy the file again."),
+    "bad_experiment": ("`parameters:` with a `value:` for each name", "It must be the file that 03_configuration wrote."),
+    "no_token_latencies": ("a Server or Interactive run with token latencies", "Draw another run."),
+}  # fmt: skip
+
+
 class LogError(DisaggError):
-    """A LoadGen log is missing, cut short or contradicts itself; `case` names which.
+    """A LoadGen log, or a file beside it, is missing, cut short or contradicts itself; `case` names which: see CASES."""
 
-    Cases: missing_folder, empty_folder, missing_file, not_loadgen, cut_log (a file ends inside what LoadGen writes at
-    once), killed_run (whole lines, but no result), damaged_line, mixed_runs, bad_value, bad_accuracy; of the files beside
-    the logs also bad_experiment, and no_token_latencies where a figure needs them.
-    """
-
-    def __init__(self, case: str, where: Path, found: str, needed: str, todo: str) -> None:
+    def __init__(self, case: str, where: Path, found: str, needed: str = "", todo: str = "") -> None:
         self.case = case
+        needed, todo = needed or CASES[case][0], todo or CASES[case][1]
         super().__init__(f"{where}: {case.replace('_', ' ')}: found {found}; needed {needed}. {todo}")
 
 
@@ -91,6 +106,9 @@ class MlperfRun(_Figures):
     use_token_latencies: bool
     equal_issue: bool  # sample_concatenate_permutation
     seeds: tuple[int | None, ...]  # qsl, sample index, schedule
+    generated_samples: (
+        int  # over all parts of the data set: an accuracy run draws each part that memory holds anew
+    )
     errors: tuple[str, ...]
     warnings: tuple[str, ...]
     error_count: int
@@ -147,6 +165,7 @@ def read_run(log_dir: Path | str) -> MlperfRun:
         use_token_latencies=token_latencies,
         equal_issue=detail.get("effective_sample_concatenate_permutation", False),
         seeds=tuple(map(detail.get, _SEEDS)),
+        generated_samples=sum(map(math.prod, zip(*_drawn(detail_text), strict=False))),
         errors=errors,
         warnings=warnings,
         error_count=max(int(detail.get("num_errors", 0)), len(errors), int(said[1]) if said else 0),
@@ -154,6 +173,12 @@ def read_run(log_dir: Path | str) -> MlperfRun:
         detail=detail,
         **figures,
     )
+
+
+def _drawn(detail_text: str) -> list[list[int]]:
+    """Queries, and samples in each, of every time that LoadGen drew queries."""
+    keys = ("generated_query_count", "generated_samples_per_query")
+    return [[int(n) for n in re.findall(rf'"key": "{key}", "value": (\d+)', detail_text)] for key in keys]
 
 
 def parse_detail(text: str, where: Path) -> tuple[dict[str, object], tuple[str, ...], tuple[str, ...]]:
@@ -164,8 +189,7 @@ def parse_detail(text: str, where: Path) -> tuple[dict[str, object], tuple[str, 
     """
     before, *entries = ("\n" + text).split("\n:::MLLOG ")
     if not entries:
-        todo = "Give the folder that LoadGen wrote into (log_output.outdir)."
-        raise LogError("not_loadgen", where, "no line `:::MLLOG ...`", "LoadGen's detail log", todo)
+        raise LogError("not_loadgen", where, "no line `:::MLLOG ...`")
     values: dict[str, object] = {}
     errors, warnings = [], []
     for number, entry in enumerate(entries):
@@ -212,11 +236,11 @@ def _damaged(before: str, entries: list[str], number: int, cut: bool, where: Pat
     """The error for an entry that is not whole: `cut` short at the end of the file, or damaged."""
     line = 1 + sum(entry.count("\n") + 1 for entry in entries[:number]) if not before.strip() else 1
     found = f"line {line}, `{(before.strip() or entries[number])[:60]}`"
-    if cut:
-        todo = "It was copied in part, or LoadGen still writes: copy it again, or run it again."
-        return LogError("cut_log", where, f"an end inside {found}", "whole lines", todo)
-    todo = "The file is damaged: copy it again from the run."
-    return LogError("damaged_line", where, found, "whole lines of LoadGen's", todo)
+    return (
+        LogError("cut_log", where, f"an end inside {found}")
+        if cut
+        else LogError("damaged_line", where, found)
+    )
 
 
 def parse_summary(text: str) -> dict[str, str]:
@@ -232,25 +256,22 @@ def parse_summary(text: str) -> dict[str, str]:
 def _read_texts(log_dir: Path) -> tuple[str, str]:
     """Text of the detail log and of the summary; line ends of either kind."""
     if not log_dir.is_dir():
-        raise LogError("missing_folder", log_dir, "no such folder", "LoadGen's folder", "Check the path.")
+        raise LogError("missing_folder", log_dir, "no such folder")
     names = sorted(entry.name for entry in log_dir.iterdir())
     if not names:
-        todo = "Did LoadGen start at all? See logs/."
-        raise LogError("empty_folder", log_dir, "no files", f"{DETAIL} and {SUMMARY}", todo)
-    for name in (DETAIL, SUMMARY):
-        if name not in names:
-            todo = "Copy it from the machine that ran LoadGen."
-            raise LogError("missing_file", log_dir / name, ", ".join(names[:5]), name, todo)
+        raise LogError("empty_folder", log_dir, "no files")
+    for name in sorted({DETAIL, SUMMARY}.difference(names)):
+        raise LogError("missing_file", log_dir / name, ", ".join(names[:5]))
     detail, summary = (
         (log_dir / name).read_bytes().decode("utf-8-sig", "replace") for name in (DETAIL, SUMMARY)
     )
     return detail, summary
 
 
-def read_bytes(path: Path | str, name: str, todo: str) -> bytes:
+def read_bytes(path: Path | str, todo: str) -> bytes:
     """A file's content; LogError `missing_file` if it is not there."""
     if not Path(path).is_file():
-        raise LogError("missing_file", Path(path), "no such file", name, todo)
+        raise LogError("missing_file", Path(path), "no such file", todo=todo)
     return Path(path).read_bytes()
 
 
@@ -270,14 +291,10 @@ def _refuse_cut(detail: Mapping, summary_text: str, mode: str, log_dir: Path) ->
             needed += ["num_errors"]  # the last line of every performance log since then
     absent = [key for key in needed if key not in detail]
     if absent:
-        found = f"{len(detail)} keys, but no `{absent[0]}`"
-        todo = "The run was killed or still runs: see logs/ and job/phases.jsonl, then run it again."
-        raise LogError("killed_run", log_dir / DETAIL, found, "LoadGen's last lines", todo)
+        raise LogError("killed_run", log_dir / DETAIL, f"{len(detail)} keys, but no `{absent[0]}`")
     if "ncountered" not in summary_text[-300:]:
         found = f"{len(summary_text)} characters without the closing line on errors"
-        needed = "`No errors encountered during test.` or a number of errors"
-        todo = "It was copied in part, or LoadGen was killed while it wrote: copy it again, or run it again."
-        raise LogError("cut_log", log_dir / SUMMARY, found, needed, todo)
+        raise LogError("cut_log", log_dir / SUMMARY, found)
 
 
 def _refuse_mixed(detail: Mapping, summary_text: str, log_dir: Path) -> None:
@@ -291,8 +308,7 @@ def _refuse_mixed(detail: Mapping, summary_text: str, log_dir: Path) -> None:
         key = next((k for k in whole if k in detail), key)
         if not _same(value, detail[key]):
             found = f"{label} = {value}, but {DETAIL} has {key} = {detail[key]}"
-            todo = "Copy both files again from the same run."
-            raise LogError("mixed_runs", log_dir / SUMMARY, found, "summary and detail log of one run", todo)
+            raise LogError("mixed_runs", log_dir / SUMMARY, found)
 
 
 def _same(printed: str, value: object) -> bool:
@@ -319,8 +335,7 @@ def _refuse_bad_values(detail: Mapping, where: Path) -> None:
         else:
             continue
         if not good:
-            todo = "The file is damaged or was edited: copy it again from the run."
-            raise LogError("bad_value", where, f"{key} = {str(value)[:60]}", needed, todo)
+            raise LogError("bad_value", where, f"{key} = {str(value)[:60]}", needed)
 
 
 def _figure(detail: Mapping, keys: tuple[str, ...], divisor: float) -> float:
@@ -368,7 +383,7 @@ def read_accuracy_txt(path: Path | str) -> AccuracyScores:
     ------
     LogError : missing_file, or bad_accuracy when no score can be found in it.
     """
-    text = read_bytes(path, "accuracy.txt", "Evaluate the accuracy log first.").decode("utf-8", "replace")
+    text = read_bytes(path, "Evaluate the accuracy log first.").decode("utf-8", "replace")
     scores: dict[str, float] = {}
     for line in text.splitlines():
         scores.update(_scores_of(line.strip()))
@@ -440,11 +455,10 @@ def read_accuracy_log(path: Path | str, dtype: str | None = None) -> AccuracyLog
     Source: mlcommons/inference, loadgen/logging.cc (LogAccuracy: upper-case hex of the raw bytes).
     """
     path = Path(path)
-    raw = read_bytes(path, ACCURACY, "Copy it from the accuracy run.")
+    raw = read_bytes(path, "Copy it from the accuracy run.")
     truncated = b"\n\n...\n\n" in raw or b"\r\n...\r\n" in raw
     if not truncated and not raw.rstrip().endswith(b"]"):
-        todo = "The run was killed: run it again."
-        raise LogError("cut_log", path, "no closing `]`", "a finished accuracy log", todo)
+        raise LogError("cut_log", path, "no closing `]`")
     qsl_idx, counts, data = _scan_answers(raw, truncated)
     del raw
     dtype = dtype or _id_type(data, counts)
@@ -461,8 +475,7 @@ def read_accuracy_log(path: Path | str, dtype: str | None = None) -> AccuracyLog
         try:
             words = np.frombuffer(binascii.unhexlify(part), dtype=ids.dtype)
         except ValueError as error:
-            found = f"{error} in sample {qsl_idx[answer]}"
-            raise LogError("bad_accuracy", path, found, "hex digits", "Copy the file again.") from error
+            raise LogError("bad_accuracy", path, f"{error} in sample {qsl_idx[answer]}") from error
         ids[offsets[answer] : offsets[answer + 1]] = words
     return AccuracyLog(np.array(qsl_idx, np.int64), offsets, ids, np.array(counts, np.int64), truncated)
 

@@ -111,8 +111,7 @@ def _json(path: Path) -> dict | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except ValueError as error:
-        found = f"no JSON ({error})"
-        raise LogError("cut_log", path, found, "a JSON object", "Copy the file again.") from error
+        raise LogError("cut_log", path, f"no JSON ({error})") from error
     return found if isinstance(found, dict) else {}
 
 
@@ -126,9 +125,7 @@ def read_parameters(path: Path) -> dict[str, object]:
         recorded = yaml.load(path.read_text(encoding="utf-8", errors="replace"), Loader=loader)["parameters"]
         return {name: entry["value"] for name, entry in recorded.items()}
     except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        found, needed = f"{type(error).__name__}: {error}", "`parameters:` with a `value:` for each name"
-        todo = "It must be the file that 03_configuration wrote."
-        raise LogError("bad_experiment", path, found, needed, todo) from error
+        raise LogError("bad_experiment", path, f"{type(error).__name__}: {error}") from error
 
 
 def _origin(path: Path) -> dict[str, str]:

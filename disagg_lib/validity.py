@@ -359,8 +359,7 @@ def _accuracy_checks(
         # as the checker counts: one published summary reports one that its log lacks
         count = len(accuracy_run.errors)
         yield _check("accuracy_errors", count == 0, count, 0)
-        seen = accuracy_run.generated_query_count * max(1, accuracy_run.samples_per_query)
-        full = accuracy_run.dataset_samples
+        seen, full = accuracy_run.generated_samples, accuracy_run.dataset_samples
         yield _check("accuracy_queries", seen >= full, seen, full)
     bounds = model.get("accuracy", {})
     if not bounds:

@@ -57,8 +57,7 @@ def read_lines(path: Path | str) -> Iterator[LogLine]:
     """Lines of a labelled log, one at a time: such a log grows to GB with iteration lines on."""
     path = Path(path)
     if not path.is_file():
-        todo = "See logs/ of the run folder."
-        raise LogError("missing_file", path, "no such file", "the workers' log", todo)
+        raise LogError("missing_file", path, "no such file", todo="See logs/ of the run folder.")
     with path.open(encoding="utf-8", errors="replace", newline=None) as file:
         for number, line in enumerate(file, 1):
             text = line.rstrip("\n")

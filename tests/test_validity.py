@@ -160,6 +160,17 @@ def test_at_least_fifteen_checks_are_mutated():
     assert len({name for name, _ in MUTATIONS.values()}) >= 15
 
 
+@pytest.mark.parametrize(("rest", "valid"), [(313, True), (312, False)])
+def test_accuracy_run_that_draws_the_data_set_in_parts_is_counted_whole(tmp_path, rest, valid):
+    folder = make_valid(tmp_path / "run")
+    set_accuracy(folder, "generated_query_count", 8000)
+    path = folder / "accuracy" / DETAIL
+    drawn = [line for line in path.read_text().splitlines(keepends=True) if '"generated_' in line]
+    again = "".join(drawn).replace('"value": 8000', f'"value": {rest}')
+    path.write_text(path.read_text().replace(drawn[-1], drawn[-1] + again))
+    assert [check.name for check in results.verdict_of(folder).failed] == ["accuracy_queries"] * (not valid)
+
+
 @pytest.mark.parametrize(("name", "low"), [("rougeL", 21.449934), ("exact_match", 89.232165)])
 def test_score_on_its_bound_passes(tmp_path, name, low):
     folder = make_valid(tmp_path / "run")
