@@ -30,7 +30,7 @@ from . import results
 from .errors import DisaggError
 from .mlperf_logs import ACCURACY, DETAIL, SUMMARY, LogError, read_accuracy_txt
 from .redaction import Redactor, SecretError, collect_names
-from .run_folder import read_json_lines, sha256
+from .run_folder import given_parameters, read_json_lines, repeat_command, sha256
 from .validity import load_rules
 
 LARGEST_MIB = 50  # the checker's bound on a file, and a crate nobody minds to download
@@ -226,8 +226,10 @@ def _summary(
         table = results.format_table(results.runs_table([run.folder]))
     except LogError as error:
         verdict, table = f"No verdict: {error}", ""
-    given = _given(run.folder)
-    rows = [f"| {name} | `{value}` | {where} |".replace("\n", " ") for name, value, where in given]
+    rows = [
+        f"| {name} | `{value}` | {where} |".replace("\n", " ")
+        for name, value, where in given_parameters(run.folder)
+    ]
     manifest = json.loads(run.texts.get("manifest.json", "{}"))
     versions = {**manifest.get("versions", {}), "commit": (manifest.get("git") or {}).get("commit")}
     parts = [
@@ -237,26 +239,13 @@ def _summary(
         "## The figures", indent(table, "    "), *pictures,
         "## What was run", "\n".join(["| parameter | value | from |", "|---|---|---|", *rows]),
         ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "## How to repeat it", f"    {_repeat(given)}",
+        "## How to repeat it", f"    {repeat_command(run.folder)}",
         "## The notebooks, executed", "\n".join(f"- [{Path(name).stem}]({name})" for name in notebooks),
         "## What is not here" if left_out else "", "\n".join(f"- `{item}`" for item in left_out),
     ]  # fmt: skip
     text = run.redactor.text("\n\n".join(filter(None, parts)), file)
     marks = ", ".join(sorted({item["placeholder"] for item in run.redactor.listed()}))
     return f"{text}\n\nNames and paths of the site are replaced by: {marks or 'nothing'}.\n"
-
-
-def _given(folder: Path) -> list[tuple[str, object, str]]:
-    """Parameters that are not defaults: name, value, where from."""
-    recorded = yaml.safe_load((folder / "experiment.yaml").read_text(encoding="utf-8"))["parameters"]
-    return [(n, e["value"], str(e["from"])) for n, e in recorded.items() if e.get("from") != "default"]
-
-
-def _repeat(given: list[tuple[str, object, str]]) -> str:
-    """The command of this run: its params files, then what was given by hand."""
-    files = list(dict.fromkeys(where for _, _, where in given if where.endswith((".yaml", ".yml"))))
-    by_hand = [f" -p {name} {json.dumps(value)}" for name, value, where in given if where == "given"]
-    return "python -m disagg_lib run " + " ".join(files or ["params/rehearsal.yaml"]) + "".join(by_hand)
 
 
 # -- RO-Crate
@@ -533,7 +522,7 @@ def _write_tree(root: Path, run: _Run, result: results.RunResult, fields: dict, 
     missing += _put_accuracy(root / "results" / bench / "accuracy", run, result)
     if not run.texts.get("user.conf"):
         missing.append("user.conf: the run folder has none")
-    said = f"{result.verdict.text()}\n\nRepeat with:\n\n    {_repeat(_given(run.folder))}"
+    said = f"{result.verdict.text()}\n\nRepeat with:\n\n    {repeat_command(run.folder)}"
     readme = clean(f"# {claim.model}, {claim.scenario}\n\n{said}\n", "README.md")
     values = {**_TREE["measurements"], **(fields.get("measurements") or {})}
     measured, code = root / "measurements" / bench, root / "code" / claim.model

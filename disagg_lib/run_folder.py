@@ -3,10 +3,12 @@
 import datetime
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from .errors import DisaggError
 from .experiment import REPOSITORY, Experiment, experiment_text, load_recorded
@@ -314,6 +317,21 @@ def search_table(run: Path) -> pd.DataFrame:
     """One row a trial of find_target_qps: qps, queries, valid, ttft_share and tpot_share of their limits, seconds."""
     columns = ["qps", "queries", "valid", "ttft_share", "tpot_share", "seconds", "failed"]
     return pd.DataFrame(read_json_lines(run / "job/find_target_qps.jsonl"), columns=columns)
+
+
+def given_parameters(run: Path) -> list[tuple[str, object, str]]:
+    """Parameters of experiment.yaml that are not defaults: name, value, where from."""
+    recorded = yaml.safe_load((run / "experiment.yaml").read_text(encoding="utf-8"))["parameters"]
+    return [(n, e["value"], str(e["from"])) for n, e in recorded.items() if e.get("from") != "default"]
+
+
+def repeat_command(run: Path) -> str:
+    """The command that makes such a run again: its params files, then what was given by hand."""
+    given = given_parameters(run)
+    files = list(dict.fromkeys(where for _, _, where in given if where.endswith((".yaml", ".yml"))))
+    by_hand = [("-p", name, json.dumps(value)) for name, value, where in given if where == "given"]
+    words = [*(files or ["params/rehearsal.yaml"]), *itertools.chain(*by_hand)]
+    return shlex.join(["python", "-m", "disagg_lib", "run", *words])
 
 
 def parameters_table(e: Experiment) -> pd.DataFrame:

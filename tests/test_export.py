@@ -18,6 +18,7 @@ from disagg_lib import export, results
 from disagg_lib.export import ExportError, export_crate, export_html, export_submission, recompute
 from disagg_lib.mlperf_logs import ACCURACY, DETAIL, SUMMARY
 from disagg_lib.redaction import SecretError
+from disagg_lib.run_folder import repeat_command
 from disagg_lib.validity import load_rules
 
 DATA = Path(__file__).parent / "data"
@@ -316,6 +317,16 @@ def test_index_of_a_failed_run_says_why_there_is_no_verdict(tmp_path):
     (run / "mlperf/performance" / SUMMARY).write_text("")
     index = (export_html(run, tmp_path / "html").path / "index.html").read_text()
     assert "No verdict: " in index and "cut log" in index and index.count("data:image/png") == 2
+
+
+def test_the_command_to_repeat_a_run_is_quoted(tmp_path):
+    run = make_site_run(tmp_path / "run", site())
+    recorded = yaml.safe_load((run / "experiment.yaml").read_text())
+    recorded["parameters"]["test_modes"] = {"value": ["performance"], "from": "given"}
+    (run / "experiment.yaml").write_text(yaml.safe_dump(recorded))
+    command = repeat_command(run)
+    assert command.startswith("python -m disagg_lib run params/site.yaml -p ")
+    assert """-p test_modes '["performance"]'""" in command
 
 
 # -- crate
