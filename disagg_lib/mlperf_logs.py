@@ -66,15 +66,7 @@ SUMMARY_LABELS: dict[str, str] = _TABLE["labels"] | {
     label: FIGURES[name][0][0] for name, (_, *labels) in _TABLE["figures"].items() for label in labels
 }
 
-#: keys of many kB that no figure needs
-_BULKY = {"loaded_qsl_set", "loadgen_file_sha1", "loadgen_git_log_message", "loadgen_git_status_message"}
-_MODES = {"PerformanceOnly": "performance", "AccuracyOnly": "accuracy", "SubmissionRun": "submission",
-          "FindPeakPerformance": "find_peak"}  # fmt: skip
-_TEXTS = {"loadgen_version": "loadgen_version", "test_datetime": "test_datetime", "loadgen_valid": "result_validity",
-          "invalid_reason": "result_invalid_reason"}  # fmt: skip
-_MET = {"perf_constraints_met": "result_perf_constraints_met", "min_duration_met": "result_min_duration_met",
-        "min_queries_met": "result_min_queries_met", "early_stopping_met": "early_stopping_met"}  # fmt: skip
-_SEEDS = tuple(f"effective_{name}_rng_seed" for name in ("qsl", "sample_index", "schedule"))
+_TEXTS, _MET, _SEEDS, _MODES = (_TABLE[name] for name in ("texts", "met", "seeds", "modes"))
 _FLAGS = {*_MET.values(), "requested_use_token_latencies", "effective_sample_concatenate_permutation"}
 _NUMBERS = {key for keys, _ in FIGURES.values() for key in keys} | {
     *("num_errors", "effective_target_latency_percentile", *_SEEDS)
@@ -197,7 +189,7 @@ def parse_detail(text: str, where: Path) -> tuple[dict[str, object], tuple[str, 
         tail = _ENTRY_END.match(entry, close) if close > 0 else None
         key, raw = (begin[1], entry[begin.end() : close]) if begin and tail else ("", "")
         flagged = tail and ('"is_error": true' in tail[1] or '"is_warning": true' in tail[1])
-        if key not in _BULKY and (key not in values or flagged):
+        if key not in _TABLE["bulky"] and (key not in values or flagged):
             value = _value(raw)
             values.setdefault(key, value)
             if flagged:

@@ -131,17 +131,13 @@ def notebook_run(namespace: Mapping[str, Any]) -> tuple[Path, Experiment]:
 
 def _report(folder: Path) -> Path:
     """HTML beside each executed notebook; returns the page of the last one."""
-    from nbconvert import HTMLExporter
-    from traitlets.config import Config
+    from .export import notebook_page
 
-    # The list of all parameters stays in the notebook; a reader wants the given ones, in the injected cell.
-    hide = {"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": ["parameters"]}}
-    exporter = HTMLExporter(config=Config(hide))
-    page = folder / "nothing.html"
-    for path in sorted(folder.glob("*.ipynb")):
-        page = path.with_suffix(".html")
-        page.write_text(exporter.from_filename(str(path))[0], encoding="utf-8")
-    return page
+    notebooks = sorted(folder.glob("*.ipynb"))
+    for path in notebooks:
+        page = notebook_page(path.read_text(encoding="utf-8"), [other.stem for other in notebooks])
+        path.with_suffix(".html").write_text(page, encoding="utf-8")
+    return notebooks[-1].with_suffix(".html")
 
 
 def run_chain(

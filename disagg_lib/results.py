@@ -85,6 +85,10 @@ def find_logs(folder: Path | str) -> RunFiles:
 
 def _run_files(folder: Path, base: Path, performance: Path | None, accuracy: Path | None) -> RunFiles:
     """The files beside the logs, read."""
+    tree = _TREE.search(base.resolve().as_posix())
+    described = base / "system.json"
+    if tree and not described.is_file():
+        described = base.resolve().parents[3] / "systems" / f"{tree['system']}.json"
     return RunFiles(
         folder=folder,
         base=base,
@@ -92,10 +96,17 @@ def _run_files(folder: Path, base: Path, performance: Path | None, accuracy: Pat
         accuracy=accuracy,
         parameters=read_parameters(base / "experiment.yaml"),
         settings=_json(base / "job/settings.json") or {},
-        origin=_origin(base / "SOURCE.txt"),
-        system=_json(base / "system.json") or {},
+        origin=_origin(base / "SOURCE.txt", tree),
+        system=_json(described) or {},
         client=_json(base / "job/client_performance.json"),
     )
+
+
+#: a scenario's folder in a results repository of MLCommons, or in a submission
+_TREE = re.compile(
+    r"(?:/(?P<repository>inference_results_v\d+\.\d+)[^/]*)?/"
+    r"(?P<path>(?:closed|open|network)/[^/]+/results/(?P<system>[^/]+)/[^/]+/[^/]+)$"
+)
 
 
 def _first_folder(base: Path, names: Iterable[str]) -> Path | None:
@@ -128,19 +139,24 @@ def read_parameters(path: Path) -> dict[str, object]:
         raise LogError("bad_experiment", path, f"{type(error).__name__}: {error}") from error
 
 
-def _origin(path: Path) -> dict[str, str]:
-    """`key: value` lines of a SOURCE.txt, keys in lower case."""
-    if not path.is_file():
+def _origin(path: Path, tree: re.Match | None) -> dict[str, str]:
+    """`key: value` lines of a SOURCE.txt, keys in lower case; without one, what the folder's place in a tree says."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        pairs = (line.partition(":") for line in lines)
+        return {key.strip().lower(): value.strip() for key, colon, value in pairs if colon}
+    if not tree:
         return {}
-    pairs = (line.partition(":") for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
-    return {key.strip().lower(): value.strip() for key, colon, value in pairs if colon}
+    origin = {"path": f"{tree['path']}/performance/run_1"}
+    return origin | ({"repository": tree["repository"]} if tree["repository"] else {})
 
 
 def source_of(files: RunFiles) -> str:
     """measured, rehearsed or published.
 
-    Our own run folders say it themselves (`engine: rehearsal`); a SOURCE.txt that names a results repository, or a
-    `source:` line in it, speaks for other folders. Anything else LoadGen measured on something: `measured`.
+    Our own run folders say it themselves (`engine: rehearsal`). For other folders speaks a SOURCE.txt that names a
+    results repository, a `source:` line in it, or a place in a copy of that repository. Anything else LoadGen measured
+    on something: `measured`.
     """
     engine = files.parameters.get("engine", files.settings.get("engine"))
     if engine:

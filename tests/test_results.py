@@ -58,6 +58,21 @@ def _equal(ours, printed):
     return round(float(ours), decimals) == float(printed)
 
 
+def test_a_copy_of_the_results_repository_gives_the_published_table_too(tmp_path):
+    folder = SHARED / "mlperf_logs/NVIDIA__B200-SXM-180GBx8_TRT__Interactive"
+    if not folder.is_dir():
+        pytest.skip(f"no published logs at {SHARED}: they are not part of this repository")
+    root = tmp_path / "inference_results_v5.1/closed/NVIDIA"
+    place = root / "results/B200-SXM-180GBx8_TRT/llama3.1-405b/Interactive"
+    for part in ("performance", "accuracy"):
+        shutil.copytree(folder / part, place / part, copy_function=shutil.copyfile)
+    (root / "systems").mkdir()
+    shutil.copyfile(folder / "system.json", root / "systems/B200-SXM-180GBx8_TRT.json")
+    ours, theirs = results.runs_table([place]), results.runs_table([folder])
+    pd.testing.assert_frame_equal(ours.drop(columns="folder"), theirs.drop(columns="folder"))
+    assert ours["source"].tolist() == ["published"]
+
+
 def test_first_column_is_the_folder_and_every_row_has_all_columns(tmp_path):
     table = results.runs_table([make_run(tmp_path / "a"), DATA / "logs_full", tmp_path / "nothing"])
     assert table.columns[0] == "folder" and tuple(table.columns) == results.COLUMNS
