@@ -609,7 +609,8 @@ def beside_published(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 def _caution(run) -> str:
     """Why a run's place among the published ones is not a comparison; "" if it is one."""
-    reasons = [] if run.source == "measured" else [f"it is {run.source}, so a model's word"]
+    modelled = run.source in ("rehearsed", "simulated")
+    reasons = [f"it is {run.source}, so a model's word"] if modelled else []
     reasons += [f"it is shortened ({run.shortened})"] if run.shortened else []
     reasons += ["it is not valid"] if not run.valid else []
     return f" No comparison: {'; '.join(reasons)}." if reasons else ""
