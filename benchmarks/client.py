@@ -6,7 +6,7 @@
 
 Needs a C compiler, two cores and the extra `bench`. The sink (sse_sink.c) has one core, each client the other. The
 sink notes when it wrote the first event of each answer, on the clock that the clients read: TTFT added is the time
-from there to the client's "first token" call. CPU is that of the client's process and its children. Requests carry
+from there to the client's "first token" call. The floor's is what waking a process costs on this machine. CPU is that of the client's process and its children. Requests carry
 9,400 token ids. Clients that cannot follow are given a tenth of the rate, which only helps them.
 """
 
@@ -145,6 +145,47 @@ def run_ours(load, mode="performance"):
         await start_on_time(load, lambda number: client.begin([(number, number)], time.perf_counter()))
         await finished.wait()
         assert not client.kinds, client.kinds
+
+    loop = loadgen_client.new_event_loop()
+    loop.run_until_complete(main())
+
+
+class Taker(asyncio.Protocol):
+    """Takes the bytes, notes the first read and the last, looks at nothing else: what no client here can go below."""
+
+    def __init__(self, load, idle, finished):
+        self.load, self.idle, self.finished = load, idle, finished
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.idle.append(self)
+
+    def start(self, number):
+        body = self.load.body(number)
+        self.number, self.waiting = number, True
+        self.transport.writelines([b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body), body])
+
+    def data_received(self, data):
+        if self.waiting:
+            self.waiting = False
+            self.load.first(self.number)
+        if data.endswith(b"\r\n0\r\n\r\n"):
+            self.load.done(self.number, self.load.tokens)
+            self.idle.append(self)
+            if self.load.counted == self.load.tokens * len(self.load.at_s):
+                self.finished.set()
+
+
+def run_floor(load):
+    """A protocol on uvloop that only takes the bytes."""
+
+    async def main():
+        loop, idle, finished = asyncio.get_running_loop(), [], asyncio.Event()
+        for _ in range(1000):  # more than are ever open
+            await loop.create_connection(lambda: Taker(load, idle, finished), "127.0.0.1", load.port)
+        begin_cpu()
+        await start_on_time(load, lambda number: idle.pop().start(number))
+        await finished.wait()
 
     loop = loadgen_client.new_event_loop()
     loop.run_until_complete(main())
@@ -345,6 +386,7 @@ def run_workers(load, count=2):
 
 
 CLIENTS = {
+    "floor": run_floor,
     "ours": run_ours,
     "ours, every id read": lambda load: run_ours(load, "accuracy"),
     "aiohttp": run_aiohttp,
@@ -353,6 +395,7 @@ CLIENTS = {
     "requests": run_requests,
 }
 WORDS = {
+    "floor": "the floor: a protocol on uvloop that only takes the bytes",
     "aiohttp": "aiohttp + uvloop + orjson",
     "workers": "NVIDIA harness design: 2 aiohttp + orjson workers behind ZMQ",
     "httpx": "httpx + orjson",
@@ -440,7 +483,8 @@ def compare(sink, options):
         for name, runs in results.items()
     }
     print(
-        f"\n{options.events_per_s} events/s of 304 bytes offered, {options.tokens} an answer, {options.rounds} rounds, medians"
+        f"\n{options.events_per_s} events/s of 304 bytes offered, {options.tokens} an answer, {options.rounds} rounds, "
+        f"medians; load average of the machine {os.getloadavg()[1]:.1f}, of which this is about 1.7"
     )
     print(
         "| client | CPU, us a token | TTFT added, p50 ms | p99 ms | end added, p99 ms | events a write | events/s |"
@@ -452,7 +496,7 @@ def compare(sink, options):
             f"| {row['ttft_added_p99_ms']:.3f} | {row['end_added_p99_ms']:.2f} | {row['events_per_write']:.2f} "
             f"| {row['events_per_s']:.0f} |"
         )
-    for other in ("aiohttp", "workers"):
+    for other in ("floor", "aiohttp", "workers"):
         if other in rows and "ours" in rows:
             ratio = {key: rows["ours"][key] / rows[other][key] for key in ("cpu_us", "ttft_added_p99_ms")}
             print(

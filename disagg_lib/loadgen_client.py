@@ -34,6 +34,7 @@ import os
 import platform
 import queue
 import random
+import re
 import resource
 import signal
 import ssl
@@ -70,6 +71,8 @@ STATUSES = ("ok",) + KINDS
 FIRST_ID, END_ID = 10000, 99999  # synthetic prompts: all ids have five digits, inside Llama 3's 128256
 LAG_PERIOD_S = 0.02
 NO_IDS = array.array("i")
+# Text in a whole event at the end of a read. In JSON no string can hold this: its quotes would be escaped.
+HAS_CONTENT = re.compile(rb'"(?:text|content)": ?"[^"](?s:.*)\}\n\n\r\n\Z').search
 # MLPerf's compliance test of token ids (mlcommons/inference compliance/TEST06), as LoadGen reads it.
 TEST06 = """*.*.mode = 2
 *.*.accuracy_log_rng_seed = 720381539243781796
@@ -121,6 +124,11 @@ def dechunk(raw, out):
             return pos, False
         out.append(raw[start : start + size])
         pos = pos_next
+
+
+def status_of(data):
+    """Return 200 if an answer begins so."""
+    return 200 if data.startswith(b"HTTP/1.1 200 ") else 0
 
 
 def unify_lines(text):
@@ -352,6 +360,13 @@ class Connection(asyncio.Protocol):
 
     def _feed(self, answer, data):
         waiting = answer.first is None
+        if (
+            waiting
+            and self.client.tells_early
+            and HAS_CONTENT(data)
+            and 200 in (answer.status, status_of(data))
+        ):
+            self.client.first_content(self.request, "", None)  # before the answer is looked into
         try:
             answer.feed(data)
         except BAD_ANSWER as error:
@@ -389,6 +404,7 @@ class Client:
         self.loop, self.loadgen, self.target, self.samples, self.log = loop, loadgen, target, samples, log
         self.mode, self.settings = mode, settings
         self.want_ids = mode != "performance"
+        self.tells_early = not self.want_ids  # the first token's id is not asked for
         self.encode = load_tokenizer(settings["tokenizer"]) if self.want_ids else None
         self.token_latencies = settings["scenario"] == "Server"
         self.connections, self.idle = set(), collections.deque()
@@ -503,6 +519,8 @@ class Client:
 
     def first_content(self, request, text, ids):
         """The first content came: LoadGen takes its TTFT here."""
+        if request.first_s:
+            return
         request.first_s = time.perf_counter()
         if self.token_latencies:
             if self.mode == "test06" and not ids and self.encode:
