@@ -28,6 +28,7 @@ import numpy as np
 from disagg_lib.errors import DisaggError
 from disagg_lib.mlperf_logs import read_accuracy_log
 
+END_TOKEN = 128009  # of Llama 3
 UUID = re.compile(r"\w{8}-\w{4}-\w{4}-\w{4}-\w{12}")
 # transformers applies these to decoded text if tokenizer_config.json says clean_up_tokenization_spaces.
 CLEAN_UPS = [(" " + mark, mark) for mark in (".", "?", "!", ",")]
@@ -172,6 +173,40 @@ def first_answers(log_path: Path) -> dict[int, np.ndarray]:
     return answers
 
 
+def verify_test06(run_dir: Path) -> dict[str, str]:
+    """Judge the TEST06 run of a run folder and write verify_accuracy.txt beside its log; {} if there is none.
+
+    The rules: a first token that was reported by itself is the answer's first (Offline reports none); an answer ends
+    with one end token or none; as many tokens were counted as there are.
+
+    Source: mlcommons/inference, compliance/TEST06 (its verification compares the end token's number as text unless it
+    is left at 2, so its word on Llama 3 is always True; here 128009 counts).
+    """
+    path = Path(run_dir) / "mlperf" / "test06" / "mlperf_log_accuracy.json"
+    if not path.is_file():
+        return {}
+    answers = json.loads(path.read_text())
+    if not answers:
+        raise EvaluationError(f"{path}: no answers; did the TEST06 run end?")
+    ids = [np.frombuffer(bytes.fromhex(answer["data"]), "<i4") for answer in answers]
+    first = [np.frombuffer(bytes.fromhex(answer.get("token_data", "")), "<i4") for answer in answers]
+    told = [i for i, tokens in enumerate(first) if len(tokens)]
+    checks = {
+        "First token check": all(ids[i][: len(first[i])].tolist() == first[i].tolist() for i in told)
+        if told
+        else "Skipped",
+        "EOS check": not any((tokens[-2:] == END_TOKEN).sum() == 2 for tokens in ids),
+        "Sample length check": all(
+            len(tokens) == answer["token_count"] for tokens, answer in zip(ids, answers, strict=True)
+        ),
+    }
+    lines = [f"{name} pass: {word}\n" for name, word in checks.items()]
+    if False not in checks.values():
+        lines.append("TEST06 verification complete\n")
+    path.with_name("verify_accuracy.txt").write_text("".join(lines))
+    return {f"TEST06, {name}": str(word) for name, word in checks.items()}
+
+
 def write_accuracy_txt(result: dict, log_path: Path, path: Path) -> Path:
     """Write accuracy.txt as the checker reads it: the results as a dict, then the hash of the whole accuracy log."""
     digest = hashlib.sha256(Path(log_path).read_bytes()).hexdigest()
@@ -192,6 +227,8 @@ def evaluate(
 ) -> dict:
     """Evaluate the accuracy run of a run folder; write tables/accuracy.json and, with all scores, accuracy.txt beside the log.
 
+    A TEST06 run is judged on the way.
+
     Parameters
     ----------
     data_set : MLPerf's pickle (columns gt_output, metric), opened only if its sha256 is given and right or `trust`.
@@ -207,6 +244,9 @@ def evaluate(
     EvaluationError, LogError : nothing is written then.
     """
     log_path = Path(run_dir) / "mlperf" / "accuracy" / "mlperf_log_accuracy.json"
+    test06 = verify_test06(run_dir)
+    if test06 and not log_path.exists():
+        return {**test06, "notes": ["no accuracy run"]}
     answers = first_answers(log_path)
     order = sorted(answers)
     ids = [answers[index] for index in order]
@@ -229,7 +269,7 @@ def evaluate(
             notes.append(f"{len(order)} of {len(frame)} samples")
         if {"rougeL", "exact_match"} <= set(result):
             write_accuracy_txt(result, log_path, log_path.with_name("accuracy.txt"))
-    result["notes"] = notes
+    result = {**result, **test06, "notes": notes}
     (tables / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 

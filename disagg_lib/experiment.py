@@ -3,6 +3,7 @@
 import difflib
 import math
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_PARAMS_FILES = ("params/rehearsal.yaml",)
 MODEL_PATH_IN_SCRATCH = "models/Llama3.1-405B/fp4-quantized-modelopt/llama3.1-405b-instruct-hf-torch-fp4"  # the harness looks here
 SLURM_WORD = r"^[A-Za-z0-9][A-Za-z0-9_.,@+-]*$"
+ENDPOINT_URL = r"^https?://[\w.-]+(:\d+)?(/[\w./-]*)?$"
 FAULTS = (
     r"^(none|crash_loading(:\w+)?|crash_midrun(:\w+(:\d+)?)?|health_503|no_tokens|slow_tokens|"
     r"truncated_stream(:\d+)?)$"
@@ -81,9 +83,10 @@ class Experiment(BaseModel):
     )
     container: Literal["pyxis", "none"] = _parameter("pyxis", "how servers are contained")
     client: Literal["loadgen", "nvidia_harness"] = _parameter("loadgen", "what measures")
-    test_modes: tuple[Literal["performance", "accuracy"], ...] = _parameter(
-        ("performance", "accuracy"), "list, in this order"
+    test_modes: tuple[Literal["performance", "accuracy", "test06"], ...] = _parameter(
+        ("performance", "accuracy"), "list, in this order; test06 is MLPerf's check of token ids"
     )
+    scenario: Literal["Interactive", "Server", "Offline"] = _parameter("Interactive", "what LoadGen plays")
     # the topology
     num_ctx_servers: int = _parameter(4, "context servers", ge=1, le=10_000)
     ctx_tp_size: int = _parameter(4, "GPUs that share each layer of a context server", ge=1)
@@ -129,6 +132,7 @@ class Experiment(BaseModel):
     )
     # the load
     server_target_qps: float = _parameter(3.85, "queries per second that LoadGen offers", gt=0, le=100_000)
+    max_in_flight: int = _parameter(2048, "Offline: requests open at once", ge=1)
     dataset_path: str | None = _parameter(None, "the MLPerf pickle; not given: the synthetic data set")
     trust_dataset: bool = _parameter(False, "true: open a pickle of unknown checksum (a pickle can run code)")
     request_timeout_s: int = _parameter(1800, "seconds until one request counts as failed", ge=1)
@@ -177,7 +181,13 @@ class Experiment(BaseModel):
     system_name: str | None = _parameter(None, "SYSTEM_NAME of the NVIDIA harness", pattern=r"^[\w.-]+$")
     harness_dir: str | None = _parameter(None, "path of closed/NVIDIA, for client: nvidia_harness")
     endpoint_url: str | None = _parameter(
-        None, "http://host:port of a server that is up, for engine: external", pattern=r"^http://[\w.-]+:\d+$"
+        None, "http://host:port of a server that is up, for engine: external", pattern=ENDPOINT_URL
+    )
+    endpoint: Literal["/v1/completions", "/v1/chat/completions"] = _parameter(
+        "/v1/completions", "where requests go; chat: empty messages and prompt_token_ids"
+    )
+    served_model: str = _parameter(
+        "meta-llama/Llama-3.1-405B-Instruct", "the model's name in requests", pattern=r"^\S+$"
     )
 
     provenance: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
@@ -210,7 +220,15 @@ class Experiment(BaseModel):
     @classmethod
     def _modes(cls, value):
         if not value or len(set(value)) != len(value):
-            raise ValueError("at least one of 'performance' and 'accuracy', each once")
+            raise ValueError("at least one of 'performance', 'accuracy' and 'test06', each once")
+        return value
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _port(cls, value):
+        port = re.search(r":(\d+)(/|$)", value or "")
+        if port and not 1 <= int(port[1]) <= 65535:
+            raise ValueError("a port of 1 to 65535 in http://host:port")
         return value
 
     @property
@@ -333,6 +351,11 @@ def _check_together(e: Experiment) -> None:
             "container: found 'pyxis' with engine: rehearsal, which runs outside containers. Set container: none"
         )
     if e.client == "nvidia_harness":
+        if e.scenario != "Interactive" or "test06" in e.test_modes:
+            raise ParameterError(
+                f"client: found 'nvidia_harness' with scenario: {e.scenario} and test_modes: {', '.join(e.test_modes)}; here it "
+                "makes performance and accuracy runs of Interactive. Set client: loadgen"
+            )
         if e.engine != "trtllm":
             raise ParameterError(
                 f"client: found 'nvidia_harness' with engine: {e.engine}; it measures engine: trtllm. Set client: loadgen"
@@ -355,6 +378,10 @@ def _check_together(e: Experiment) -> None:
     if e.find_target_qps and (e.client != "loadgen" or "performance" not in e.test_modes):
         raise ParameterError(
             "find_target_qps: found true, which needs client: loadgen and 'performance' among test_modes. Set them"
+        )
+    if e.find_target_qps and e.scenario == "Offline":
+        raise ParameterError(
+            "find_target_qps: found true with scenario: Offline, which has no limits. Leave it out"
         )
     if e.engine == "external":
         if e.endpoint_url is None:

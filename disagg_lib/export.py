@@ -589,7 +589,11 @@ def _put_test06(place: Path, run: _Run, closed: bool) -> list[str]:
     """The TEST06 slot: the verification's words, and the log it judged."""
     verified = "mlperf/test06/verify_accuracy.txt"
     if verified not in run.texts:
-        return ["compliance/.../TEST06/verify_accuracy.txt: run TEST06, then verify it"] if closed else []
+        return (
+            ["compliance/.../TEST06/verify_accuracy.txt: add test06 to test_modes, then evaluate"]
+            if closed
+            else []
+        )
     text = run.texts[verified]
     _put(place / "verify_accuracy.txt", run.redactor.text(text, verified))
     log = run.folder / "mlperf/test06" / ACCURACY

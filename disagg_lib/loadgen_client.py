@@ -405,7 +405,7 @@ class Client:
         self.mode, self.settings = mode, settings
         self.want_ids = mode != "performance"
         self.tells_early = not self.want_ids  # the first token's id is not asked for
-        self.encode = load_tokenizer(settings["tokenizer"]) if self.want_ids else None
+        self.encode, self.no_encode = load_tokenizer(settings["tokenizer"]) if self.want_ids else (None, "")
         self.token_latencies = settings["scenario"] == "Server"
         self.connections, self.idle = set(), collections.deque()
         self.waiting, self.queued = collections.deque(), collections.deque()
@@ -579,7 +579,7 @@ class Client:
         held, self.held = self.held, []
         for request, text in held:
             if self.encode is None:
-                self._fail(request, AnswerError("no_ids", "the server sends text; set client.tokenizer"))
+                self._fail(request, AnswerError("no_ids", "the server sends text, and " + self.no_encode))
             else:
                 ids = self.encode(text)
                 if len(ids) < 2:
@@ -633,16 +633,19 @@ class Client:
 
 
 def load_tokenizer(path):
-    """Return a function text -> ids (without special tokens) of a tokenizer.json; None of no path."""
+    """Return (function text -> ids without special tokens, "") of a tokenizer.json, or (None, why not).
+
+    Only servers that send text need it, so its absence is no error before one does.
+    """
     if not path:
-        return None
+        return None, "client.tokenizer is not set"
     try:
-        from tokenizers import Tokenizer  # in TensorRT-LLM's container; only text-only servers need it
+        from tokenizers import Tokenizer  # in TensorRT-LLM's container
 
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception for a file that it cannot read
-        raise ClientError("client.tokenizer %s: %s: %s" % (path, type(error).__name__, error)) from None
-    return lambda text: array.array("i", tokenizer.encode(text, add_special_tokens=False).ids)
+        return None, "client.tokenizer %s: %s: %s" % (path, type(error).__name__, error)
+    return lambda text: array.array("i", tokenizer.encode(text, add_special_tokens=False).ids), ""
 
 
 class Target:
@@ -650,11 +653,15 @@ class Target:
 
     def __init__(self, url, endpoint):
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ClientError("--url %s: needed is http://HOST:PORT" % url)
+        try:
+            port = parts.port
+        except ValueError:  # above 65535, or no number
+            port = 0
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+            raise ClientError("--url %s: needed is http://HOST:PORT, with a port of 1 to 65535" % url)
         self.ssl = ssl.create_default_context() if parts.scheme == "https" else None
         self.host = self.address = parts.hostname
-        self.port = parts.port or (443 if self.ssl else 80)
+        self.port = port or (443 if self.ssl else 80)
         prefix = parts.path.rstrip("/")
         if prefix.endswith("/v1") and endpoint.startswith("/v1/"):
             prefix = prefix[:-3]  # base URLs are given with and without it

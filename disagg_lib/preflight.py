@@ -345,14 +345,12 @@ SAMPLES, LOAD_S = 8313, 600  # of the data set; a fair guess for loading 230 GB 
 
 def job_seconds(e: Experiment) -> float:
     """How long the test modes take at least: their queries at the target, and LoadGen's minimum."""
-    qps = e.server_target_qps
+    qps, load_s = e.server_target_qps, LOAD_S
+    counts = {"performance": max(SAMPLES, 600 * qps), "accuracy": SAMPLES, "test06": 100}
     if e.engine == "rehearsal":
-        counts = {"performance": e.rehearsal_queries, "accuracy": e.rehearsal_accuracy_samples}
-        return sum(counts[mode] / qps for mode in e.test_modes) + 30
-    return (
-        sum(max(600.0, SAMPLES / qps) if mode == "performance" else SAMPLES / qps for mode in e.test_modes)
-        + LOAD_S
-    )
+        counts |= {"performance": e.rehearsal_queries, "accuracy": e.rehearsal_accuracy_samples}
+        load_s = 30
+    return sum(counts[mode] for mode in e.test_modes) / qps + load_s
 
 
 def _times(e: Experiment) -> list[Check]:

@@ -50,7 +50,12 @@ def user_conf_text(e: Experiment) -> str:
     short = {"min_duration": 1, "min_query_count": e.rehearsal_queries, "sample_concatenate_permutation": 0}
     whole = {"min_duration": 600000, "performance_sample_count_override": SAMPLE_COUNT}
     settings = {"target_qps": e.server_target_qps, **(short if e.shortened else whole)}
-    return "".join(f"*.Server.{name} = {value}\n" for name, value in settings.items())
+    return "".join(f"*.{loadgen_scenario(e)}.{name} = {value}\n" for name, value in settings.items())
+
+
+def loadgen_scenario(e: Experiment) -> str:
+    """LoadGen's word: Interactive is its Server with the limits of another model key."""
+    return "Offline" if e.scenario == "Offline" else "Server"
 
 
 _OF_A_SERVER = ("name", "role", "ranks", "nodes", "node", "port", "gpus")
@@ -62,6 +67,8 @@ def settings_of(e: Experiment) -> dict:
         data_set = {"kind": "pickle", "path": e.dataset_path, "sha256": None, "trust": e.trust_dataset}
     else:
         data_set = {"kind": "synthetic", "lengths": "job/lengths.csv"}
+    # Servers that send text alone: the client makes ids of it after an accuracy or TEST06 run.
+    has_model = e.engine == "trtllm" or (e.engine == "external" and e.model_dir)
     return {
         "engine": e.engine,
         "launcher": e.launcher,
@@ -81,10 +88,12 @@ def settings_of(e: Experiment) -> dict:
         },
         "client": {
             "kind": e.client,
-            "endpoint": "/v1/completions",
-            "model": "meta-llama/Llama-3.1-405B-Instruct",
-            "model_key": "llama3_1-405b-interactive",
-            "scenario": "Server",
+            "endpoint": e.endpoint,
+            "model": e.served_model,
+            "model_key": "llama3_1-405b" + "-interactive" * (e.scenario == "Interactive"),
+            "scenario": loadgen_scenario(e),
+            "max_in_flight": e.max_in_flight if e.scenario == "Offline" else None,
+            "tokenizer": f"{e.model_path}/tokenizer.json" if has_model else None,
             "user_conf": "user.conf",
             "total_sample_count": SAMPLE_COUNT,
             "accuracy_sample_count": e.rehearsal_accuracy_samples if e.shortened else SAMPLE_COUNT,

@@ -40,6 +40,8 @@ CASES = {
         "container": "none",
         "endpoint_url": "http://10.0.0.7:8000",
     },
+    "offline_test06_local": REHEARSAL
+    | {"scenario": "Offline", "test_modes": ["performance", "accuracy", "test06"]},
     "v5.1_nvidia_harness": SITE
     | {"client": "nvidia_harness", "system_name": "GB200-NVL72_x20", "harness_dir": "/code"},
     "v5.1_client_dir": SITE | {"client_dir": "/scr atch/client_env"},

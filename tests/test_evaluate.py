@@ -169,6 +169,29 @@ def test_run_without_references_has_token_counts_only(run):
     assert not (run / "mlperf/accuracy/accuracy.txt").exists()
 
 
+@pytest.mark.parametrize(
+    "ids, first, count, words",
+    [
+        ([11, 12, 128009], [11], 3, ["True", "True", "True"]),
+        ([11, 128009, 13], [11, 128009], 3, ["True", "True", "True"]),
+        ([11, 12], [], 2, ["Skipped", "True", "True"]),  # Offline
+        ([11, 12], [12], 2, ["False", "True", "True"]),
+        ([11, 128009, 128009], [11], 3, ["True", "False", "True"]),
+        ([11, 12], [11], 3, ["True", "True", "False"]),
+    ],
+)
+def test_test06_is_judged_by_its_three_rules(tmp_path, ids, first, count, words):
+    folder = tmp_path / "mlperf/test06"
+    folder.mkdir(parents=True)
+    entry = {"data": np.array(ids, "<i4").tobytes().hex().upper(), "token_count": count}
+    entry |= {"token_data": np.array(first, "<i4").tobytes().hex()} if first else {}
+    (folder / "mlperf_log_accuracy.json").write_text(json.dumps([entry]))
+    assert list(e.evaluate(tmp_path).values())[:3] == words
+    text = (folder / "verify_accuracy.txt").read_text()
+    assert ("TEST06 verification complete" in text) == ("False" not in words)
+    assert [line.rpartition(" ")[2] for line in text.splitlines()[:3]] == words
+
+
 def test_failed_requests_are_not_scored_as_empty_answers(tmp_path):
     write_log(tmp_path / "run", [(0, ANSWERS[0]), (1, [])])
     with pytest.raises(e.EvaluationError, match="1 samples have no answer .first: 1.: requests failed"):

@@ -98,6 +98,13 @@ def test_a_server_of_eight_takes_two_whole_nodes(experiment):
         ({"fault": "meteor"}, ["fault", "found 'meteor'"]),
         ({"container": "pyxis", "engine": "rehearsal"}, ["container", "Set container: none"]),
         ({"engine": "external", "launcher": "local"}, ["endpoint_url", "not given"]),
+        (
+            {"endpoint_url": "http://h:65536"},
+            ["endpoint_url", "found 'http://h:65536'", "a port of 1 to 65535"],
+        ),
+        ({"endpoint_url": "http://h:x"}, ["endpoint_url", "http://host:port"]),
+        ({"scenario": "Offline", "find_target_qps": True}, ["find_target_qps", "has no limits"]),
+        ({"client": "nvidia_harness", "test_modes": ["test06"]}, ["client", "test06", "Set client: loadgen"]),
         ({"launcher": "local"}, ["launcher", "one node", "Set launcher: slurm"]),
     ],
 )

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_loadgen_client import Server
 
-from disagg_lib import job_agent, launch, mlperf_logs
+from disagg_lib import job_agent, launch, mlperf_logs, results
+from disagg_lib.evaluate import evaluate
 from disagg_lib.experiment import load_experiment
 from disagg_lib.run_folder import create_run, read_json_lines, search_table
 
@@ -100,6 +102,57 @@ def test_the_search_finds_a_target_and_the_run_takes_it(tmp_path):
     trials = search_table(run)
     assert len(trials) >= 1
     assert set(trials["queries"]) == {459}
+
+
+def test_test06_is_a_test_mode_and_evaluate_judges_it(tmp_path):
+    run = make(tmp_path / "run", test_modes=["test06"])
+    assert finish(run).state == "done"
+    assert "test06" in [line["phase"] for line in read_json_lines(run / "job/phases.jsonl")]
+    assert "accuracy_log_sampling_target = 100" in (run / "job/audit.config").read_text()
+    result = evaluate(run)
+    assert [result[f"TEST06, {name} check"] for name in ("First token", "EOS", "Sample length")] == [
+        "True"
+    ] * 3
+    assert "EOS check pass: True\n" in (run / "mlperf/test06/verify_accuracy.txt").read_text()
+
+
+def test_offline_keeps_to_max_in_flight_and_has_no_token_latencies(tmp_path):
+    run = make(tmp_path / "run", scenario="Offline", max_in_flight=20, rehearsal_queries=100)
+    assert finish(run).state == "done"
+    done = json.loads((run / "job/client_performance.json").read_text())
+    assert (done["issued"], done["done"], done["scenario"]) == (100, 100, "Offline")
+    assert max(line["outstanding"] for line in read_json_lines(run / "job/progress.jsonl")) <= 100
+    verdict = results.verdict_of(run)
+    assert verdict.claim.scenario == "Offline" and verdict.failed == ()
+    assert "latency_rehearsed.png" not in [path.name for path in results.write_outputs(run)]
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/completions", "/v1/chat/completions"])
+def test_a_server_that_is_already_up_is_measured(tmp_path, endpoint):
+    """The server knows no /health, and its name of the model is its own."""
+    with Server(step_s=0.001) as server:
+        given = {
+            "engine": "external",
+            "endpoint": endpoint,
+            "served_model": "mine",
+            "endpoint_url": server.url + "/v1",
+        }
+        run = make(tmp_path / "run", **given)
+        (run / "user.conf").write_text(
+            "*.Server.target_qps = 200\n*.Server.min_duration = 1\n*.Server.min_query_count = 60\n"
+            "*.Server.sample_concatenate_permutation = 0\n"  # a short run, which no parameter of a measurement makes
+        )
+        settings = json.loads((run / "job/settings.json").read_text())
+        settings["client"]["accuracy_sample_count"] = 20
+        (run / "job/settings.json").write_text(json.dumps(settings))
+        state = finish(run)
+    assert (state.state, state.reason) == ("done", "")
+    assert {body["model"] for body in server.bodies} == {"mine"} and server.asked == 60 + 20 + 1
+    assert {head.split(b" ")[1].decode() for head in server.heads} == {endpoint}
+    key = "messages" if "chat" in endpoint else "prompt"
+    assert all(key in body for body in server.bodies)
+    assert results.folder_source(run) == "measured"
+    assert mlperf_logs.read_run(run / "mlperf/performance").query_count == 60
 
 
 def test_folders_with_spaces_quotes_and_commands_break_and_run_nothing(odd_dir):

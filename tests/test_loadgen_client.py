@@ -85,6 +85,9 @@ class Server:
 
     async def _request(self, reader, writer):
         head = await reader.readuntil(b"\r\n\r\n")
+        if head.startswith(b"GET"):
+            writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            return True
         length = next(
             int(line.split(b":")[1])
             for line in head.split(b"\r\n")
@@ -359,6 +362,16 @@ def test_text_without_ids_fails_an_accuracy_run_that_has_no_tokenizer(tmp_path):
     with Server(with_ids=False) as server:
         done, result = run_client(run, server.url, "accuracy")
     assert done.returncode == 1 and result["kinds"]["no_ids"] == 16
+    assert "the server sends text, and client.tokenizer is not set" in done.stdout
+
+
+def test_tokenizer_that_cannot_be_read_matters_only_to_servers_that_send_text(tmp_path):
+    for with_ids in (True, False):
+        run = make_run(tmp_path / f"run {with_ids}", tokenizer="/nowhere/tokenizer.json")
+        with Server(with_ids=with_ids) as server:
+            done, result = run_client(run, server.url, "accuracy")
+        assert (done.returncode == 0) == with_ids and result["kinds"]["no_ids"] == 16 * (not with_ids)
+    assert "client.tokenizer /nowhere/tokenizer.json: " in done.stdout
 
 
 def test_text_becomes_ids_through_the_tokenizer(tmp_path):
@@ -423,6 +436,12 @@ def test_missing_settings_name_the_key(tmp_path):
 def test_endpoint_that_refuses_connections_is_named_before_the_run(tmp_path):
     done, _ = run_client(make_run(tmp_path / "run"), "http://127.0.0.1:9")
     assert done.returncode == 2 and "127.0.0.1:9 does not accept connections" in done.stderr
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:80", "http://127.0.0.1:65536", "http://127.0.0.1:x", "ftp://h:1"])
+def test_url_that_names_no_endpoint_is_refused_with_a_sentence(tmp_path, url):
+    done, _ = run_client(make_run(tmp_path / "run"), url)
+    assert done.returncode == 2 and "needed is http://HOST:PORT" in done.stderr
 
 
 def test_sigterm_stops_with_a_message_and_what_is_known(tmp_path):
