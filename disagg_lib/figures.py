@@ -216,6 +216,68 @@ def _draw_phases(axis, phases: list[dict], start: float, end: float) -> None:
     axis.set_ylabel("phase", color=INK)
 
 
+def figure_search(run_dir: Path | str) -> Figure:
+    """The trials of find_target_qps: worst allowed TTFT and TPOT as shares of their limits against the offered QPS.
+
+    Filled marks are VALID trials, hollow ones INVALID; larger marks are longer trials. A trial whose requests failed has no shares:
+    it is a cross on the upper edge.
+
+    Raises
+    ------
+    LogError : the run has no trials.
+    """
+    from .results import folder_source
+
+    job = Path(run_dir) / "job"
+    trials = sorted(read_json_lines(job / "find_target_qps.jsonl"), key=lambda row: row["qps"])
+    if not trials:
+        needed, todo = "the rows of a search", "Set find_target_qps: true in 03_configuration."
+        raise LogError("missing_file", job / "find_target_qps.jsonl", "no trials", needed, todo)
+    figure, axis = _figure(8.0, 4.4)
+    longest, top = max(row["queries"] for row in trials), 1.2
+    for name, colour, marker, dash in (("ttft", BLUE, "o", "-"), ("tpot", ORANGE, "s", "--")):
+        rows = [row for row in trials if row[f"{name}_share"] is not None]
+        x, y = [row["qps"] for row in rows], [row[f"{name}_share"] for row in rows]
+        top = max([top, *y])
+        axis.plot(x, y, color=colour, linestyle=dash, linewidth=1.2, zorder=2)
+        for valid, word in ((True, "VALID"), (False, "INVALID")):
+            shown = [i for i, row in enumerate(rows) if row["valid"] == valid]
+            axis.scatter(
+                [x[i] for i in shown],
+                [y[i] for i in shown],
+                s=[30 + 60 * rows[i]["queries"] / longest for i in shown],
+                marker=marker,
+                facecolors=colour if valid else "white",
+                edgecolors=colour,
+                linewidths=1.4,
+                zorder=3,
+                label=f"{name.upper()}, {word} ({len(shown)})",
+            )
+    failed = [row["qps"] for row in trials if row["ttft_share"] is None]
+    if failed:
+        axis.scatter(
+            failed, [top] * len(failed), marker="x", color=INK, label=f"requests failed ({len(failed)})"
+        )
+    axis.axhline(1, color=INK, linestyle=":", linewidth=1.6, label="limit")
+    found = job / "find_target_qps.json"
+    result = json.loads(found.read_text()) if found.is_file() else {}
+    if result:
+        label = f"target {result['target_qps']:g} queries/s"
+        axis.axvline(result["target_qps"], color=MID, linestyle="-.", linewidth=1.2, label=label)
+    axis.set_xlabel("offered load (queries/s)")
+    axis.set_ylabel("worst allowed value / limit")
+    axis.set_ylim(0, 1.08 * min(top, 4))  # far above the limit the size says nothing
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=7.5)
+    queries = sum(row["queries"] for row in trials)
+    ended = result.get("ended", "not ended")
+    _title(
+        figure,
+        f"Search for the target QPS: {len(trials)} trials, {queries} queries, {ended}",
+        folder_source(run_dir),
+    )
+    return figure
+
+
 def figure_topology(run_dir: Path | str) -> Figure:
     """Which server holds which GPU: nodes are rows, GPUs boxes with their rank, from job/settings.json.
 

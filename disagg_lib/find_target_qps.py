@@ -250,14 +250,8 @@ def run_trial(run_dir, client, url, qps, queries):
     folder = trials / f"{1 + len(list(trials.glob('*'))):02d}"
     write_trial(run_dir, folder, client, qps, queries)
     command = [sys.executable, str(Path(__file__).with_name("loadgen_client.py")), "--run-dir", str(folder)]
-    command += [
-        "--test-mode",
-        "performance",
-        "--url",
-        url,
-        "--progress",
-        str(run_dir / "job" / "progress.jsonl"),
-    ]
+    command += ["--test-mode", "performance", "--url", url, "--progress-mode", "find_target_qps"]
+    command += ["--progress", str(run_dir / "job" / "progress.jsonl")]
     process = subprocess.Popen(command)
     try:
         code = process.wait()

@@ -481,10 +481,7 @@ def watch(mode):
             return
         refuse_dead_servers()
         progress = last_progress() if ours else harness_progress(mode)
-        # A search's trials are performance runs.
-        if progress is not None and progress["mode"] == (
-            "performance" if mode == "find_target_qps" else mode
-        ):
+        if progress is not None and progress["mode"] == mode:
             # With no query open there are no tokens to wait for, but a living client still writes a line a second.
             counts = (
                 progress["done"],

@@ -531,9 +531,23 @@ def progress_line(state: JobState, tokens_per_s: float | None = None) -> str:
     if p is None or p["mode"] != state.phase:
         return (state.phase or state.state) + note
     speed = "" if tokens_per_s is None else f", {tokens_per_s:,.0f} tokens/s"
-    failed = f", {p['failed']} FAILED" if p["failed"] else ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in p.get("kinds", {}).items())
+    failed = f", {p['failed']} FAILED ({kinds})" if p["failed"] else ""
     total = p["total"] if p["total"] is not None else "?"
-    return f"{state.phase}: {p['done']}/{total} queries done, {p['outstanding']} outstanding{speed}{failed}{note}"
+    trial = f" at {p['target_qps']:g} queries/s" if state.phase == "find_target_qps" else ""
+    return f"{state.phase}{trial}: {p['done']}/{total} queries done, {p['outstanding']} outstanding{speed}{failed}{note}"
+
+
+def trial_line(row: dict) -> str:
+    """One line for people: what a trial of find_target_qps found."""
+    shares = [
+        f"{name.upper()} {row[f'{name}_share']:.2f}"
+        for name in ("ttft", "tpot")
+        if row[f"{name}_share"] is not None
+    ]
+    why = f"{' and '.join(shares)} of the limit" if shares else f"{row['failed']} requests failed"
+    word = "VALID" if row["valid"] else "INVALID"
+    return f"trial: {row['queries']} queries at {row['qps']:g} queries/s: {word}, {why}"
 
 
 def watch(run_dir: Path, every_s: float = 5.0, out=print) -> JobState:
@@ -543,9 +557,12 @@ def watch(run_dir: Path, every_s: float = 5.0, out=print) -> JobState:
     ------
     JobError : the job failed or was lost; the message has the reason and where to look.
     """
-    said_at, said, before = 0.0, None, None
+    said_at, said, before, trials = 0.0, None, None, 0
     for state in follow(run_dir):
         now = time.monotonic()
+        for row in read_json_lines(run_dir / "job/find_target_qps.jsonl")[trials:]:
+            trials += 1
+            out(f"{time.strftime('%H:%M:%S')}  {trial_line(row)}")
         words = (state.phase, state.note, state.state)
         if words == said and now - said_at < every_s and not state.ended:
             continue
@@ -555,6 +572,7 @@ def watch(run_dir: Path, every_s: float = 5.0, out=print) -> JobState:
             and before is not None
             and p["mode"] == before["mode"]
             and p["time_s"] > before["time_s"]
+            and p["tokens"] >= before["tokens"]
         ):
             speed = (p["tokens"] - before["tokens"]) / (p["time_s"] - before["time_s"])
         out(f"{time.strftime('%H:%M:%S')}  {progress_line(state, speed)}")

@@ -7,7 +7,7 @@ configuration only once in a process). Python 3.8+, standard library, numpy, mlp
 
 Reads RUN/job/settings.json (its "client" mapping) and RUN/user.conf. Writes
     RUN/mlperf/<mode>/               LoadGen's own files
-    RUN/job/progress.jsonl           one line a second: issued, done, failed, outstanding, tokens, total
+    RUN/job/progress.jsonl           one line a second: issued, done, failed, outstanding, tokens, total, kinds
     RUN/job/client_<mode>.json       what happened, counts by kind, and how late the client itself was
     RUN/job/queries_<mode>.csv       one row a query, in the order in which they ended
 
@@ -605,16 +605,9 @@ class Client:
         # Reads stand for tokens until an answer is over; the sum must not fall when the true count replaces them.
         self.reported_tokens = max(self.reported_tokens, self.tokens + streamed)
         failed = sum(self.kinds.values())
-        counts = {
-            "time_s": round(time.time(), 3),
-            "mode": self.mode,
-            "issued": self.issued,
-            "done": self.done,
-        }
-        outstanding = self.issued - self.done - failed
-        return dict(
-            counts, failed=failed, outstanding=outstanding, tokens=self.reported_tokens, total=self.total
-        )
+        counts = {"time_s": round(time.time(), 3), "issued": self.issued, "done": self.done, "failed": failed}
+        counts["outstanding"] = self.issued - self.done - failed
+        return dict(counts, tokens=self.reported_tokens, total=self.total, kinds=dict(self.kinds))
 
     def _give_up(self, request, kind, seconds):
         error = AnswerError(kind, "after %.1f s" % seconds)
@@ -855,10 +848,10 @@ def generated(values):
 class Recorder(threading.Thread):
     """Writes messages and progress; a shared file system may take its time without holding up the event loop."""
 
-    def __init__(self, progress, mode, detail_log):
+    def __init__(self, progress, mode, target_qps, detail_log):
         super().__init__(daemon=True)
         self.lines, self.total, self.detail_log = queue.Queue(), None, detail_log
-        self.progress = progress
+        self.progress, self.words = progress, {"mode": mode, "target_qps": target_qps}
         self.prefix = "loadgen_client %s: " % mode
 
     def log(self, text):
@@ -872,7 +865,7 @@ class Recorder(threading.Thread):
             if line["total"] is None and self.total is None:
                 self.total = generated(log_values(self.detail_log, *GENERATED)[0])
             with open(self.progress, "a") as file:
-                file.write(json.dumps(dict(line, total=line["total"] or self.total)) + "\n")
+                file.write(json.dumps(dict(line, total=line["total"] or self.total, **self.words)) + "\n")
 
     def stop(self):
         self.lines.put(None)
@@ -924,7 +917,7 @@ def lateness_s(rows, test):
 class Run:
     """One test mode from start to result."""
 
-    def __init__(self, run_dir, mode, url, settings, progress):
+    def __init__(self, run_dir, mode, url, settings, progress, progress_mode):
         import mlperf_loadgen
 
         self.run_dir, self.mode, self.url, self.settings = run_dir, mode, url, settings
@@ -944,7 +937,9 @@ class Run:
         self.count = min(few, total) if mode == "accuracy" else total
         self.target = Target(url, settings["endpoint"])
         self.samples = prepare_samples(run_dir, settings, self.target, self.count)
-        self.recorder = Recorder(progress, mode, self.out_dir / "mlperf_log_detail.txt")
+        target_qps = self.test.server_target_qps if settings["scenario"] == "Server" else None
+        log = self.out_dir / "mlperf_log_detail.txt"
+        self.recorder = Recorder(progress, progress_mode or mode, target_qps, log)
         self.started_s = self.started_cpu_s = 0.0
         self.error = None
 
@@ -1095,13 +1090,15 @@ def main(arguments=None):
     parser.add_argument("--test-mode", choices=MODES, required=True)
     parser.add_argument("--url", required=True, help="http://HOST:PORT of the server")
     parser.add_argument("--progress", type=Path, help="default: RUN/job/progress.jsonl")
+    parser.add_argument("--progress-mode", help="the word for mode in it")
     options = parser.parse_args(arguments)
     run_dir = options.run_dir.resolve()
     progress = options.progress or run_dir / "job" / "progress.jsonl"
     loop = new_event_loop()
     asyncio.set_event_loop(loop)
     try:
-        run = Run(run_dir, options.test_mode, options.url, read_settings(run_dir), progress)
+        settings = read_settings(run_dir)
+        run = Run(run_dir, options.test_mode, options.url, settings, progress, options.progress_mode)
         return loop.run_until_complete(run.main())
     except (ClientError, OSError) as error:
         print("loadgen_client: refused to start: %s" % error, file=sys.stderr)

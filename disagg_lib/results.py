@@ -15,11 +15,23 @@ import pandas as pd
 import yaml
 
 from .errors import DisaggError
-from .figures import figure_interactivity, figure_latency_distributions, figure_timeline, figure_topology
+from .figures import (
+    figure_interactivity,
+    figure_latency_distributions,
+    figure_search,
+    figure_timeline,
+    figure_topology,
+)
 from .mlperf_logs import DETAIL, NAN, LogError, MlperfRun, read_accuracy_txt, read_run
 from .validity import Claim, Verdict, judge, limits_ms, load_rules, model_of
 
-__all__ = ["figure_interactivity", "figure_latency_distributions", "figure_timeline", "figure_topology"]
+__all__ = [
+    "figure_interactivity",
+    "figure_latency_distributions",
+    "figure_search",
+    "figure_timeline",
+    "figure_topology",
+]
 
 SOURCES = ("measured", "rehearsed", "simulated", "published")
 #: columns in order; a row always has all of them
@@ -353,7 +365,12 @@ def write_outputs(run_dir: Path | str, dest: Path | str | None = None) -> list[P
 
 
 #: the figures of one run, by the name of their file
-FIGURES = {"latency": figure_latency_distributions, "timeline": figure_timeline, "topology": figure_topology}
+FIGURES = {
+    "latency": figure_latency_distributions,
+    "timeline": figure_timeline,
+    "search": figure_search,
+    "topology": figure_topology,
+}
 
 
 def as_table(rows: list[dict]) -> pd.DataFrame:

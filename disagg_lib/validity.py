@@ -70,6 +70,7 @@ class Verdict:
     checks: tuple[Check, ...]
     loadgen_valid: str
     suggestion: str
+    note: str = ""  # what changes no verdict and should be known
 
     def of(self, status: str) -> tuple[Check, ...]:
         """The checks with one status, in order."""
@@ -181,7 +182,7 @@ def judge(
     if accuracy_error:
         found.append(_check("accuracy_log", False, "unreadable", "readable", accuracy_error))
     checks = tuple(_soften(check, claim) for check in found)
-    return Verdict(claim, checks, run.loadgen_valid, _suggest(run, checks))
+    return Verdict(claim, checks, run.loadgen_valid, _suggest(run, checks), _lateness(client or {}))
 
 
 def _check(name: str, good: bool, figure: float | str, limit: float | str, advice: str = "") -> Check:
@@ -351,6 +352,17 @@ def _client_checks(client: Mapping | None) -> Iterator[Check]:
     yield _check("client_failures", good, failed, 0, f"The client: {said}.")
 
 
+def _lateness(client: Mapping) -> str:
+    """Says that the client itself was late; its lateness stands in LoadGen's TTFT."""
+    if not client.get("client_was_late"):
+        return ""
+    return (
+        f"The client itself was late: {client['late_issues']} of {client['issued']} requests left more than "
+        f"{_number(client['late_limit_ms'])} ms (1 % of the TTFT limit) after their time, p99 {client['late_p99_ms']:.1f} ms. "
+        "TTFT includes that. Give the client a core of its own."
+    )
+
+
 def _accuracy_checks(
     claim: Claim, model: dict, scores: AccuracyScores | None, accuracy_run: MlperfRun | None
 ) -> Iterator[Check]:
@@ -408,6 +420,8 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield f"  {check.name}: {_figures(check)}. {check.advice}"
     if verdict.suggestion:
         yield f"  {verdict.suggestion}"
+    if verdict.note:
+        yield f"  {verdict.note}"
     short = [(c, f"{_number(c.figure)} of {_number(c.limit)} {c.unit}".strip()) for c in verdict.shortened]
     listed = [f"{check.name} ({figures})" for check, figures in short]
     if listed or claim.shortened:

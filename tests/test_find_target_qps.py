@@ -16,8 +16,10 @@ import pytest
 from test_loadgen_client import Server, make_run
 from test_rehearsal import v51_job
 
+from disagg_lib import figures, launch
 from disagg_lib import find_target_qps as search
 from disagg_lib.find_target_qps import find_target_qps
+from disagg_lib.mlperf_logs import LogError
 from disagg_lib.serving.lengths import built_in_lengths
 from disagg_lib.serving.loadgen_rules import draw_load
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate
@@ -158,6 +160,35 @@ def test_bounds_that_make_no_sense_are_refused(low, high):
         find_target_qps(line(1.0), low, high)
 
 
+def test_figure_of_a_search_shows_its_trials_and_its_end(tmp_path):
+    (tmp_path / "job").mkdir()
+    with pytest.raises(LogError, match="no trials"):
+        figures.figure_search(tmp_path)
+    rows = tmp_path / "job/find_target_qps.jsonl"
+    found = find_target_qps(line(3.85), 1.0, 10.0, rows_path=rows)
+    failed = {
+        "qps": 9.0,
+        "queries": 459,
+        "valid": False,
+        "ttft_share": None,
+        "tpot_share": None,
+        "seconds": 1,
+        "failed": 7,
+    }
+    rows.write_text(rows.read_text() + json.dumps(failed) + "\n")
+    (tmp_path / "job/find_target_qps.json").write_text(json.dumps(found))
+    figure = figures.figure_search(tmp_path)
+    (axis,) = figure.axes
+    labels = axis.get_legend_handles_labels()[1]
+    passed = sum(json.loads(row)["valid"] for row in rows.read_text().splitlines())
+    assert f"TTFT, VALID ({passed})" in labels and f"TTFT, INVALID ({found['trials'] - passed})" in labels
+    assert {"requests failed (1)", "limit", f"target {found['target_qps']:g} queries/s"} <= set(labels)
+    assert "source: measured" in figure.get_suptitle() and figure.get_facecolor()[3] == 1.0
+    grounds = [mark.get_facecolor()[0].tolist() for mark in axis.collections[:2]]
+    assert grounds[0] != grounds[1]  # valid and invalid differ without their hue, too
+    assert launch.trial_line(failed) == "trial: 459 queries at 9 queries/s: INVALID, 7 requests failed"
+
+
 def run_search(run, url):
     command = [sys.executable, run / "job/find_target_qps.py", "--run-dir", run, "--url", url]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -187,7 +218,9 @@ def test_search_runs_real_trials_keeps_their_rows_and_resumes(job):
     assert result["ended"] == "high_qps is VALID" and again.returncode == 0
     assert all(0 < row["ttft_share"] < 0.5 and row["valid"] for row in rows)
     assert (job / "job/trials/01/mlperf/performance/mlperf_log_summary.txt").exists()
-    assert (job / "job/progress.jsonl").exists()
+    live = [json.loads(row) for row in (job / "job/progress.jsonl").read_text().splitlines()]
+    assert {row["mode"] for row in live} == {"find_target_qps"}
+    assert {row["target_qps"] for row in live} == {row["qps"] for row in rows}
 
 
 def test_failed_requests_make_a_trial_invalid(job):

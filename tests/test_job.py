@@ -99,6 +99,7 @@ def test_the_search_finds_a_target_and_the_run_takes_it(tmp_path):
     found = json.loads((run / "job/find_target_qps.json").read_text())["target_qps"]
     assert f"target_qps = {found}\n" in (run / "user.conf").read_text()
     assert mlperf_logs.read_run(run / "mlperf/performance").target_qps == pytest.approx(found, rel=1e-5)
+    assert (results.write_outputs(run), (run / "figures/search_rehearsed.png").exists())[1]
     trials = search_table(run)
     assert len(trials) >= 1
     assert set(trials["queries"]) == {459}

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from disagg_lib import results
+
 CLIENT = Path(__file__).parents[1] / "disagg_lib" / "loadgen_client.py"
 LENGTHS = [(20 + index % 7, 5 + index % 4) for index in range(600)]
 
@@ -244,7 +246,8 @@ def test_progress_is_cumulative_and_knows_the_total(clean_run):
     lines = [json.loads(line) for line in (clean_run[0] / "job/progress.jsonl").read_text().splitlines()]
     assert lines[-1]["done"] == lines[-1]["total"] == 100
     assert [line["tokens"] for line in lines] == sorted(line["tokens"] for line in lines)
-    assert set(lines[0]) == {"time_s", "mode", "issued", "done", "failed", "outstanding", "tokens", "total"}
+    counts = {"issued", "done", "failed", "outstanding", "tokens", "total", "kinds"}
+    assert set(lines[0]) == counts | {"time_s", "mode", "target_qps"}
 
 
 def test_queries_table_has_a_row_for_each_query(clean_run):
@@ -314,6 +317,8 @@ def test_counts_by_kind_equal_what_was_injected(tmp_path):
     }
     assert result["done"] == 96 and result["failed"] == 24 and result["outstanding"] == 0
     assert not result["valid_client"] and "2 requests failed: stalled" in result["reasons"]
+    live = json.loads((run / "job/progress.jsonl").read_text().splitlines()[-1])
+    assert live["kinds"] == {kind: count for kind, count in result["kinds"].items() if count}
     assert (
         len(error_lines(run)) == 24
     )  # one in LoadGen's log for each failed request: a checker refuses the run
@@ -456,6 +461,22 @@ def test_sigterm_stops_with_a_message_and_what_is_known(tmp_path):
     assert process.returncode == 128 + signal.SIGTERM and "SIGTERM: stopping" in out
     assert result["status"] == "stopped by SIGTERM" and not result["valid_client"]
     assert result["done"] >= 5
+
+
+def test_client_that_was_late_says_so_in_the_result_and_in_the_verdict(tmp_path):
+    run = make_run(tmp_path / "run", count=300)
+    with Server() as server:
+        process = subprocess.Popen(command(run, server.url), stdout=subprocess.DEVNULL)
+        while server.asked < 50:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGSTOP)  # as a machine with too few cores would
+        time.sleep(0.5)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(20) == 0
+    result = json.loads((run / "job/client_performance.json").read_text())
+    assert result["client_was_late"] and result["late_limit_ms"] == 45 and 30 < result["late_issues"] < 120
+    words = f"The client itself was late: {result['late_issues']} of 300 requests left more than 45 ms"
+    assert words in results.verdict_text(run)
 
 
 class Evil:
