@@ -5,7 +5,7 @@ stopping lets be the worst (of TTFT, of TPOT) over its limit; at most 1 is VALID
 that share is nearly linear in the logarithm of the QPS, so the margins, not only the verdicts, choose the next point.
 
 Short trials bracket, longer ones place, and a full-length one decides: seen from the same seed, the edge of 459
-queries lies within 11 % (one sigma) of the edge of 8313, that of 4157 within 4 %. Drawing N of all samples is way 2 of
+queries lies within 11 % (one sigma) of the edge of 8313, that of 2078 within 6 %. Drawing N of all samples is way 2 of
 LoadGen's short runs; none of these runs may stand for a round.
 
 Copied into the run folder; Python 3.8+, standard library and numpy.
@@ -30,8 +30,10 @@ from signal import SIGTERM, signal
 import numpy as np
 
 FULL_QUERIES = 8313
-# (share of a full-length run, how near in log QPS the estimate must be to a trial of that length)
-STAGES = ((459.0 / FULL_QUERIES, 0.10), (0.4, 0.08), (1.0, 0.10))
+# (share of a full-length run; how near in log QPS the estimate must be to a trial of that length; how far from the
+# shorter trials' estimate a verdict on one side alone may lead: where queues build up at once, margins below the edge
+# hardly tell how far it is)
+STAGES = ((459.0 / FULL_QUERIES, 0.10, math.inf), (0.25, 0.08, 0.12), (1.0, 0.10, 0.08))
 STEEPNESS = 2.7  # d log share / d log QPS at the edge, where no two trials tell it
 MAX_STEP = 1.6  # of one trial to the next, as a factor, outside a bracket
 MAX_TRIALS = 12  # of one length
@@ -95,8 +97,11 @@ class Rows:
         return row
 
 
-def edge_of(rows):
-    """Return (estimate of the edge, lower end of the bracket or None, upper end or None) of trials of one length."""
+def edge_of(rows, steepness=STEEPNESS):
+    """Return (estimate of the edge, lower end of the bracket or None, upper end or None, steepness) of trials of one length.
+
+    steepness is that of shorter trials, for where these tell none.
+    """
     rows = sorted(rows, key=lambda row: row["qps"])
     fails = [row for row in rows if not row["valid"]]
     passes = [row for row in rows if row["valid"] and (not fails or row["qps"] < fails[0]["qps"])]
@@ -104,7 +109,6 @@ def edge_of(rows):
     pair = [row for row in (low, high) if row]
     if len(pair) < 2:  # one side only: the steepness of its two nearest trials
         pair = (passes[-2:] if passes else fails[:2]) or pair
-    steepness = STEEPNESS
     if len(pair) == 2:
         rise = log_share(pair[1]) - log_share(pair[0])
         steepness = min(max(rise / math.log(pair[1]["qps"] / pair[0]["qps"]), 1.0), 20.0)
@@ -118,14 +122,16 @@ def edge_of(rows):
         near = low or high
         step = min(max(math.exp(-log_share(near) / steepness), 1 / MAX_STEP), MAX_STEP)
         estimate = near["qps"] * step
-    return estimate, low and low["qps"], high and high["qps"]
+    return estimate, low and low["qps"], high and high["qps"], steepness
 
 
 def stages(full_queries, resolution):
-    """Return (queries of a trial, how near the estimate must be) of each stage; a short full run is the only one."""
-    if full_queries < 2 * 459:
-        return [(full_queries, max(STAGES[-1][1], resolution / 2))]
-    return [(max(int(round(share * full_queries)), 459), max(near, resolution / 2)) for share, near in STAGES]
+    """Return STAGES with queries in place of shares; a short full run is the only one."""
+    chosen = STAGES if full_queries >= 2 * 459 else STAGES[-1:]
+    least = min(459, full_queries)
+    return [
+        (max(int(round(s * full_queries)), least), max(near, resolution / 2), far) for s, near, far in chosen
+    ]
 
 
 def find_target_qps(
@@ -152,14 +158,15 @@ def find_target_qps(
 
     Returns
     -------
-    dict: target_qps (what to run at full length: 1 % below the edge, or a full-length VALID trial nearer to it),
+    dict: target_qps (what to run at full length: a VALID trial of that length within 4 % of the edge, else 2 % below it),
     edge_qps, queries (the length of the trials that placed the edge), trials, total_queries, seconds, ended (why).
     """
     if not 0 < low_qps < high_qps:
         raise SearchError(f"low_qps {low_qps!r}, high_qps {high_qps!r}: needed is 0 < low_qps < high_qps")
     rows, point, placed, ended = Rows(rows_path), low_qps, None, "resolution reached"
-    for queries, near in stages(full_queries, resolution):
-        used = []
+    steepness = STEEPNESS
+    for queries, near, far in stages(full_queries, resolution):
+        used, before, known_steepness = [], placed and placed[0], steepness
         while len(used) < MAX_TRIALS:
             point = float(f"{min(max(point, low_qps / 16), high_qps):.4g}")
             if any(row["qps"] == point for row in used):
@@ -170,7 +177,9 @@ def find_target_qps(
                 ended = "time budget"
                 break
             used.append(rows.get(trial, point, queries))
-            point, low, high = edge_of(used)
+            point, low, high, steepness = edge_of(used, known_steepness)
+            if before and not (low and high):
+                point = min(max(point, before * math.exp(-far)), before * math.exp(far))
             placed = point, queries
             if log:
                 log(f"{used[-1]!r}: edge near {point:.4g}")
@@ -191,12 +200,9 @@ def find_target_qps(
     edge, queries = min(placed[0], high_qps), placed[1]
     if edge == high_qps:
         ended = "high_qps is VALID"
-    full = [
-        row["qps"]
-        for row in rows.rows
-        if row["valid"] and row["queries"] == full_queries and row["qps"] <= edge
-    ]
-    target = max(full + [float("%.4g" % (0.99 * edge))])
+    passed = [row["qps"] for row in rows.rows if row["valid"] and row["queries"] == full_queries]
+    best = max((qps for qps in passed if qps <= edge), default=0.0)
+    target = best if best >= 0.96 * edge else float("%.4g" % (0.98 * edge))
     return {
         "target_qps": target,
         "edge_qps": edge,

@@ -70,11 +70,14 @@ def edge_of_full_length_trials(trial, low, high):
 
 @pytest.fixture(scope="module")
 def searches():
-    """20 seeds x 3 topologies: relative error, share of the queries of a full-length bisection, is the target VALID."""
+    """20 seeds x 3 topologies: relative error, share of the queries of a full-length bisection, is the target VALID.
+
+    The seeds are others than those with which the search's constants were chosen (0 to 19).
+    """
     rows = []
     for name, deployment in TOPOLOGIES.items():
         low, high = (0.4 * deployment.context.count, 1.6 * deployment.context.count)
-        for seed in range(20):
+        for seed in range(100, 120):
             trial = simulated_trial(name, seed)
             edge, queries = edge_of_full_length_trials(trial, low, high)
             found = find_target_qps(trial, low, high)
@@ -89,7 +92,7 @@ def test_search_ends_near_the_edge_of_full_length_trials(searches):
 
 
 def test_search_takes_less_than_a_third_of_the_queries(searches):
-    assert searches[:, 1].mean() < 1 / 3, searches[:, 1]
+    assert searches[:, 1].max() < 1 / 3, searches[:, 1]
 
 
 def test_target_passes_at_full_length_nearly_always(searches):
@@ -242,7 +245,7 @@ def test_short_search_on_the_rehearsal_server(job):
     with open(job / "job/lengths.csv", "w", newline="") as file:
         csv.writer(file).writerows([("input_tokens", "output_tokens"), *[(4000, 8)] * 500])
     settings = json.loads((job / "job/settings.json").read_text())
-    settings["find_target_qps"] = {"low_qps": 60, "high_qps": 240, "resolution": 0.5}
+    settings["find_target_qps"] = {"low_qps": 40, "high_qps": 240, "resolution": 0.2}
     (job / "job/settings.json").write_text(json.dumps(settings))
     (job / "servers").mkdir()
     with v51_job(job / "servers", environment={"REHEARSAL_TIME_SCALE": "0.1"}) as servers:
