@@ -539,13 +539,7 @@ def watch_memory(sink, options):
     with running_sink(sink, options.ttft_ms, options.tpot_ms) as port:
         process = subprocess.Popen(
             [sys.executable, __file__, "--one", "ours", "--port", str(port), "--per-s", str(per_s)]
-            + [
-                "--seconds",
-                str(60 * options.memory_minutes),
-                "--tokens",
-                str(options.tokens),
-                "--same-ids",
-            ],
+            + ["--seconds", str(60 * options.memory_minutes), "--tokens", str(options.tokens), "--same-ids"],
             stdout=subprocess.PIPE,
         )
         seen, begin = [], time.monotonic()

@@ -25,6 +25,7 @@ import argparse
 import array
 import asyncio
 import collections
+import contextlib
 import csv
 import functools
 import gc
@@ -71,6 +72,7 @@ STATUSES = ("ok",) + KINDS
 FIRST_ID, END_ID = 10000, 99999  # synthetic prompts: all ids have five digits, inside Llama 3's 128256
 LAG_PERIOD_S = 0.02
 NO_IDS = array.array("i")
+OK = b"HTTP/1.1 200 "
 # Text in a whole event at the end of a read. In JSON no string can hold this: its quotes would be escaped.
 HAS_CONTENT = re.compile(rb'"(?:text|content)": ?"[^"](?s:.*)\}\n\n\r\n\Z').search
 # MLPerf's compliance test of token ids (mlcommons/inference compliance/TEST06), as LoadGen reads it.
@@ -124,11 +126,6 @@ def dechunk(raw, out):
             return pos, False
         out.append(raw[start : start + size])
         pos = pos_next
-
-
-def status_of(data):
-    """Return 200 if an answer begins so."""
-    return 200 if data.startswith(b"HTTP/1.1 200 ") else 0
 
 
 def unify_lines(text):
@@ -360,12 +357,8 @@ class Connection(asyncio.Protocol):
 
     def _feed(self, answer, data):
         waiting = answer.first is None
-        if (
-            waiting
-            and self.client.tells_early
-            and HAS_CONTENT(data)
-            and 200 in (answer.status, status_of(data))
-        ):
+        has_content = waiting and self.client.tells_early and HAS_CONTENT(data)
+        if has_content and (answer.status == 200 or data.startswith(OK)):
             self.client.first_content(self.request, "", None)  # before the answer is looked into
         try:
             answer.feed(data)
@@ -422,9 +415,10 @@ class Client:
             try:
                 connection = await self._connect()
             except OSError as error:
-                where = "%s:%d" % (self.target.host, self.target.port)
-                text = "%s does not accept connections: %s. Is the server up?" % (where, error)
-                raise ClientError(text) from None
+                where = f"{self.target.host}:{self.target.port}"
+                raise ClientError(
+                    f"{where} does not accept connections: {error}. Is the server up?"
+                ) from None
             self.target.address = connection.transport.get_extra_info("peername")[0]  # one name look-up a run
             self.put_idle(connection)
 
@@ -447,13 +441,13 @@ class Client:
         try:
             connection = await self._connect()
         except OSError as error:
-            self.opening -= 1
-            if len(self.waiting) > self.opening:
-                self.ended(self.waiting.popleft(), None, AnswerError("refused", str(error)))
-                self.start_queued()
-            return
+            connection, refused = None, AnswerError("refused", str(error))
         self.opening -= 1
-        self.put_idle(connection)
+        if connection is not None:
+            self.put_idle(connection)
+        elif len(self.waiting) > self.opening:
+            self.ended(self.waiting.popleft(), None, refused)
+            self.start_queued()
 
     def put_idle(self, connection):
         """A connection is free: the oldest request that waits for one takes it."""
@@ -578,14 +572,13 @@ class Client:
             return
         held, self.held = self.held, []
         for request, text in held:
+            ids = self.encode(text) if self.encode else ()
             if self.encode is None:
                 self._fail(request, AnswerError("no_ids", "the server sends text, and " + self.no_encode))
+            elif len(ids) < 2:
+                self._fail(request, AnswerError("short", f"{len(ids)} token after the tokenizer"))
             else:
-                ids = self.encode(text)
-                if len(ids) < 2:
-                    self._fail(request, AnswerError("short", "%d token after the tokenizer" % len(ids)))
-                else:
-                    self._serve(request, ids, len(ids))
+                self._serve(request, ids, len(ids))
 
     def sweep(self):
         """End requests that took too long; return the counts for progress.jsonl."""
@@ -668,114 +661,84 @@ class Samples:
     """Prepared requests: parts[index] are the pieces to write, input_tokens[index] the prompt's length."""
 
     def __init__(self, target, settings):
-        self.target, self.settings = target, settings
         self.parts, self.input_tokens = {}, {}
-        self.is_chat = settings["endpoint"].endswith("/chat/completions")
+        is_chat = settings["endpoint"].endswith("/chat/completions")
         keys = ("model", "temperature", "top_p", "top_k")
         self.constants = {key: settings[key] for key in keys if settings.get(key) is not None}
-        self.constants.update(stream=True, stream_options={"include_usage": True})
-        if self.is_chat:
-            self.constants["messages"] = []
+        self.constants.update(
+            stream=True, stream_options={"include_usage": True}, **({"messages": []} if is_chat else {})
+        )
+        self.before = b'{"prompt_token_ids":[' if is_chat else b'{"prompt":['
+        self.head = (
+            f"POST {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: application/json\r\n"
+        )
+        self.head += "Accept: text/event-stream\r\n" + target.authorization + "Content-Length: "
 
     def add(self, index, ids_text, input_tokens, min_tokens, max_tokens):
         """Prepare sample index; ids_text is the prompt's ids, separated by commas, as bytes or memoryview."""
-        before = b'{"prompt_token_ids":[' if self.is_chat else b'{"prompt":['
         limits = {"min_tokens": min_tokens, "max_tokens": max_tokens}
         after = ("]," + json.dumps(dict(self.constants, **limits))[1:]).encode()
-        head = (
-            "POST %s HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nAccept: text/event-stream\r\n"
-            "%sContent-Length: %d\r\n\r\n"
-            % (
-                self.target.path,
-                self.target.netloc,
-                self.target.authorization,
-                len(before) + len(ids_text) + len(after),
-            )
-        ).encode()
-        self.parts[index] = (head + before, ids_text, after)
+        length = len(self.before) + len(ids_text) + len(after)
+        self.parts[index] = ((self.head + f"{length}\r\n\r\n").encode() + self.before, ids_text, after)
         self.input_tokens[index] = input_tokens
 
-
-def read_lengths(path):
-    """Return [(input_tokens, output_tokens)] of lengths.csv."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        return [(int(row["input_tokens"]), int(row["output_tokens"])) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ClientError(
-            "%s: needed are columns input_tokens,output_tokens of integers: %r" % (path, error)
-        ) from None
-
-
-def add_synthetic(samples, lengths, count):
-    """Prepare count samples with made-up ids: slices of one text, so that 8313 long prompts take no memory."""
-    width = len(b"%d," % FIRST_ID)
-    longest = max(pair[0] for pair in lengths[:count])
-    draw = random.Random(405).random
-    span = END_ID - FIRST_ID + 1
-    text = b"".join(b"%d," % (FIRST_ID + int(draw() * span)) for _ in range(longest + count))
-    view = memoryview(text)
-    for index, (input_tokens, output_tokens) in enumerate(lengths[:count]):
-        ids_text = view[index * width : (index + input_tokens) * width - 1]
-        samples.add(index, ids_text, input_tokens, output_tokens, output_tokens)
-
-
-def read_pickle_ids(data_set):
-    """Return the column tok_input of MLPerf's pickle, after its checksum was verified or trust was declared."""
-    path, wanted = Path(data_set["path"]), data_set.get("sha256")
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        for block in iter(lambda: file.read(1 << 22), b""):
-            digest.update(block)
-        found = digest.hexdigest()
-        if wanted and found != wanted.lower():
+    def add_synthetic(self, path, count):
+        """Made-up ids: slices of one text, so that 8313 long prompts take no memory. path: lengths.csv."""
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        if len(rows) < count:
+            raise ClientError(f"{path}: {len(rows)} rows, needed are {count}")
+        try:
+            lengths = [(int(row["input_tokens"]), int(row["output_tokens"])) for row in rows[:count]]
+        except (KeyError, TypeError, ValueError) as error:
             raise ClientError(
-                "%s: sha256 is %s, needed is %s: another or a damaged file" % (path, found, wanted)
-            )
-        if not wanted and data_set.get("trust") is not True:
+                f"{path}: needed are columns input_tokens,output_tokens of integers: {error!r}"
+            ) from None
+        width, draw, span = len(b"%d," % FIRST_ID), random.Random(405).random, END_ID - FIRST_ID + 1
+        longest = max(pair[0] for pair in lengths)
+        view = memoryview(b"".join(b"%d," % (FIRST_ID + int(draw() * span)) for _ in range(longest + count)))
+        for index, (input_tokens, output_tokens) in enumerate(lengths):
+            ids_text = view[index * width : (index + input_tokens) * width - 1]
+            self.add(index, ids_text, input_tokens, output_tokens, output_tokens)
+
+    def add_pickle(self, data_set, limits, count):
+        """MLPerf's data set, after its checksum was verified or trust was declared. limits: fewest, most tokens."""
+        path, wanted, digest = Path(data_set["path"]), data_set.get("sha256"), hashlib.sha256()
+        with open(path, "rb") as file:
+            for block in iter(lambda: file.read(1 << 22), b""):
+                digest.update(block)
+            found = digest.hexdigest()
+            if wanted and found != wanted.lower():
+                raise ClientError(f"{path}: sha256 is {found}, needed is {wanted}: another or a damaged file")
+            if not wanted and data_set.get("trust") is not True:
+                raise ClientError(
+                    f"{path}: not opened, because a pickle runs code when it is read. Its sha256 is {found}: give it "
+                    "as the data set's sha256 if you know this file, or declare trust_dataset: true"
+                )
+            file.seek(0)
+            import pandas  # only this data set needs it
+
+            frame = pandas.read_pickle(file, compression=None)
+        if "tok_input" not in frame or len(frame) < count:
+            columns = ", ".join(map(str, frame.columns))
             raise ClientError(
-                "%s: not opened, because a pickle runs code when it is read. Its sha256 is %s: give it as the "
-                "data set's sha256 if you know this file, or declare trust_dataset: true" % (path, found)
+                f"{path}: {len(frame)} samples with {columns}; needed are {count} with tok_input"
             )
-        file.seek(0)
-        import pandas  # only this data set needs it
-
-        frame = pandas.read_pickle(file, compression=None)
-    if "tok_input" not in frame:
-        raise ClientError("%s: no column tok_input; found %s" % (path, ", ".join(map(str, frame.columns))))
-    return frame["tok_input"]
-
-
-def add_pickle(samples, settings, count):
-    """Prepare count samples of the MLPerf data set."""
-    prompts = read_pickle_ids(settings["data_set"])
-    if len(prompts) < count:
-        raise ClientError(
-            "%s: %d samples, needed are %d" % (settings["data_set"]["path"], len(prompts), count)
-        )
-    for index, prompt in enumerate(prompts):
-        if index == count:
-            break
-        ids = np.asarray(prompt, dtype=np.int64).ravel().tolist()
-        limits = settings["min_output_tokens"], settings["max_output_tokens"]
-        samples.add(index, ",".join(map(str, ids)).encode(), len(ids), *limits)
+        for index, prompt in enumerate(frame["tok_input"][:count]):
+            ids = np.asarray(prompt, dtype=np.int64).ravel().tolist()
+            self.add(index, ",".join(map(str, ids)).encode(), len(ids), *limits)
 
 
 def prepare_samples(run_dir, settings, target, count):
     """Return the Samples of a run that uses the first count samples of its data set."""
     samples, data_set = Samples(target, settings), settings["data_set"]
     if data_set["kind"] == "synthetic":
-        path = run_dir / data_set["lengths"]
-        lengths = read_lengths(path)
-        if len(lengths) < count:
-            raise ClientError("%s: %d rows, needed are %d" % (path, len(lengths), count))
-        add_synthetic(samples, lengths, count)
+        samples.add_synthetic(run_dir / data_set["lengths"], count)
     elif data_set["kind"] == "pickle":
-        add_pickle(samples, settings, count)
+        samples.add_pickle(data_set, (settings["min_output_tokens"], settings["max_output_tokens"]), count)
     else:
         raise ClientError(
-            "settings.json: data_set.kind is %r; known are synthetic, pickle" % data_set["kind"]
+            f"settings.json: data_set.kind is {data_set['kind']!r}; known are synthetic, pickle"
         )
     return samples
 
@@ -785,24 +748,22 @@ def configure(loadgen, run_dir, settings, mode):
 
     A wrong model key or scenario makes FromConfig answer 0 and fall back to other limits without a word.
     """
-    scenario, key = settings["scenario"], settings["model_key"]
-    user_conf = run_dir / settings["user_conf"]
-    test = loadgen.TestSettings()
+    scenario, key, user_conf = settings["scenario"], settings["model_key"], run_dir / settings["user_conf"]
     if scenario not in ("Server", "Offline"):
-        raise ClientError("settings.json: client.scenario is %r; known are Server, Offline" % scenario)
+        raise ClientError(f"settings.json: client.scenario is {scenario!r}; known are Server, Offline")
+    test = loadgen.TestSettings()
     test.scenario = getattr(loadgen.TestScenario, scenario)
     test.mode = loadgen.TestMode.AccuracyOnly if mode == "accuracy" else loadgen.TestMode.PerformanceOnly
     code = test.FromConfig(str(user_conf), key, scenario)
     if code != 0:
-        raise ClientError("%s: LoadGen could not read it (FromConfig returned %d)" % (user_conf, code))
+        raise ClientError(f"{user_conf}: LoadGen could not read it (FromConfig returned {code})")
     if key not in LIMITS_MS:
-        raise ClientError("settings.json: client.model_key is %r; known are %s" % (key, ", ".join(LIMITS_MS)))
+        raise ClientError(f"settings.json: client.model_key is {key!r}; known are {', '.join(LIMITS_MS)}")
     limits_ms = test.ttft_latency / 1e6, test.tpot_latency / 1e6
     if not test.use_token_latencies or limits_ms != LIMITS_MS[key]:
         raise ClientError(
-            "LoadGen took model key %r, scenario %s: token latencies %s, limits %g / %g ms; needed are on, %g / %g ms. "
-            "Is this mlcommons-loadgen 5.1.2?"
-            % ((key, scenario, "on" if test.use_token_latencies else "off") + limits_ms + LIMITS_MS[key])
+            f"LoadGen took model key {key!r}, scenario {scenario}: token latencies {test.use_token_latencies}, TTFT and "
+            f"TPOT limit {limits_ms} ms; needed are True, {LIMITS_MS[key]} ms. Is this mlcommons-loadgen 5.1.2?"
         )
     return test
 
@@ -819,30 +780,21 @@ def scheduled_s(test, count):
     return np.concatenate([[0.0], np.cumsum(gaps)[:-1]])
 
 
-GENERATED = ("generated_query_count", "generated_samples_per_query")
-RESULT_KEYS = GENERATED + ("loadgen_version", "result_validity")
+RESULT_KEYS = ("generated_query_count", "generated_samples_per_query", "loadgen_version", "result_validity")
 
 
-def log_values(path, *keys):
-    """Return {key: value} of LoadGen's detail log as far as it is written, and the number of error lines."""
-    found, errors = {}, 0
-    if not path.exists():
-        return found, errors
-    with open(path, errors="replace") as file:
-        for line in file:
-            errors += '"is_error": true' in line
-            if any('"key": "%s"' % key in line for key in keys):
-                try:
-                    entry = json.loads(line[line.index("{") :])
-                except ValueError:
-                    continue  # the last line may still be in the making
+def read_log(path):
+    """Return {key: value} of RESULT_KEYS, as far as LoadGen has written them, `generated` samples, and `errors`."""
+    found = {"errors": 0, "generated": None}
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        found["errors"] += '"is_error": true' in line
+        if any(f'"key": "{key}"' in line for key in RESULT_KEYS):
+            with contextlib.suppress(ValueError):  # the last line may still be in the making
+                entry = json.loads(line[line.index("{") :])
                 found[entry["key"]] = entry["value"]
-    return found, errors
-
-
-def generated(values):
-    """Return the number of samples LoadGen will issue, None if its log does not say it yet."""
-    return int(np.prod([values[key] for key in GENERATED])) if set(GENERATED) <= set(values) else None
+    if "generated_query_count" in found and "generated_samples_per_query" in found:
+        found["generated"] = found["generated_query_count"] * found["generated_samples_per_query"]
+    return found
 
 
 class Recorder(threading.Thread):
@@ -863,7 +815,7 @@ class Recorder(threading.Thread):
                 print(self.prefix + line, flush=True)
                 continue
             if line["total"] is None and self.total is None:
-                self.total = generated(log_values(self.detail_log, *GENERATED)[0])
+                self.total = read_log(self.detail_log)["generated"]
             with open(self.progress, "a") as file:
                 file.write(json.dumps(dict(line, total=line["total"] or self.total, **self.words)) + "\n")
 
@@ -877,27 +829,19 @@ def percentile_ms(values_s, percent):
     return round(float(np.percentile(values_s, percent)) * 1e3, 4) if len(values_s) else None
 
 
+COLUMNS = ("sample_index", "issue_s", "late_ms", "ttft_ms", "latency_ms", "input_tokens", "output_tokens")
+
+
 def write_queries(path, rows, late_s, input_tokens):
     """Write one row a query. ttft_ms and latency_ms count from the issue; LoadGen's add the schedule's lateness."""
-    first_issue_s = rows[:, 1].min() if len(rows) else 0.0
+    begin_s = rows[:, 1].min() if len(rows) else 0.0
     with open(path, "w", newline="") as file:
         out = csv.writer(file)
-        out.writerow(
-            [
-                "sample_index",
-                "issue_s",
-                "late_ms",
-                "ttft_ms",
-                "latency_ms",
-                "input_tokens",
-                "output_tokens",
-                "status",
-            ]
-        )
+        out.writerow(COLUMNS + ("status",))
         for (index, issue_s, _, first_s, end_s, count, status), late in zip(rows.tolist(), late_s.tolist()):
-            late_ms = "" if late != late else "%.4f" % (1e3 * late)
-            ttft_ms = "%.4f" % (1e3 * (first_s - issue_s)) if first_s else ""
-            times = ["%.6f" % (issue_s - first_issue_s), late_ms, ttft_ms, "%.4f" % (1e3 * (end_s - issue_s))]
+            late_ms = "" if late != late else f"{1e3 * late:.4f}"
+            ttft_ms = f"{1e3 * (first_s - issue_s):.4f}" if first_s else ""
+            times = [f"{issue_s - begin_s:.6f}", late_ms, ttft_ms, f"{1e3 * (end_s - issue_s):.4f}"]
             out.writerow([int(index), *times, input_tokens[int(index)], int(count), STATUSES[int(status)]])
 
 
@@ -924,10 +868,9 @@ class Run:
         self.loadgen = mlperf_loadgen
         self.out_dir = run_dir / "mlperf" / mode
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        old = sorted(path.name for path in self.out_dir.glob("mlperf_log_*"))
+        old = ", ".join(sorted(path.name for path in self.out_dir.glob("mlperf_log_*")))
         if old:
-            names = ", ".join(old)
-            raise ClientError("%s already holds %s: a run never overwrites another" % (self.out_dir, names))
+            raise ClientError(f"{self.out_dir} already holds {old}: a run never overwrites another")
         self.test = configure(mlperf_loadgen, run_dir, settings, mode)
         # LoadGen would otherwise take an audit.config that happens to lie in the working directory.
         self.audit = run_dir / "job" / ("audit.config" if mode == "test06" else "no_audit.config")
@@ -1019,7 +962,8 @@ class Run:
 
     def result(self, client, status, late_s):
         """Return what client_<mode>.json holds."""
-        values, errors = log_values(self.out_dir / "mlperf_log_detail.txt", *RESULT_KEYS)
+        values = read_log(self.out_dir / "mlperf_log_detail.txt")
+        errors = values["errors"]
         failed, limit_ms = sum(client.kinds.values()), self.test.ttft_latency / 1e6 * 0.01
         reasons = ["%d requests failed: %s" % (count, kind) for kind, count in sorted(client.kinds.items())]
         if status != "finished":
@@ -1031,7 +975,7 @@ class Run:
         result = dict(
             words, mode=self.mode, url=self.url, status=status, valid_client=not reasons, reasons=reasons
         )
-        result.update(issued=client.issued, done=client.done, failed=failed, generated=generated(values))
+        result.update(issued=client.issued, done=client.done, failed=failed, generated=values["generated"])
         result.update(outstanding=client.issued - client.done - failed, output_tokens=client.tokens)
         result.update(kinds={kind: client.kinds[kind] for kind in KINDS})
         result["wall_s"] = round(time.perf_counter() - self.started_s, 3)

@@ -224,9 +224,11 @@ def test_long_prompts_of_the_whole_data_set_take_little_memory_and_time(tmp_path
 
     options = {**client.DEFAULTS, "endpoint": "/v1/completions", "model": "m"}
     samples = client.Samples(client.Target("http://127.0.0.1:1", "/v1/completions"), options)
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text("input_tokens,output_tokens\n" + "9400,650\n" * 8313)
     tracemalloc.start()
     start = time.perf_counter()
-    client.add_synthetic(samples, [(9400, 650)] * 8313, 8313)
+    samples.add_synthetic(lengths, 8313)
     assert time.perf_counter() - start < 10
     assert tracemalloc.get_traced_memory()[0] < 50e6
     tracemalloc.stop()
