@@ -233,7 +233,7 @@ def figure_search(run_dir: Path | str) -> Figure:
     if not trials:
         needed, todo = "the rows of a search", "Set find_target_qps: true in 03_configuration."
         raise LogError("missing_file", job / "find_target_qps.jsonl", "no trials", needed, todo)
-    figure, axis = _figure(8.0, 4.4)
+    figure, axis = new_figure(8.0, 4.4)
     longest, top = max(row["queries"] for row in trials), 1.2
     for name, colour, marker, dash in (("ttft", BLUE, "o", "-"), ("tpot", ORANGE, "s", "--")):
         rows = [row for row in trials if row[f"{name}_share"] is not None]
@@ -270,7 +270,7 @@ def figure_search(run_dir: Path | str) -> Figure:
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=7.5)
     queries = sum(row["queries"] for row in trials)
     ended = result.get("ended", "not ended")
-    _title(
+    set_title(
         figure,
         f"Search for the target QPS: {len(trials)} trials, {queries} queries, {ended}",
         folder_source(run_dir),
