@@ -21,8 +21,11 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q tests/test_environment.py tests/test_sources.py tests/test_golden.py
 
+# The server's root is the repository, so that run folders can be opened, too; JUPYTER_PATH's first entry wins over a user's
+# own kernels, so that `python3` is .venv's.
 lab: $(VENV)/.installed
-	$(BIN)/jupyter lab notebooks
+	JUPYTER_PATH="$(CURDIR)/$(VENV)/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" \
+	  $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks $(LAB_OPTIONS)
 
 bench: $(VENV)/.installed
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
@@ -50,6 +53,15 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+.PHONY: test-browser
+test-browser: $(VENV)/.installed
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; fi
+	@if command -v chromium >/dev/null; then \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$($(BIN)/python -c \
+	    'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["browser"])')"; fi
+	$(BIN)/python -m pytest tests/browser
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client slurm-wlm-basic-plugins slurm-wlm-mysql-plugin slurmdbd mariadb-server munge libpmix2 libpmix-dev squashfs-tools
 

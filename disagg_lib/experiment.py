@@ -593,6 +593,19 @@ def load_experiment(
     return experiment
 
 
+def changed(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
+    """The same experiment but for these values, validated anew; what differs counts as given. None: not given.
+
+    Raises
+    ------
+    ParameterError, TopologyError
+    """
+    kept = {name: value for name, value in experiment.model_dump().items() if value is not None}
+    new = {name: value for name, value in values.items() if value != getattr(experiment, name)}
+    made = load_experiment((), {**kept, **new})
+    return made.model_copy(update={"provenance": experiment.provenance | dict.fromkeys(new, "given")})
+
+
 def experiment_text(experiment: Experiment) -> str:
     """experiment.yaml: every resolved parameter and where it came from; `load_recorded` reads it back."""
     values = experiment.model_dump(mode="json")

@@ -18,6 +18,16 @@ from .run_folder import read_json_lines
 INK, MID, LIGHT = "#1a1a1a", "#6b6b6b", "#c9c9c9"
 BLUE, ORANGE = "#1f4e9c", "#e08a1e"  # dark and light when printed in grey
 _CENTRED = {"ha": "center", "va": "center"}
+# Okabe and Ito's colours, which the colour-blind tell apart; all bear black text. Each box says its server, too.
+CONTEXT_COLOURS = ("#56b4e9", "#f0e442", "#009e73")
+GENERATION_COLOURS = ("#e69f00", "#cc79a7", "#d55e00")
+
+
+def server_mark(role: str, name: str) -> tuple[str, str]:
+    """(letter and number, colour) of a server in every picture: ctx3 is C3."""
+    number = name.lstrip("abcdefghijklmnopqrstuvwxyz")
+    letter, colours = ("C", CONTEXT_COLOURS) if role == "context" else ("G", GENERATION_COLOURS)
+    return letter + number, colours[int(number or 0) % len(colours)]
 
 
 def new_figure(width: float, height: float, **grid) -> tuple[Figure, object]:
@@ -300,7 +310,10 @@ def figure_topology(run_dir: Path | str) -> Figure:
     taken = {place for server in servers for place in _places(server, per_node)}
     for node, gpu in np.ndindex(nodes, per_node):
         if (node, gpu) not in taken:
-            axis.text(gpu + 0.5, node + 0.5, "idle", fontsize=8, color=MID, **_CENTRED)
+            axis.bar(
+                gpu + 0.5, 0.86, width=0.92, bottom=node + 0.07, color="white", edgecolor=LIGHT, hatch="//"
+            )
+            axis.text(gpu + 0.5, node + 0.5, "idle", fontsize=8, color=INK, **_CENTRED)
     axis.set_xlim(0, per_node)
     axis.set_ylim(nodes, 0)
     axis.set_xticks(np.arange(per_node) + 0.5, [f"GPU {gpu}" for gpu in range(per_node)])
@@ -310,9 +323,8 @@ def figure_topology(run_dir: Path | str) -> Figure:
     roles = [server["role"] for server in servers]
     count = f"{roles.count('context')} context and {roles.count('generation')} generation servers"
     what = f"{count} on {nodes} x {per_node} GPUs"
-    set_title(
-        figure, what, folder_source(run_dir), "light: context, dark: generation, bold: leads its server"
-    )
+    marks = "C: context server, G: generation server, bold: leads it"
+    set_title(figure, what, folder_source(run_dir), marks)
     return figure
 
 
@@ -324,16 +336,11 @@ def _places(server: dict, per_node: int) -> list[tuple[int, int]]:
 
 
 def _draw_server(axis, server: dict, per_node: int) -> None:
-    """The boxes of one server: context light and plain, generation dark and hatched."""
-    generation = server["role"] == "generation"
-    ground, edge, hatch, ink = (BLUE, "white", "//", "white") if generation else ("#dfe7f5", BLUE, None, INK)
-    box = {"facecolor": BLUE, "edgecolor": "none", "pad": 1} if generation else None
+    """The boxes of one server."""
+    mark, colour = server_mark(server["role"], server["name"])
     for rank, (node, gpu) in zip(server["ranks"], _places(server, per_node), strict=True):
-        style = {"color": ground, "edgecolor": edge, "hatch": hatch, "linewidth": 0.8}
-        axis.bar(gpu + 0.5, 0.86, width=0.92, bottom=node + 0.07, **style)
+        axis.bar(gpu + 0.5, 0.86, width=0.92, bottom=node + 0.07, color=colour, edgecolor=INK, linewidth=0.8)
         leads = rank == server["ranks"][0]
-        text = f"{server['name']}\nrank {rank}" + (f", port {server['port']}" if leads else "")
+        text = f"{mark}\nrank {rank}" + (f", port {server['port']}" if leads else "")
         weight = "bold" if leads else "normal"
-        axis.text(
-            gpu + 0.5, node + 0.5, text, fontsize=7.5, color=ink, fontweight=weight, bbox=box, **_CENTRED
-        )
+        axis.text(gpu + 0.5, node + 0.5, text, fontsize=7.5, color=INK, fontweight=weight, **_CENTRED)

@@ -418,7 +418,7 @@ def _process(record: dict) -> psutil.Process | None:
 def _from_files(run_dir: Path, record: dict | None) -> JobState:
     """The state as the run folder alone tells it; 'running' for a job without a last word."""
     phases = read_json_lines(run_dir / "job/phases.jsonl")
-    progress = read_json_lines(run_dir / "job/progress.jsonl")
+    progress = read_json_lines(run_dir / "job/progress.jsonl", end_bytes=4000)
     phase = phases[-1]["phase"] if phases else ""
     if job_agent.ended(phases):
         state = "done" if phase == "done" else "failed"

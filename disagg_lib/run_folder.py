@@ -226,11 +226,31 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json_lines(path: Path) -> list[dict]:
-    """The complete lines of a JSON-lines file that may still be growing."""
+def read_json_lines(path: Path, end_bytes: int | None = None) -> list[dict]:
+    """The complete lines of a JSON-lines file that may still be growing; of its last `end_bytes` alone, if given."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line.startswith(b"{")]
+    with path.open("rb") as file:
+        start = max(0, path.stat().st_size - end_bytes) if end_bytes else 0
+        file.seek(start)
+        lines = file.read().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines[bool(start) :] if line.startswith(b"{")]
+
+
+class GrowingLines:
+    """A JSON-lines file that grows: each reading gives the complete lines since the last one, and reads no more."""
+
+    def __init__(self, path: Path):
+        self.path, self.offset = path, 0
+
+    def new_rows(self) -> list[dict]:
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            whole = file.read().rpartition(b"\n")[0]
+        self.offset += len(whole) + 1 if whole else 0
+        return [json.loads(line) for line in whole.split(b"\n") if line.startswith(b"{")]
 
 
 def write_manifest(folder: Path) -> dict:

@@ -336,7 +336,7 @@ def test_figures_have_an_opaque_ground_for_dark_pages(tmp_path):
 def test_topology_shows_every_rank_once_and_its_port(tmp_path):
     figure = results.figure_topology(make_run(tmp_path / "run"))
     texts = [text.get_text() for text in figure.axes[0].texts]
-    assert sum("rank" in text for text in texts) == 8 and "ctx0\nrank 0, port 8336" in texts
+    assert sum("rank" in text for text in texts) == 8 and "C0\nrank 0, port 8336" in texts
     assert "1 context and 1 generation servers on 2 x 4 GPUs" in figure.get_suptitle()
 
 
