@@ -600,10 +600,10 @@ def changed(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
     ------
     ParameterError, TopologyError
     """
-    kept = {name: value for name, value in experiment.model_dump().items() if value is not None}
     new = {name: value for name, value in values.items() if value != getattr(experiment, name)}
-    made = load_experiment((), {**kept, **new})
-    return made.model_copy(update={"provenance": experiment.provenance | dict.fromkeys(new, "given")})
+    made = load_experiment((), {**experiment.model_dump(), **new})
+    origins = {name: "default" if value is None else "given" for name, value in new.items()}
+    return made.model_copy(update={"provenance": experiment.provenance | origins})
 
 
 def experiment_text(experiment: Experiment) -> str:

@@ -599,6 +599,36 @@ def write_site(found: Mapping[str, tuple[object, str]], path: Path = SITE, write
             lines.append(f"{yaml.safe_dump({key: value}, width=1000).strip()}  # {why}")
         with path.open("x") as file:
             file.write("\n".join(lines) + "\n")
-    there = read_params_file(path, str(path)) if path.exists() else {}
+    there = read_site(path)
     rows = [(key, there.get(key), *found.get(key, (None, ""))) for key in dict.fromkeys([*there, *found])]
     return Table(rows, columns=["key", "in the file", "found", "from"])
+
+
+def read_site(path: Path = SITE) -> dict:
+    """What params/site.yaml says; nothing if there is none.
+
+    Raises
+    ------
+    ParameterError : it is not a params file.
+    """
+    return read_params_file(path, str(path)) if path.exists() else {}
+
+
+def save_site(values: Mapping[str, object], path: Path = SITE) -> Path | None:
+    """Write the site's values, whole or not at all; keys of the file that are not among them stay as they are.
+
+    Returns
+    -------
+    What the former file is called now, None if there was none.
+    """
+    kept = {key: value for key, value in read_site(path).items() if key not in values}
+    given = {key: value for key, value in values.items() if value is not None}
+    draft = path.with_suffix(".draft")
+    head = "# What is about this site; written by 00_setup's form, yours to edit. No token belongs here.\n"
+    draft.write_text(head + yaml.safe_dump(kept | given, sort_keys=False, allow_unicode=True, width=1000))
+    former = None
+    if path.exists():
+        former = next(p for n in range(1, 1000) if not (p := path.with_name(f"{path.name}.{n}")).exists())
+        os.link(path, former)  # fails rather than overwrites, should another have taken the name just now
+    draft.replace(path)
+    return former

@@ -17,13 +17,14 @@ import ipywidgets as ipw
 from IPython import get_ipython
 from IPython.display import SVG, Markdown, display
 
-from . import launch, results, run_folder
+from . import launch, results, run_folder, setup_jobs
 from .errors import DisaggError
 from .experiment import (
     REPOSITORY,
     Experiment,
     ParameterError,
     changed,
+    expand,
     load_experiment,
     load_recorded,
     parameter_kind,
@@ -41,7 +42,7 @@ from .pictures import (
     steps_html,
     topology_svg,
 )
-from .preflight import experiment_checks
+from .preflight import Check, checks_text, experiment_checks, require
 from .serving.lengths import built_in_lengths
 from .serving.plan_figures import as_image
 from .serving.prediction import Model, simulate_table
@@ -319,6 +320,112 @@ class TopologyForm:
 def topology_form(experiment: Experiment, run_dir: str | None = None) -> TopologyForm:
     """Show the form (live) or its picture and words (headless); see `TopologyForm`."""
     return TopologyForm(experiment, run_dir)
+
+
+# -- the site form (00)
+
+
+def site_remarks(typed: Mapping[str, object], partitions: Iterable[str]) -> dict[str, str]:
+    """What looks wrong from this machine, but may be right on the nodes or later: it does not stop the saving."""
+    paths = {
+        name: typed.get(name)
+        for name in ("scratch_dir", "model_dir", "dataset_path", "harness_dir", "client_dir")
+    }
+    image = str(typed.get("container_image") or "")
+    paths["container_image"] = image if image.endswith(".sqsh") else None
+    found = {
+        name: "not there, as seen from this machine"
+        for name, path in paths.items()
+        if isinstance(path, str) and not (REPOSITORY / expand(path)).exists()
+    }
+    for mount in filter(None, str(typed.get("container_mounts") or "").split(",")):
+        host, colon, inside = mount.partition(":")
+        if not (colon and inside.startswith("/") and Path(host).exists()):
+            found["container_mounts"] = f"{mount}: needed an existing host path, a colon, an absolute path"
+    if partitions and typed.get("partition") not in (None, *partitions):
+        found["partition"] = f"this cluster's partitions: {', '.join(partitions)}"
+    return found
+
+
+class SiteForm:
+    """params/site.yaml as a form: what was found on this machine above it, checks as one types, a button that saves."""
+
+    def __init__(
+        self, experiment: Experiment, values: Mapping[str, object], checks: Sequence[Check], path: Path
+    ):
+        self._base, self._path, self._checked = experiment, path, experiment
+        self._partitions: list[str] = []
+        self.fields = _Fields({name: values.get(name) for name in setup_jobs.SITE_KEYS}, self._typed)
+        self.problem, self.outcome = _html(), _html()
+        self.button = ipw.Button(description=f"Save {path.name}", layout=ipw.Layout(width="180px"))
+        self.button.on_click(lambda _: self._save_pressed())
+        found = "".join(f"<li>{_check_html(check)}</li>" for check in checks)
+        marks = f'<ul style="list-style:none;padding:0;line-height:1.5">{found}</ul>'
+        save = ipw.HBox([self.button, self.outcome])
+        self.box = ipw.VBox(
+            [ipw.HTML(marks), self.fields.rows(self.fields.texts), self.problem, save], layout=_WIDE
+        )
+        self.box.add_class("disagg-site")
+        self._typed()
+        if experiment.launcher == "slurm":
+            _Latest(_partition_names, self._know, rest_s=0).start()
+
+    def _know(self, partitions: list[str]) -> None:
+        self._partitions = partitions
+        self._typed()
+
+    def _typed(self) -> None:
+        typed = self.fields.typed()
+        problems: dict[str, str] = {}
+        try:
+            made = changed(self._base, typed)
+            require(check for check in experiment_checks(made) if check.rule == "secrets")
+        except ParameterError as error:
+            problems = _problems(error, self.fields.texts)
+        except DisaggError as error:
+            problems = {"": str(error)}
+        self.fields.tell(problems, site_remarks(typed, self._partitions))
+        self.problem.value = _message(problems[""]) if "" in problems else ""
+        self.outcome.value = ""
+        reasons = "; ".join(f"{name}: {text}" if name else text for name, text in problems.items())
+        self.button.disabled = bool(problems)
+        self.button.tooltip = (
+            f"Not yet: {reasons}" if problems else "Writes the file; one that is there is kept beside it"
+        )
+
+    def _save_pressed(self) -> None:
+        try:
+            kept = setup_jobs.save_site(self.fields.typed(), self._path)
+        except (DisaggError, OSError) as error:
+            self.outcome.value = _message(str(error))
+            return
+        words = f"{self._path.parent.name}/{self._path.name} is written."
+        self.outcome.value = _message(words + (f" The former one is {kept.name}" if kept else ""), good=True)
+
+
+def _check_html(check: Check) -> str:
+    """A tick or a cross, what was found, and the fix."""
+    if check.ok:
+        return _message(f"{check.requirement}: {check.found}", good=True)
+    return _message(f"{check.requirement}: found {check.found}. To do: {check.fix}")
+
+
+def _partition_names() -> list[str]:
+    try:
+        return [partition.name for partition in launch.partitions()]
+    except DisaggError:  # the table above says that Slurm does not answer
+        return []
+
+
+def site_form(experiment: Experiment, found: Mapping[str, tuple], checks: Sequence[Check]) -> SiteForm | None:
+    """Live: the form of params/site.yaml, filled from the file and from what was found. Headless: the checks, a line each."""
+    if not front_end_is_live():
+        print(checks_text(checks))
+        return None
+    values = {name: value for name, (value, _) in found.items()} | setup_jobs.read_site()
+    form = SiteForm(experiment, values, checks, setup_jobs.SITE)
+    _show(form.box, "The form of params/site.yaml: run the cell to see it")
+    return form
 
 
 # -- what will be written, against a preset (03)

@@ -10,9 +10,10 @@ import nbclient
 import nbformat
 import pytest
 
-from disagg_lib import figures, launch, pictures, widgets
+from disagg_lib import figures, launch, pictures, setup_jobs, widgets
 from disagg_lib.errors import DisaggError
 from disagg_lib.experiment import ParameterError, changed, load_experiment, load_recorded
+from disagg_lib.preflight import Check
 from disagg_lib.run_folder import GrowingLines, create_run
 
 SMALL = {
@@ -375,3 +376,73 @@ def test_a_run_without_logs_is_a_line_in_the_picked_table(tmp_path):
 def test_changed_values_are_checked_together():
     with pytest.raises(DisaggError, match="nodes: found 18, needed 19"):
         changed(changed(NVL72, {"nodes": 18}), {"num_gen_servers": 5})
+
+
+# -- the site form
+
+
+def site_form(path, checks=(), **typed):
+    async def main():
+        form = widgets.SiteForm(load_experiment(), {"partition": "batch"}, checks, path)
+        for name, text in typed.items():
+            form.fields.texts[name].value = text
+        return form
+
+    return asyncio.run(main())
+
+
+def test_the_site_form_saves_and_keeps_the_former_file(live, tmp_path):
+    path = tmp_path / "site.yaml"
+    path.write_text("# mine\nrequest_timeout_s: 900\naccount: old\n")
+    form = site_form(path, account="new", segment="5", trust_dataset="true")
+    form.button.click()
+    saved = setup_jobs.read_site(path)
+    assert saved == {
+        "request_timeout_s": 900,
+        "partition": "batch",
+        "account": "new",
+        "trust_dataset": True,
+        "segment": 5,
+    }
+    assert (tmp_path / "site.yaml.1").read_text().startswith("# mine")
+    form.button.click()
+    assert (tmp_path / "site.yaml.2").exists(), "no former file is lost"
+
+
+@pytest.mark.parametrize(("name", "text", "words"), [
+    ("time_limit", "four hours", "needed text (h:mm:ss"),
+    ("segment", "0", "of at least 1"),
+    ("trust_dataset", "maybe", "needed true or false"),
+    ("partition", "a b", "needed text"),
+    ("account", "hf_" + "a" * 20, "something like a token"),
+])  # fmt: skip
+def test_a_wrong_value_is_said_and_nothing_is_saved(live, tmp_path, name, text, words):
+    form = site_form(tmp_path / "site.yaml", **{name: text})
+    assert words in form.fields.notes[name].value + form.problem.value
+    assert form.button.disabled and "Not yet" in form.button.tooltip
+
+
+def test_what_only_looks_wrong_from_here_does_not_stop_the_saving(live, tmp_path):
+    form = site_form(
+        tmp_path / "site.yaml", container_image="/nowhere/x.sqsh", container_mounts="/nowhere:inside"
+    )
+    assert "not there, as seen from this machine" in form.fields.notes["container_image"].value
+    assert "needed an existing host path" in form.fields.notes["container_mounts"].value
+    assert not form.button.disabled
+    assert widgets.site_remarks({"partition": "x"}, ["a", "b"]) == {
+        "partition": "this cluster's partitions: a, b"
+    }
+
+
+def test_checks_have_a_tick_or_a_cross_with_the_fix(live, tmp_path):
+    checks = [Check("a thing", "here", True), Check("another", "absent", False, "install it")]
+    form = site_form(tmp_path / "site.yaml", checks)
+    shown = form.box.children[0].value
+    assert "✓" in shown and "✗" in shown and "To do: install it" in shown
+
+
+def test_an_emptied_field_is_not_given_any_more(live, tmp_path):
+    path = tmp_path / "site.yaml"
+    path.write_text("account: old\n")
+    site_form(path, partition="").button.click()
+    assert setup_jobs.read_site(path) == {}
