@@ -131,7 +131,7 @@ def _legend(e: Experiment, y: float) -> tuple[list[str], float]:
 
 def chart_svg(title: str, points: Sequence[tuple[float, float]], colour: str = "#0072b2") -> str:
     """A small line chart over time in seconds; its newest and its highest value in words."""
-    width, height, left, top, bottom = 420, 130, 46, 30, 22
+    width, height, left, top, bottom = 400, 130, 46, 30, 22
     if len(points) < 2:
         return _svg(width, height, title, [_text(10, 20, title), _text(10, 70, "no figures yet")])
     step = max(1, len(points) // 200)
@@ -203,10 +203,21 @@ def phase_steps(
     seen = [row["phase"] for row in phases]
     begins = [row["time_s"] for row in phases] + [now_s]
     ended = bool(seen) and (seen[-1] == "done" or seen[-1].startswith("failed"))
+    broken = (
+        next((name for name in seen[-2::-1] if name != "teardown"), "")
+        if ended and seen[-1] != "done"
+        else ""
+    )
     steps: list[tuple[str, str, float | None]] = []
     for place, name in enumerate(seen):
         last = place == len(seen) - 1
-        state = "failed" if name.startswith("failed") else "now" if last and not ended else "done"
+        state = (
+            "failed"
+            if name.startswith("failed") or name == broken
+            else "now"
+            if last and not ended
+            else "done"
+        )
         seconds = None if last and ended else begins[place + 1] - begins[place]
         steps.append((name.partition(":")[0], state, seconds))
     if not ended:
@@ -259,10 +270,11 @@ def remaining_s(rows: Sequence[Mapping]) -> float | None:
     return (newest["total"] - newest["done"]) * seconds / done
 
 
-def progress_html(rows: Sequence[Mapping]) -> str:
+def progress_html(rows: Sequence[Mapping], ended: bool = False) -> str:
+    """A bar of the newest test mode's queries, and the time to go unless the job has ended."""
     if not rows:
         return ""
-    newest, left = rows[-1], remaining_s(rows)
+    newest, left = rows[-1], None if ended else remaining_s(rows)
     total = newest["total"]
     bar = "" if total is None else (
         f'<progress aria-label="queries done" value="{newest["done"]}" max="{total}" '

@@ -417,17 +417,24 @@ TERMINAL = {
 }  # fmt: skip
 
 
+def table_cells(table: pd.DataFrame) -> list[list[str]]:
+    """What a person reads of the table: a line a figure, a column a run, headings first; empty if none can be read."""
+    good = table[table["loadgen_scenario"] != ""]  # read; an unreadable accuracy run leaves the rest standing
+    if good.empty:
+        return []
+    cells = [["run", *(Path(str(folder)).name or str(folder) for folder in good["folder"])]]
+    for name, (heading, decimals) in TERMINAL.items():
+        shown = [_cell(value, decimals) for value in good[name]]
+        if set(shown) != {"-"}:
+            cells.append([heading, *shown])
+    return cells
+
+
 def format_table(table: pd.DataFrame) -> str:
     """The table for a terminal: a block a run where it is narrow enough to read; errors below, in full."""
-    lines = []
-    good = table[table["loadgen_scenario"] != ""]  # read; an unreadable accuracy run leaves the rest standing
-    if len(good):
-        cells = [["run", *(Path(str(folder)).name or str(folder) for folder in good["folder"])]]
-        for name, (heading, decimals) in TERMINAL.items():
-            shown = [_cell(value, decimals) for value in good[name]]
-            if set(shown) != {"-"}:
-                cells.append([heading, *shown])
-        rows = cells if len(good) <= 3 else list(zip(*cells, strict=True))  # few: a run is a column
+    cells, lines = table_cells(table), []
+    if cells:
+        rows = cells if len(cells[0]) <= 4 else list(zip(*cells, strict=True))  # few: a run is a column
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     for row in table[table["error"] != ""].itertuples():

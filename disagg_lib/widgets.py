@@ -73,7 +73,7 @@ def front_end_is_live() -> bool:
 # -- what the widgets share
 
 _MUTED = "color:var(--jp-ui-font-color2, #555)"
-_WIDE = ipw.Layout(width="100%")
+_WIDE = ipw.Layout(width="auto")  # as wide as the box; 100 % and its margin would be wider
 
 
 def _show(widget: ipw.Widget, plain: str) -> None:
@@ -89,11 +89,9 @@ def _html(value: str = "") -> ipw.HTML:
 def _message(text: str, good: bool = False) -> str:
     """A sentence with its mark, in the theme's own ink: colour alone says nothing."""
     mark, colour = ("✓", "#009e73") if good else ("✗", "#d55e00")
-    return f'<span role="alert"><b style="color:{colour}">{mark}</b> {escape(text)}</span>'
-
-
-def _table(table) -> str:
-    return f'<div style="overflow-x:auto">{table.to_html(index=False, border=0)}</div>'
+    return (
+        f'<div role="alert" style="line-height:1.4"><b style="color:{colour}">{mark}</b> {escape(text)}</div>'
+    )
 
 
 class _Latest:
@@ -216,7 +214,7 @@ class TopologyForm:
     """The topology as a form and a picture; `experiment` is what the fields say now. Headless, the parameters' own."""
 
     def __init__(self, experiment: Experiment, run_dir: str | None = None):
-        self._base = self._valid = experiment
+        self._base = self.last_valid = experiment
         self._error: ParameterError | None = None
         self._run_dir = run_dir
         self._written: tuple[Experiment, Path] | None = None
@@ -262,7 +260,7 @@ class TopologyForm:
         """
         if self._error is not None:
             raise self._error
-        return self._valid
+        return self.last_valid
 
     def follow(self, redraw: Callable[[], None]) -> None:
         """Call `redraw` now and after each valid change."""
@@ -281,11 +279,12 @@ class TopologyForm:
         return self._written[1]
 
     def _say(self, place: ipw.HTML, text: str) -> None:
-        place.value = "<br>".join(escape(line) for line in text.splitlines())
+        lines = "<br>".join(escape(line) for line in text.splitlines())
+        place.value = f'<div style="line-height:1.4">{lines}</div>'
 
     def _typed(self) -> None:
         try:
-            self._valid, self._error = changed(self._base, self.fields.typed()), None
+            self.last_valid, self._error = changed(self._base, self.fields.typed()), None
             problems = {}
         except ParameterError as error:
             self._error, problems = error, _problems(error, self.fields.texts)
@@ -295,16 +294,16 @@ class TopologyForm:
         if self._error is not None:
             reasons = "; ".join(f"{name}: {text}" if name else text for name, text in problems.items())
             self.button.tooltip = f"Not yet: {reasons}"
-            old = f'<div style="opacity:0.35">{topology_svg(self._valid)}</div>'
+            old = f'<div style="opacity:0.35">{topology_svg(self.last_valid)}</div>'
             self.picture.value = (_message(problems[""]) if "" in problems else "") + old
             self.words.value = _message("The picture is that of the last valid topology.")
             self.predicted.value = ""
             return
         self.button.tooltip = "Writes a new run folder for this topology; nothing is overwritten"
-        self.picture.value = topology_svg(self._valid)
-        self._say(self.words, topology_text(self._valid))
+        self.picture.value = topology_svg(self.last_valid)
+        self._say(self.words, topology_text(self.last_valid))
         self.predicted.value = f'<span style="{_MUTED}">predicting ...</span>'
-        self._prediction.start(self._valid)
+        self._prediction.start(self.last_valid)
         for redraw in self._followers:
             redraw()
 
@@ -444,6 +443,14 @@ def written_files(e: Experiment, job_script: bool) -> dict[str, str]:
     return {"job.sh": make_job_script(e)} if job_script else config_files(e)
 
 
+def _compared(e: Experiment, preset: str, job_script: bool) -> str:
+    try:
+        other = written_files(load_experiment([preset]), job_script)
+    except ParameterError as error:
+        return _message(str(error))
+    return marked_html(marked_lines(written_files(e, job_script), other))
+
+
 def diff_view(form: TopologyForm, job_script: bool = False) -> None:
     """What will be written for the form's topology; what differs from a preset is marked + (new) and - (preset's)."""
     if not form.live:
@@ -452,16 +459,12 @@ def diff_view(form: TopologyForm, job_script: bool = False) -> None:
             text = "\n".join(lines)
             display(Markdown(f"**{name}**, against {PRESET}\n````diff\n{text}\n````"))
         return
-    choice = ipw.Dropdown(options=presets(), value=PRESET, description="compare with", style={"description_width": "110px"})  # fmt: skip
+    choice = ipw.Dropdown(options=presets(), value=PRESET, description="compare with", style={"description_width": "110px"}, layout=ipw.Layout(width="min(420px, 100%)"))  # fmt: skip
     shown = _html()
+    latest = _Latest(_compared, lambda html: setattr(shown, "value", html), rest_s=0.1)
 
     def redraw(_=None):
-        try:
-            other = written_files(load_experiment([choice.value]), job_script)
-        except ParameterError as error:
-            shown.value = _message(str(error))
-            return
-        shown.value = marked_html(marked_lines(written_files(form.experiment, job_script), other))
+        latest.start(form.last_valid, choice.value, job_script)
 
     choice.observe(redraw, "value")
     form.follow(redraw)
@@ -470,12 +473,12 @@ def diff_view(form: TopologyForm, job_script: bool = False) -> None:
 
 # -- the job monitor (04)
 
-LOGS = (
-    "output_server.log",
-    "output_workers.log",
-    "mlperf_benchmark_performance.log",
-    "mlperf_benchmark_accuracy.log",
-)
+LOGS = {
+    "server": "output_server.log",
+    "workers": "output_workers.log",
+    "performance": "mlperf_benchmark_performance.log",
+    "accuracy": "mlperf_benchmark_accuracy.log",
+}
 
 
 def tail(path: Path, lines: int = 14) -> str:
@@ -504,7 +507,7 @@ def folder_link(folder: Path, words: str) -> str:
     path = folder.resolve().relative_to(root.resolve()).as_posix()
     arguments = escape(json.dumps({"path": path}), quote=True)
     return (
-        f'<a href="#" class="jupyter-button" style="padding:4px 10px" data-commandlinker-command="filebrowser:open-path" '
+        f'<a href="#" class="jupyter-button" style="display:block;width:auto;margin:0" data-commandlinker-command="filebrowser:open-path" '
         f'data-commandlinker-args="{arguments}" title="{escape(str(folder), quote=True)}">{escape(words)}</a>'
     )
 
@@ -520,7 +523,7 @@ class JobMonitor:
         self._new = run_folder.GrowingLines(run / "job/progress.jsonl")
         self._sure = False
         self.head, self.steps, self.progress, self.charts = _html(), _html(), _html(), _html()
-        self.logs = ipw.Tab([_html() for _ in LOGS], titles=[name.removesuffix(".log") for name in LOGS])
+        self.logs = ipw.Tab([_html() for _ in LOGS], titles=list(LOGS))
         self.logs.observe(lambda _: self._draw_log(), "selected_index")
         self.attach_button = ipw.Button(
             description="Attach", tooltip="Follow the job anew; it is not touched"
@@ -568,7 +571,7 @@ class JobMonitor:
             words += f"<br>{_message(state.reason)}"
         self.head.value = words
         self.steps.value = steps_html(phase_steps(phases, self.experiment, time.time()))
-        self.progress.value = progress_html(self.rows)
+        self.progress.value = progress_html(self.rows, state.ended)
         speed, outstanding = rates(self.rows, began)
         source = results.folder_source(self.run)
         charts = chart_svg(f"output tokens/s ({source})", speed) + chart_svg("outstanding queries", outstanding, "#d55e00")  # fmt: skip
@@ -581,8 +584,10 @@ class JobMonitor:
 
     def _draw_log(self) -> None:
         place = self.logs.selected_index or 0
-        text = escape(tail(self.run / "logs" / LOGS[place]))
+        name = list(LOGS.values())[place]
+        text = escape(tail(self.run / "logs" / name))
         self.logs.children[place].value = (
+            f"<code>logs/{name}</code>"
             '<pre tabindex="0" style="max-height:280px;overflow:auto;margin:0;font-size:12px;line-height:1.35;'
             f'color:var(--jp-content-font-color1,inherit)">{text}</pre>'
         )
@@ -649,12 +654,29 @@ def runs_to_pick(run: Path) -> list[Path]:
     return [run.resolve(), *(path for path in newest if path != run.resolve())][:MOST_RUNS]
 
 
+def _table_html(cells: Sequence[Sequence[str]]) -> str:
+    """Text cells as a table whose headings are its first line and column."""
+    style = 'style="text-align:left;white-space:normal;min-width:110px;vertical-align:top;padding:2px 14px 2px 0;line-height:1.4"'
+    rows = "".join(
+        "<tr>"
+        + "".join(
+            f"<{'td' if x and y else 'th'} {style}>{escape(c)}</{'td' if x and y else 'th'}>"
+            for x, c in enumerate(row)
+        )
+        + "</tr>"
+        for y, row in enumerate(cells)
+    )
+    return f'<div style="overflow-x:auto"><table>{rows}</table></div>'
+
+
 def picked_html(runs: Sequence[Path]) -> str:
     """Table and figures of some runs, to be made in a thread."""
     if not runs:
         return "Tick a run."
     table = results.runs_table(runs)
-    parts = [f'<pre style="overflow-x:auto">{escape(results.format_table(table))}</pre>']
+    cells = results.table_cells(table)
+    parts = [_table_html(cells)] if cells else []
+    parts += [_message(f"{row.folder}: {row.error}") for row in table[table["error"] != ""].itertuples()]
     figures = [figure_interactivity(results.beside_published(table))]
     for run in runs[:4]:
         try:

@@ -253,7 +253,7 @@ def test_phases_are_done_running_or_to_come():
     steps = pictures.phase_steps(
         [*seen, {"time_s": 4.0, "phase": "failed: out of luck"}], load_experiment(), 9.0
     )
-    assert steps[-1] == ("failed", "failed", None)
+    assert steps[-2:] == [("bind", "failed", 2.0), ("failed", "failed", None)]
 
 
 def test_the_time_to_go_follows_from_the_last_minutes_pace():

@@ -233,20 +233,23 @@ class Notebook:
                 self.page.set_viewport_size({"width": width, "height": 1000})
                 if selector:
                     self.page.locator(selector).first.evaluate("e => e.scrollIntoView({block: 'start'})")
-                self.page.wait_for_timeout(600)
+                self.page.wait_for_timeout(300)
                 name = f"{self.name}_{what}_{width}_{'dark' if dark else 'light'}.png"
                 self.page.screenshot(path=SCREENSHOTS / name)
 
     def close(self) -> None:
-        """Close the page and end the kernels: they would take the next test's time."""
+        """Close the page and end its kernel: it would take the next test's time."""
+        if self.page.is_closed():
+            return
         self.context.close()
-        for kernel in json.loads(self.lab.api("kernels")):
-            self.lab.api(f"kernels/{kernel['id']}", "DELETE")
+        for session in json.loads(self.lab.api("sessions")):
+            if session["path"] == f"notebooks/{self.name}.ipynb":
+                self.lab.api(f"sessions/{session['id']}", "DELETE")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def notebook(lab, browser):
-    """notebook(name): opens it; all are closed at the end of the test."""
+    """notebook(name): opens it; all are closed at the end of the module."""
     opened = []
 
     def open_(name: str) -> Notebook:
