@@ -179,7 +179,7 @@ def marked_html(marked: Mapping[str, list[str]]) -> str:
         )
         parts.append(
             f"<b>{escape(name)}</b>, {count} line{'' if count == 1 else 's'} differ{'s' if count == 1 else ''}"
-            '<div tabindex="0" role="region" style="max-height:460px;overflow:auto;border:1px solid var(--jp-border-color1,#999);'
+            '<div tabindex="0" role="region" style="width:0;min-width:100%;box-sizing:border-box;max-height:460px;overflow:auto;border:1px solid var(--jp-border-color1,#999);'
             'padding:4px;font-family:var(--jp-code-font-family,monospace);font-size:12px;line-height:1.4" '
             f'aria-label="{escape(name)}"><div style="min-width:max-content">{body}</div></div>'
         )
