@@ -43,9 +43,8 @@ from .pictures import (
     topology_svg,
 )
 from .preflight import Check, checks_text, experiment_checks, require
-from .serving.lengths import built_in_lengths
 from .serving.plan_figures import as_image
-from .serving.prediction import Model, simulate_table
+from .serving.prediction import simulate_table
 from .trtllm_config import config_files
 
 
@@ -187,9 +186,10 @@ def predict_text(e: Experiment, seeds: Sequence[int] = range(4)) -> str:
     scale = e.rehearsal_time_scale if e.engine == "rehearsal" else 1.0
     modelled = e.model_copy(update={"server_target_qps": e.server_target_qps * scale})
     try:
-        table = simulate_table(modelled, seeds, Model(built_in_lengths()))
+        table = simulate_table(modelled, seeds)
     except DisaggError as error:
         return f"No prediction: {error}"
+    table = table[table["prompt_lengths"] == table["prompt_lengths"].iloc[0]]  # 02_plan has the other spreads
     median, good = table.median(numeric_only=True), int(table["valid"].sum())
     pace = "" if scale == 1 else f", which is {modelled.server_target_qps:g} at the modelled GPUs' own pace"
     return (

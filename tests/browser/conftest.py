@@ -136,8 +136,7 @@ def tree(tmp_path_factory):
             shutil.copytree(source, tree / name, ignore=ignore)
         else:
             shutil.copy2(source, tree / name)
-    for path in sorted((tree / "notebooks").glob("0[0-3]*.ipynb")):
-        set_parameters(path, SMALL)
+    set_parameters(tree / "notebooks/03_configuration.ipynb", SMALL)
     return tree
 
 
