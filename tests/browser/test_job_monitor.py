@@ -82,7 +82,7 @@ def test_04_shows_the_job_live_and_finds_it_again_after_a_reload(notebook, run):
     sure.wait_for()
     assert phases(run)[-1] == "performance", "asked once, nothing done"
     sure.click()
-    opened.page.locator('.disagg-monitor li[data-state="failed"]').wait_for()
+    opened.page.locator('.disagg-monitor li[data-state="failed"]').last.wait_for()
     assert phases(run)[-1].startswith("failed: cancelled")
     opened.screenshots("cancelled", ".disagg-monitor")
     opened.close()
