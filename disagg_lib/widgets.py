@@ -6,6 +6,7 @@ or a new kernel loses nothing.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import time
@@ -91,6 +92,11 @@ def _message(text: str, good: bool = False) -> str:
     return (
         f'<div role="alert" style="line-height:1.4"><b style="color:{colour}">{mark}</b> {escape(text)}</div>'
     )
+
+
+def _lines(text: str) -> str:
+    """Plain lines."""
+    return f'<div style="line-height:1.4">{"<br>".join(map(escape, text.splitlines()))}</div>'
 
 
 class _Latest:
@@ -183,6 +189,8 @@ def predict_text(e: Experiment, seeds: Sequence[int] = range(4)) -> str:
     """TTFT, TPOT and verdict at the target QPS, simulated, in one sentence; or why there is no prediction."""
     if e.engine == "external":
         return "No prediction: the endpoint's topology is not known here."
+    if e.scenario != "Interactive":
+        return f"No prediction: the model judges by Interactive's limits, and this is {e.scenario}."
     scale = e.rehearsal_time_scale if e.engine == "rehearsal" else 1.0
     modelled = e.model_copy(update={"server_target_qps": e.server_target_qps * scale})
     try:
@@ -230,7 +238,7 @@ class TopologyForm:
         self.picture, self.words, self.predicted, self.outcome = _html(), _html(), _html(), _html()
         self.button = ipw.Button(description="Write run folder", layout=ipw.Layout(width="180px"))
         self.button.on_click(lambda _: self._write_pressed())
-        self._prediction = _Latest(predict_text, lambda text: self._say(self.predicted, text))
+        self._prediction = _Latest(predict_text, lambda text: setattr(self.predicted, "value", _lines(text)))
         self.box = ipw.VBox(
             [
                 ipw.HTML("<b>Context servers</b>"),
@@ -278,10 +286,6 @@ class TopologyForm:
             self._written = (self.experiment, run_folder.create_run(self.experiment, self._run_dir))
         return self._written[1]
 
-    def _say(self, place: ipw.HTML, text: str) -> None:
-        lines = "<br>".join(escape(line) for line in text.splitlines())
-        place.value = f'<div style="line-height:1.4">{lines}</div>'
-
     def _typed(self) -> None:
         try:
             self.last_valid, self._error = changed(self._base, self.fields.typed()), None
@@ -301,7 +305,7 @@ class TopologyForm:
             return
         self.button.tooltip = "Writes a new run folder for this topology; nothing is overwritten"
         self.picture.value = topology_svg(self.last_valid)
-        self._say(self.words, topology_text(self.last_valid))
+        self.words.value = _lines(topology_text(self.last_valid))
         self.predicted.value = f'<span style="{_MUTED}">predicting ...</span>'
         self._prediction.start(self.last_valid)
         for redraw in self._followers:
@@ -354,7 +358,10 @@ class SiteForm:
     ):
         self._base, self._path, self._checked = experiment, path, experiment
         self._partitions: list[str] = []
-        self.fields = _Fields({name: values.get(name) for name in setup_jobs.SITE_KEYS}, self._typed)
+        self.fields = _Fields(
+            {name: values.get(name) for name in setup_jobs.SITE_KEYS + setup_jobs.EXPERIMENTS_KEYS},
+            self._typed,
+        )
         self.problem, self.outcome = _html(), _html()
         self.button = ipw.Button(description=f"Save {path.name}", layout=ipw.Layout(width="180px"))
         self.button.on_click(lambda _: self._save_pressed())
@@ -677,12 +684,14 @@ def picked_html(runs: Sequence[Path]) -> str:
     cells = results.table_cells(table)
     parts = [_table_html(cells)] if cells else []
     parts += [_message(f"{row.folder}: {row.error}") for row in table[table["error"] != ""].itertuples()]
-    figures = [figure_interactivity(results.beside_published(table))]
+    figures = []
+    with contextlib.suppress(DisaggError):  # no run could be read: the lines above say why
+        beside, words = results.beside_published(table)
+        figures.append(figure_interactivity(beside))
+        parts.append(_lines(words))
     for run in runs[:4]:
-        try:
+        with contextlib.suppress(DisaggError):
             figures.append(figure_latency_distributions(run))
-        except DisaggError:
-            continue  # its row in the table says why
     for figure in figures:
         picture = as_image(figure)._repr_mimebundle_()[0]["image/png"]
         parts.append(f'<img src="data:image/png;base64,{picture}" style="max-width:100%" alt="{escape(figure.get_suptitle(), quote=True)}">')  # fmt: skip
@@ -694,7 +703,10 @@ def run_picker(run: Path) -> None:
     if not front_end_is_live():
         table = results.runs_table([run])
         print(results.format_table(table))
-        display(as_image(figure_interactivity(results.beside_published(table))))
+        if results.table_cells(table):
+            beside, words = results.beside_published(table)
+            print(words)
+            display(as_image(figure_interactivity(beside)))
         return
     runs = runs_to_pick(run)
     ticks = [ipw.Checkbox(path == run.resolve(), description=path.name, indent=False, layout=_WIDE) for path in runs]  # fmt: skip
