@@ -14,7 +14,7 @@ set -m # each background step is a process group of its own, which teardown can 
 
 cd -- "${SLURM_SUBMIT_DIR:-$(dirname -- "$0")}" || exit 1
 RUN=$PWD
-PYTHON=REDACTED_path2/.venv/bin/python
+PYTHON=REDACTED_path3/.venv/bin/python
 agent() { "$PYTHON" "$RUN/job/job_agent.py" "$@"; }
 
 agent admit || exit 1 # a folder is used once; a requeued job ends here
@@ -117,12 +117,12 @@ attend agent ready || exit
 
 agent phase performance
 start client_performance logs/mlperf_benchmark_performance.log step "$(node 0)" 1 - \
-  REDACTED_path2/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode performance --url "http://$(node 0):$(port orchestrator)"
+  REDACTED_path3/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode performance --url "http://$(node 0):$(port orchestrator)"
 attend agent watch performance || exit
 
 agent phase accuracy
 start client_accuracy logs/mlperf_benchmark_accuracy.log step "$(node 0)" 1 - \
-  REDACTED_path2/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode accuracy --url "http://$(node 0):$(port orchestrator)"
+  REDACTED_path3/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode accuracy --url "http://$(node 0):$(port orchestrator)"
 attend agent watch accuracy || exit
 
 exit 0
