@@ -428,7 +428,8 @@ async def _listen(server: Worker | Orchestrator, host: str, port: int, dialect: 
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        # A machine that is overloaded for seconds lets connections wait instead of resetting them (aiohttp's own: 128).
+        await web.TCPSite(runner, host, port, backlog=4096).start()
     except OSError as error:
         raise DisaggError(
             f"{host}:{port}: cannot listen ({error}). Is another server on it, or is it another node's name?"
