@@ -72,7 +72,9 @@ def test_03_says_what_is_impossible_and_redraws_what_is_possible(configuration):
     page.get_by_text("found 'eight' (text), needed a whole number").wait_for()
     assert set((configuration.lab.tree / "results").iterdir()) == before
     field(configuration, "gen_tp_size").fill("8")
-    page.get_by_text("1 context server x 4 + 1 generation server x 8 = 12 GPUs").wait_for()
+    page.locator(".disagg-topology").get_by_text(
+        "1 context server x 4 + 1 generation server x 8 = 12 GPUs"
+    ).wait_for()
     assert page.locator(".disagg-topology svg text", has_text="G0").count() == 8 + 1
     assert button.is_enabled()
 
@@ -97,7 +99,7 @@ def test_03_draws_racks_readably(configuration, context, generation, gpus):
     page = configuration.page
     field(configuration, "num_ctx_servers").fill(context)
     field(configuration, "num_gen_servers").fill(generation)
-    page.get_by_text(f"= {gpus} GPUs on {gpus // 4} nodes").wait_for()
+    page.locator(".disagg-topology").get_by_text(f"= {gpus} GPUs on {gpus // 4} nodes").wait_for()
     picture = page.locator(".disagg-topology svg")
     picture.scroll_into_view_if_needed()
     configuration.screenshots(f"{gpus}gpus", ".disagg-topology svg")
@@ -118,7 +120,9 @@ def test_03_is_filled_and_submitted_with_the_keyboard_alone(configuration):
     page.keyboard.type("3")
     for _ in range(11):
         page.keyboard.press("Tab")
-    page.get_by_text("3 context servers x 4 + 1 generation server x 4 = 16 GPUs").wait_for()
+    page.locator(".disagg-topology").get_by_text(
+        "3 context servers x 4 + 1 generation server x 4 = 16 GPUs"
+    ).wait_for()
     assert page.evaluate("document.activeElement.textContent") == "Write run folder"
     page.keyboard.press("Enter")
     page.get_by_text("is written. Next: 04_launch").wait_for()
