@@ -183,7 +183,7 @@ def calibrate_runs(runs: Sequence[Path], out: Path) -> str:
     for run in runs:
         e = load_recorded(run)
         scale = e.rehearsal_time_scale if e.engine == "rehearsal" else 1.0
-        observed.append(fitting.observe(run, planning.deployment_of(e), e.server_target_qps / scale, scale))
+        observed.append(fitting.observe(run, planning.deployment_of(e), e.server_target_qps * scale, scale))
     if out.exists():
         raise fitting.CalibrationError(
             f"{out} is there already, and nothing is overwritten. Choose another name."
