@@ -70,7 +70,7 @@ def checks_text(checks: Iterable[Check]) -> str:
             + ("" if check.ok else f" (needed: {check.requirement})")
         )
         if not check.ok:
-            lines.append(f"         prevents: {check.prevents}")
+            lines += [f"         prevents: {check.prevents}"] if check.prevents else []
             lines.append(f"         to do:    {check.fix}")
     return "\n".join(lines)
 
@@ -131,7 +131,8 @@ def _slurm_tools(e: Experiment) -> list[Check]:
     with contextlib.suppress(launch.JobError):  # cluster_checks says that Slurm does not answer, and why
         if shutil.which("sinfo"):
             version = launch.slurm("sinfo", "--version").strip().removeprefix("slurm ")
-            new = int(version.split(".")[0]) >= 22 if version[:1].isdigit() else False
+            release = re.search(r"(\d+)\.\d", version)  # Debian says slurm-wlm 22.05.8
+            new = bool(release) and int(release[1]) >= 22
             checks.append(
                 Check("Slurm 22 or newer", version, new, "untried with older ones", level="warning")
             )

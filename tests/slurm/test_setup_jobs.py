@@ -149,3 +149,4 @@ def test_the_setup_notebook_looks_at_a_node_judges_the_image_and_writes_no_param
     assert re.search(r"on gb\d\d: 4 GPUs", text) and "srun knows --container-image (pyxis)" in text
     assert "container_image is there" in text and "sinfo: the default" not in text
     assert sorted((REPOSITORY / "params").iterdir()) == before
+    assert re.search(r"ok +Slurm 22 or newer: slurm-wlm \d+", text)
