@@ -35,9 +35,8 @@ def _environment_variables(e: Experiment) -> list[tuple[str, str]]:
             variables.append(("TRTLLM_MNNVL_AR_ENABLED", "1"))
     if e.container == "pyxis":
         variables.append(("ENROOT_ALLOW_DEV", "yes"))
-        if (
-            e.work_dir and e.trtllm_dialect == "v5.1"
-        ):  # the v5.1 image's TensorRT-LLM lives in the mounted tree
+        # The v5.1 image's TensorRT-LLM lives in the mounted tree.
+        if e.work_dir and e.trtllm_dialect == "v5.1":
             variables.append(("PYTHONPATH", f"{e.work_dir}/.llm_aarch64/lib/python3.12/site-packages"))
     if e.client == "nvidia_harness":
         variables += [

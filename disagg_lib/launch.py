@@ -26,7 +26,7 @@ import psutil
 from . import job_agent
 from .errors import DisaggError
 from .experiment import Experiment, load_recorded
-from .run_folder import read_json_lines
+from .run_folder import GrowingLines, read_json_lines
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW(OR)?D|API_?KEY|CREDENTIAL", re.I)  # of a variable
 SCRIPT_LOG = "job/disagg_405B_slurm_log.txt"
@@ -514,12 +514,6 @@ def follow(run_dir: Path, poll_s: float = 0.5, ask_every_s: float = 10.0) -> Ite
         time.sleep(poll_s)
 
 
-def log_tails(run_dir: Path, lines: int = 10) -> dict[str, list[str]]:
-    """The last lines of the job script's log and of every log in logs/, by name."""
-    paths = [run_dir / SCRIPT_LOG, *sorted((run_dir / "logs").glob("*.log"))]
-    return {path.name: job_agent.last_lines(path, lines).split(" | ") for path in paths if path.exists()}
-
-
 def progress_line(state: JobState, tokens_per_s: float | None = None) -> str:
     """One line for people: phase, queries done, tokens/s, outstanding."""
     p = state.progress
@@ -557,11 +551,11 @@ def watch(run_dir: Path, every_s: float = 5.0, out=print) -> JobState:
     ------
     JobError : the job failed or was lost; the message has the reason and where to look.
     """
-    said_at, said, before, trials = 0.0, None, None, 0
+    said_at, said, before = 0.0, None, None
+    trials = GrowingLines(run_dir / "job/find_target_qps.jsonl")
     for state in follow(run_dir):
         now = time.monotonic()
-        for row in read_json_lines(run_dir / "job/find_target_qps.jsonl")[trials:]:
-            trials += 1
+        for row in trials.new_rows():
             out(f"{time.strftime('%H:%M:%S')}  {trial_line(row)}")
         words = (state.phase, state.note, state.state)
         if words == said and now - said_at < every_s and not state.ended:

@@ -38,7 +38,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from .errors import DisaggError
 from .experiment import Experiment
-from .preflight import Check, _existing_parent
+from .preflight import Check
+from .run_folder import existing_parent
+from .serving.lengths import MAX_INPUT_TOKENS, SAMPLE_COUNT
 
 
 class ModelError(DisaggError):
@@ -538,7 +540,7 @@ def _named(error: Exception, where: str) -> HubError:
 
 
 def _disk_full(folder: Path, needed: int) -> HubError:
-    free = shutil.disk_usage(_existing_parent(folder)).free
+    free = shutil.disk_usage(existing_parent(folder)).free
     return HubError("disk full", folder, f"found {free / 1e9:.2f} GB free, needed {needed / 1e9:.2f} GB more")
 
 
@@ -783,7 +785,6 @@ HARNESS_REPO = "meta-llama/Llama-3.1-405B-Instruct"
 HARNESS_REVISION = "be673f326cab4cd22ccfef76109faf68e41aa5f1"  # mlcommons/inference, language/llama3.1-405b
 HARNESS_FILES = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer*")
 DATA_SET = "mlperf_llama3.1_405b_dataset_8313_processed_fp16_eval.pkl"
-SAMPLES, MAX_INPUT_TOKENS = 8313, 20000
 
 
 def harness_model_folder(scratch_dir: str) -> Path:
@@ -821,8 +822,8 @@ def data_checks(scratch_dir: str, dataset_path: str | None = None, needed: bool 
     )
     wanted = {second / name: (get_model, "") for name in ("config.json", "tokenizer.json")}
     wanted[Path(dataset_path) if dataset_path else data / DATA_SET] = get_pickle, ""
-    wanted[data / "input_ids_padded.npy"] = get_arrays, f"int32 {SAMPLES} x {MAX_INPUT_TOKENS}"
-    wanted[data / "input_lens.npy"] = get_arrays, f"int32 {SAMPLES}"
+    wanted[data / "input_ids_padded.npy"] = get_arrays, f"int32 {SAMPLE_COUNT} x {MAX_INPUT_TOKENS}"
+    wanted[data / "input_lens.npy"] = get_arrays, f"int32 {SAMPLE_COUNT}"
     checks = []
     for path, (fix, shape) in wanted.items():
         found, ok = "absent", path.is_file()

@@ -18,8 +18,9 @@ from . import launch
 from .errors import DisaggError
 from .experiment import REPOSITORY, Experiment, topology_arithmetic
 from .job_script import make_job_script
-from .run_folder import Table
+from .run_folder import Table, existing_parent
 from .serving import latency
+from .serving.lengths import INPUT_MEAN, MAX_INPUT_TOKENS, MAX_OUTPUT_TOKENS, SAMPLE_COUNT
 
 REHEARSAL_GB, CHECKPOINT_GB = 1, 250  # free space; the real checkpoint is about 230 GB
 
@@ -75,7 +76,7 @@ def checks_text(checks: Iterable[Check]) -> str:
     return "\n".join(lines)
 
 
-def _pinned_versions() -> dict[str, str]:
+def pinned_versions() -> dict[str, str]:
     lines = (REPOSITORY / "requirements.lock").read_text().splitlines()
     pins = (line.split(";")[0].strip().split("==") for line in lines if "==" in line)
     return {name: version for name, version in pins}
@@ -91,13 +92,9 @@ def _package(name: str, pin: str) -> Check:
     )
 
 
-def _existing_parent(path: Path) -> Path:
-    return path if path.exists() else _existing_parent(path.parent)
-
-
 def machine_checks(e: Experiment) -> list[Check]:
     """What this machine, and with `launcher: slurm` the cluster, has against what the run needs (not the compute nodes)."""
-    python, pins = platform.python_version(), _pinned_versions()
+    python, pins = platform.python_version(), pinned_versions()
     known = (3, 11) <= sys.version_info[:2] <= (3, 13)
     checks = [Check("Python 3.11 to 3.13", python, known, "install one of these")]
     packages = ("mlcommons-loadgen", "jupyterlab", "papermill", "ipywidgets", "pandas", "huggingface-hub")
@@ -119,7 +116,7 @@ def _room(e: Experiment) -> Check:
     if e.engine == "trtllm":
         come = [*model.glob("*.safetensors"), *model.with_name(f".{model.name}.parts").glob("*")]
         needed_gb = max(needed_gb, round(CHECKPOINT_GB - sum(path.stat().st_size for path in come) / 1e9))
-    free_gb = shutil.disk_usage(_existing_parent(model)).free / 1e9
+    free_gb = shutil.disk_usage(existing_parent(model)).free / 1e9
     where = "in model_dir" if e.model_dir else "below scratch_dir"
     fix = f"free some, or set {where.split()[1]}"
     return Check(f"{needed_gb} GB free {where}", f"{free_gb:.0f} GB", free_gb >= needed_gb, fix)
@@ -308,7 +305,7 @@ def _topology(e: Experiment) -> list[Check]:
     ]
 
 
-MEAN_PROMPT_TOKENS, MEAN_ANSWER_TOKENS, LONGEST_PROMPT_TOKENS, LONGEST_ANSWER_TOKENS = 9400, 653, 20000, 2000
+MEAN_ANSWER_TOKENS = 653  # of the published runs; the built-in shapes have 646
 
 
 def _memory(e: Experiment) -> Iterator[Check]:
@@ -324,14 +321,14 @@ def _memory(e: Experiment) -> Iterator[Check]:
             found = f"{of}: 216 GiB of weights on one GPU of 186" if one_gpu else error
             yield _rule(rule, False, found, "error" if one_gpu else "warning", longest=e.max_seq_len)
             continue
-        mean = MEAN_PROMPT_TOKENS + (MEAN_ANSWER_TOKENS if role == "generation" else 0)
+        mean = INPUT_MEAN + (MEAN_ANSWER_TOKENS if role == "generation" else 0)
         found = f"{of}: {capacity:,} KV tokens hold about {capacity // mean} of {batch} mean requests"
         yield _rule(rule, capacity >= e.max_seq_len, found, longest=e.max_seq_len)
 
 
 def _lengths(e: Experiment) -> list[Check]:
     batch, length = e.gen_batch_size, e.max_seq_len
-    longest, out = LONGEST_PROMPT_TOKENS, LONGEST_ANSWER_TOKENS
+    longest, out = MAX_INPUT_TOKENS, MAX_OUTPUT_TOKENS
     found = f"{e.gen_max_num_tokens} tokens a step for {batch} requests"
     words = {"in_": longest, "out": out, "needed": longest + out}
     return [
@@ -341,13 +338,13 @@ def _lengths(e: Experiment) -> list[Check]:
     ]
 
 
-SAMPLES, LOAD_S = 8313, 600  # of the data set; a fair guess for loading 230 GB of weights on every server
+LOAD_S = 600  # a fair guess for loading 230 GB of weights on every server
 
 
 def job_seconds(e: Experiment) -> float:
     """How long the test modes take at least: their queries at the target, and LoadGen's minimum."""
     qps, load_s = e.server_target_qps, LOAD_S
-    counts = {"performance": max(SAMPLES, 600 * qps), "accuracy": SAMPLES, "test06": 100}
+    counts = {"performance": max(SAMPLE_COUNT, 600 * qps), "accuracy": SAMPLE_COUNT, "test06": 100}
     if e.engine == "rehearsal":
         counts |= {"performance": e.rehearsal_queries, "accuracy": e.rehearsal_accuracy_samples}
         load_s = 30
@@ -369,7 +366,7 @@ def _times(e: Experiment) -> list[Check]:
 
 
 def _free_space() -> Check:
-    free_gb = shutil.disk_usage(_existing_parent(REPOSITORY / "results")).free / 1e9
+    free_gb = shutil.disk_usage(existing_parent(REPOSITORY / "results")).free / 1e9
     return _rule("free_space", free_gb >= 1, f"{free_gb:.1f} GB")
 
 

@@ -22,11 +22,11 @@ from .errors import DisaggError
 from .experiment import REPOSITORY, Experiment, experiment_text, load_recorded
 from .job_script import make_job_script
 from .serving import lengths
+from .serving.lengths import SAMPLE_COUNT
 from .trtllm_config import config_files
 
 RESULTS = REPOSITORY / "results"
-SAMPLE_COUNT = 8313  # samples of the benchmark's data set
-RECORDED_PACKAGES = [
+RECORDED_PACKAGES = (
     "disagg_lib",
     "mlcommons-loadgen",
     "numpy",
@@ -34,7 +34,7 @@ RECORDED_PACKAGES = [
     "papermill",
     "jupyterlab",
     "pandas",
-]
+)
 
 
 class RunFolderError(DisaggError):
@@ -98,7 +98,7 @@ def settings_of(e: Experiment) -> dict:
             "total_sample_count": SAMPLE_COUNT,
             "accuracy_sample_count": e.rehearsal_accuracy_samples if e.shortened else SAMPLE_COUNT,
             "data_set": data_set,
-            "max_output_tokens": 2000,
+            "max_output_tokens": lengths.MAX_OUTPUT_TOKENS,
             "min_output_tokens": 1,
             "temperature": 1.0,
             "top_p": 0.001,
@@ -113,6 +113,11 @@ def run_name(e: Experiment, now: datetime.datetime) -> str:
     """e.g. 20261123-223015_rehearsal_20gpu: sorts by time, says what it is."""
     gpus = f"_{e.gpu_count}gpu" if e.servers else ""
     return f"{now:%Y%m%d-%H%M%S}_{e.engine}{gpus}"
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that is there."""
+    return path if path.exists() else existing_parent(path.parent)
 
 
 def free_run_dir(e: Experiment, run_dir: str | Path | None = None) -> Path:
@@ -134,7 +139,7 @@ def free_run_dir(e: Experiment, run_dir: str | Path | None = None) -> Path:
         raise RunFolderError(
             f"run_dir: {path} holds ',' or ':', which pyxis reads as separators of mounts. Choose another place"
         )
-    parent = next(p for p in path.parents if p.exists())
+    parent = existing_parent(path.parent)
     if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise RunFolderError(f"run_dir: {parent} is not a folder that you may write to. Choose another place")
     return next(

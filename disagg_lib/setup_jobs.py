@@ -26,7 +26,7 @@ from . import launch
 from .errors import DisaggError
 from .experiment import REPOSITORY, Experiment, read_params_file
 from .job_agent import last_lines
-from .preflight import Check, _pinned_versions
+from .preflight import Check, pinned_versions
 from .run_folder import Table
 
 SITE = REPOSITORY / "params/site.yaml"
@@ -96,7 +96,8 @@ say pyxis "$(srun --help 2>&1 | grep -c -e --container-image)"
 for path in {shlex.join(_visible(e))}; do
   if [[ -r $path ]]; then say "path $path" readable; else say "path $path" 'not readable'; fi
 done
-if own=$(mktemp -p "$scratch" .probe-XXXXXX 2>&1); then rm -- "$own" && say scratch writable; else say scratch "$own"; fi
+if own=$(mktemp -p "$scratch" .probe-XXXXXX 2>refusal.txt) && rm -- "$own" 2>>refusal.txt; then say scratch writable
+else say scratch "$(paste -sd' ' refusal.txt)"; fi
 say free_kb "$(df -Pk -- "$scratch" 2>&1 | awk 'NR == 2 {{ print $4 }}')"
 say end ''
 """
@@ -179,7 +180,7 @@ def client_script(e: Experiment, brought: bool = False) -> str:
     ------
     SetupError : no image is given, or its mounts cannot be written down.
     """
-    pins, wheels = _pinned_versions(), str(wheels_folder(e))
+    pins, wheels = pinned_versions(), str(wheels_folder(e))
     packages = ["--no-binary", CLIENT_PACKAGES[0], *(f"{name}=={pins[name]}" for name in CLIENT_PACKAGES)]
     where = ["--no-index", "--find-links", wheels] if brought else []
     bring = f"python3 -m pip download {shlex.join(['--dest', wheels, *packages, *BUILD_PACKAGES])}"
@@ -479,7 +480,7 @@ def build_client(e: Experiment, out=print) -> dict:
         checked = json.loads((job / "check.json").read_text().splitlines()[-1])
         names = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
         lines = "".join(f"{_sha256(path)}  {path.relative_to(folder)}\n" for path in names)
-        value = {"path": str(folder), "mlcommons-loadgen": _pinned_versions()["mlcommons-loadgen"], **checked}
+        value = {"path": str(folder), "mlcommons-loadgen": pinned_versions()["mlcommons-loadgen"], **checked}
         value["digest"] = hashlib.sha256(lines.encode()).hexdigest()
         (folder / "client_env.json").write_text(json.dumps(value, indent=1) + "\n")
     cited = cite_client(folder)

@@ -46,6 +46,7 @@ from .pictures import (
 from .preflight import Check, checks_text, experiment_checks, require
 from .serving.plan_figures import as_image
 from .serving.prediction import simulate_table
+from .serving.simulate import INTERACTIVE_LIMITS_MS
 from .trtllm_config import config_files
 
 
@@ -199,10 +200,11 @@ def predict_text(e: Experiment, seeds: Sequence[int] = range(4)) -> str:
         return f"No prediction: {error}"
     table = table[table["prompt_lengths"] == table["prompt_lengths"].iloc[0]]  # 02_plan has the other spreads
     median, good = table.median(numeric_only=True), int(table["valid"].sum())
+    limits = INTERACTIVE_LIMITS_MS
     pace = "" if scale == 1 else f", which is {modelled.server_target_qps:g} at the modelled GPUs' own pace"
     return (
-        f"At {e.server_target_qps:g} queries/s{pace}: TTFT p99 {median['ttft_p99_ms']:,.0f} ms (limit 4500), "
-        f"TPOT p99 {median['tpot_p99_ms']:.1f} ms (limit 80), VALID in {good} of {len(seeds)} seeds. "
+        f"At {e.server_target_qps:g} queries/s{pace}: TTFT p99 {median['ttft_p99_ms']:,.0f} ms (limit {limits[0]:g}), "
+        f"TPOT p99 {median['tpot_p99_ms']:.1f} ms (limit {limits[1]:g}), VALID in {good} of {len(seeds)} seeds. "
         "Source: simulated, medians over the seeds."
     )
 
@@ -356,7 +358,7 @@ class SiteForm:
     def __init__(
         self, experiment: Experiment, values: Mapping[str, object], checks: Sequence[Check], path: Path
     ):
-        self._base, self._path, self._checked = experiment, path, experiment
+        self._base, self._path = experiment, path
         self._partitions: list[str] = []
         self.fields = _Fields(
             {name: values.get(name) for name in setup_jobs.SITE_KEYS + setup_jobs.EXPERIMENTS_KEYS},

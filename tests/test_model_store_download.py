@@ -144,12 +144,14 @@ download_checkpoint(Path(sys.argv[1]), sys.argv[2], endpoint=sys.argv[3], margin
 
 
 def child(hub, folder, **environment):
+    """A download in a process of its own; it heeds SIGINT, also where these tests run in a shell's background."""
     return subprocess.Popen(
         [sys.executable, "-c", CHILD, str(folder), REPO, hub.endpoint],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -348,7 +348,7 @@ def test_utilisation_is_the_share_of_time_that_a_server_computes():
     assert run.context_busy.shape == (4, simulate.TRACE_BINS)
     assert 0.75 < run.context_busy[:, 10:200].mean() < 0.9
     assert run.context_busy.max() < 1.5 and 0.99 < run.generation_busy[:, 10:200].mean() < 1.01
-    assert len(run.end_s) == loadgen_rules.DATA_SET_SAMPLES
+    assert len(run.end_s) == loadgen_rules.SAMPLE_COUNT
 
 
 def test_a_pipeline_stages_batch_never_passes_its_limit():

@@ -14,7 +14,9 @@ import numpy as np
 from disagg_lib.errors import DisaggError
 
 LENGTHS = np.dtype([("input_tokens", "<i4"), ("output_tokens", "<i4")])
-INPUT_RANGE = (400, 20000)
+SAMPLE_COUNT = 8313  # of the benchmark's data set
+MAX_INPUT_TOKENS = 20000
+INPUT_RANGE = (400, MAX_INPUT_TOKENS)
 INPUT_MEAN = 9400
 MAX_OUTPUT_TOKENS = 2000
 # Percentile -> output tokens of 297 published data-set items; the ends (0, 100) are the smallest and largest medians.
@@ -50,7 +52,7 @@ def _beta_quantiles(quantiles: np.ndarray, mean: float, cv: float) -> np.ndarray
 
 
 def built_in_lengths(
-    count: int = 8313,
+    count: int = SAMPLE_COUNT,
     cv: float = 0.45,
     seed: int = 405,
     input_histogram: list[tuple[float, float]] | None = None,
@@ -139,7 +141,7 @@ def data_set_lengths(path: Path | str | None = None, cv: float = 0.45) -> np.nda
     if histogram:
         return built_in_lengths(input_histogram=read_histogram(path))
     lengths = read_lengths_csv(path)
-    return lengths[np.arange(8313) * len(lengths) // 8313]
+    return lengths[np.arange(SAMPLE_COUNT) * len(lengths) // SAMPLE_COUNT]
 
 
 def shorten_outputs(lengths: np.ndarray, mean_tokens: float) -> np.ndarray:

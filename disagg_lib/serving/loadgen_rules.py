@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from disagg_lib.serving.lengths import SAMPLE_COUNT
 from disagg_lib.validity import allowed_over_limit
-
-DATA_SET_SAMPLES = 8313
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ def draw_load(
     seed: int,
     min_duration_s: float = 600.0,
     min_query_count: int = 100,
-    sample_count: int = DATA_SET_SAMPLES,
+    sample_count: int = SAMPLE_COUNT,
     equal_issue: bool = True,
 ) -> Load:
     """Draw one run's queries as LoadGen does; the same seed gives the same load, stretched by 1 / target_qps.
