@@ -172,7 +172,11 @@ def notebook_page(notebook: str, pages: Iterable[str] = ()) -> str:
     dark = next(
         path for root in exporter.template_paths if (path := Path(root) / "static/theme-dark.css").is_file()
     )
-    style = f"<style>@media (prefers-color-scheme: dark) {{ {dark.read_text()} img {{ background: white; }} }}</style>"
+    style = (
+        # nbconvert's own rule gives code in Markdown outputs the text's font
+        "<style>.jp-OutputArea-output.jp-RenderedMarkdown pre { font-family: var(--jp-code-font-family); }\n"
+        f"@media (prefers-color-scheme: dark) {{ {dark.read_text()} img {{ background: white; }} }}</style>"
+    )
     beside = set(pages)
     body = re.sub(r' href="([^"]+)\.ipynb"', lambda m: f' href="{m[1]}.html"' if m[1] in beside else "", body)
     return _static(body.replace("</head>", f"{style}</head>", 1))
