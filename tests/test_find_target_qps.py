@@ -204,7 +204,7 @@ def job(tmp_path):
     for name in ("find_target_qps.py", "loadgen_client.py"):
         shutil.copy(LIBRARY / name, run / "job" / name)
     settings = json.loads((run / "job/settings.json").read_text())
-    settings["find_target_qps"] = {"low_qps": 100, "high_qps": 150}
+    settings["find_target_qps"] = {"low_qps": 200, "high_qps": 300}
     (run / "job/settings.json").write_text(json.dumps(settings))
     return run
 
