@@ -18,6 +18,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -62,6 +63,14 @@ def sink_log(port: int) -> np.ndarray:
     """Return the sink's rows: number, received, first, last (ns), events, writes."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=30) as answer:
         return np.array([line.split() for line in answer.read().splitlines()], dtype=np.int64).reshape(-1, 6)
+
+
+def steady_events_per_s(rows):
+    """Return the rate while streams neither only begin nor only end: from the first end of one to the last beginning."""
+    first, last, events = rows[:, 2], rows[:, 3], rows[:, 4]
+    begin, end = sorted((last.min(), first.max()))
+    share = (np.minimum(last, end) - np.maximum(first, begin)).clip(0) / (last - first)
+    return float((share * events).sum() / (end - begin) * 1e9)
 
 
 class Load:
@@ -124,6 +133,11 @@ def run_ours(load, mode="performance"):
     """Our client without LoadGen; mode accuracy also reads every id."""
     import gc
 
+    async def watch(client):
+        while True:
+            await asyncio.sleep(1)
+            client.sweep()
+
     async def main():
         loop, finished = asyncio.get_running_loop(), asyncio.Event()
         settings = {"endpoint": "/v1/completions", "model": "m", "connections": 64, "total_sample_count": 0}
@@ -142,8 +156,11 @@ def run_ours(load, mode="performance"):
         gc.freeze()
         gc.disable()
         begin_cpu()
+        client.measure_lag(time.perf_counter())
+        watching = loop.create_task(watch(client))
         await start_on_time(load, lambda number: client.begin([(number, number)], time.perf_counter()))
         await finished.wait()
+        watching.cancel()
         assert not client.kinds, client.kinds
 
     loop = loadgen_client.new_event_loop()
@@ -164,6 +181,8 @@ class Taker(asyncio.Protocol):
         body = self.load.body(number)
         self.number, self.waiting = number, True
         self.transport.writelines([b"POST / HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body), body])
+        raw = self.transport.get_extra_info("socket")
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 0)  # as ours does while an answer streams
 
     def data_received(self, data):
         if self.waiting:
@@ -440,7 +459,7 @@ def run_one(name, port, per_s, seconds, tokens, same_ids=False):
         "end_added_p99_ms": None if same_ids else float(np.percentile(behind_ms, 99)),
         "events_per_write": float(rows[:, 4].sum() / rows[:, 5].sum()),
         "sent_tpot_ms": 1e3 * streaming_s / (rows[:, 4] - 1).sum(),
-        "events_per_s": load.counted / ((rows[:, 3].max() - rows[:, 2].min()) / 1e9),
+        "events_per_s": steady_events_per_s(rows),
         "wall_s": time.perf_counter() - begin,
     }
     print(json.dumps(figures))
@@ -507,9 +526,8 @@ def compare(sink, options):
 def sink_speed(sink):
     """Drain the sink with raw sockets: events/s when late (many in a write), and how late it is when it is not."""
     import selectors
-    import socket
 
-    for tpot_ms, streams, events in ((0, 200, 5000), (3.3, 1000, 600)):
+    for tpot_ms, streams, events in ((10, 1000, 400), (3.3, 1000, 1000), (2.5, 1000, 1000)):
         with running_sink(sink, 100, tpot_ms) as port:
             os.sched_setaffinity(0, {CLIENT_CORE})
             selector, body = selectors.DefaultSelector(), b'{"prompt":[1],"max_tokens":%d}' % events
@@ -525,11 +543,10 @@ def sink_speed(sink):
                         selector.unregister(key.fileobj)
                         left -= 1
             rows = sink_log(port)
-            seconds = (rows[:, 3].max() - rows[:, 2].min()) / 1e9
-            total = rows[:, 4].sum()
+            events_per_s = steady_events_per_s(rows)
             print(
-                f"TPOT {tpot_ms} ms, {streams} streams: {total / seconds:.0f} events/s, "
-                f"{rows[:, 5].sum() / seconds:.0f} writes/s"
+                f"TPOT {tpot_ms} ms, {streams} streams: {events_per_s:.0f} events/s, "
+                f"{events_per_s * rows[:, 5].sum() / rows[:, 4].sum():.0f} writes/s"
             )
 
 

@@ -10,15 +10,17 @@ import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
-from disagg_lib import results
+from disagg_lib import loadgen_client, results
 
 CLIENT = Path(__file__).parents[1] / "disagg_lib" / "loadgen_client.py"
 LENGTHS = [(20 + index % 7, 5 + index % 4) for index in range(600)]
@@ -405,6 +407,48 @@ def test_chat_endpoint_gets_empty_messages_and_prompt_token_ids(tmp_path):
 
 def test_connections_are_reused(clean_run):
     assert clean_run[3].connections < 60
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="only Linux can be told when to acknowledge")
+def test_acknowledgements_wait_only_while_a_long_answer_streams():
+    """The client in this process, with a stub in LoadGen's place: another process's sockets cannot be asked."""
+    endpoint = "/v1/completions"
+    options = {
+        **loadgen_client.DEFAULTS,
+        "endpoint": endpoint,
+        "model": "m",
+        "connections": 0,
+    }  # no spare ones
+
+    async def main(url):
+        target = loadgen_client.Target(url, endpoint)
+        samples = loadgen_client.Samples(target, options)
+        samples.add(0, b"1,2", 2, 10, 10)
+        loop = asyncio.get_running_loop()
+        client = loadgen_client.Client(loop, MagicMock(), target, options, samples, "performance", print)
+        await client.open_connections(1)
+
+        def acknowledges_at_once():
+            raw = next(iter(client.connections)).transport.get_extra_info("socket")
+            return raw.getsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK)
+
+        client.begin([(1, 0)], time.perf_counter())
+        request = client.active[1]
+        while not request.first_s:
+            await asyncio.sleep(0.01)
+        client.sweep()
+        seen = [acknowledges_at_once()]
+        while client.active:
+            await asyncio.sleep(0.01)
+        client.begin([(2, 0)], time.perf_counter())
+        seen.append(acknowledges_at_once())
+        for connection in client.connections:
+            connection.transport.abort()
+        await asyncio.sleep(0.01)
+        return seen
+
+    with Server(step_s=0.05) as server:
+        assert asyncio.run(main(server.url)) == [0, 1]
 
 
 def test_second_run_in_the_same_folder_is_refused(clean_run):
