@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from disagg_lib.experiment import load_experiment
 from disagg_lib.serving import plan as planning
 from disagg_lib.serving.calibrate import Calibration
 from disagg_lib.serving.lengths import built_in_lengths
@@ -49,6 +50,9 @@ def test_a_row_becomes_a_table_line_and_a_params_file(ranking):
     gpus = params["num_ctx_servers"] * params["ctx_tp_size"] * params["ctx_pp_size"]
     assert gpus + params["num_gen_servers"] * params["gen_tp_size"] == ranking[0].gpus
     assert params["server_target_qps"] <= ranking[0].recommended_qps
+    searched = params["target_qps_min"], params["target_qps_max"]
+    assert searched[0] < ranking[0].target_qps_low and ranking[0].target_qps_high < searched[1]
+    assert load_experiment([], params | {"gpus_per_node": 4}).search_bounds_qps == searched
 
 
 def test_the_best_layout_without_pp_is_ranked_whatever_its_place(ranking):

@@ -26,6 +26,9 @@ GENERATION_BATCHES = (256, 512)
 # Captured sizes of the original up to 512: see the facts on TensorRT-LLM's config.
 GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 150, 180, 192, 224, 256, 288, 352, 416, 480, 512)
 QPS_ERROR, QUICK_QPS_ERROR = 0.008, 0.03
+# Where find_target_qps looks, as factors of the predicted range: spreads of the prompt lengths and a tenth of the step times
+# move the edge by 15 to 20 % (docs/boundaries.md); the search may go below the lower one.
+SEARCH_BOUNDS = (0.8, 1.3)
 MOST_GPUS = 576
 
 
@@ -107,6 +110,8 @@ class PlanRow:
             "gen_batch_size": generation.max_batch_size,
             "gen_max_num_tokens": generation.max_num_tokens,
             "server_target_qps": math.floor(self.recommended_qps * 100) / 100,
+            "target_qps_min": math.floor(SEARCH_BOUNDS[0] * self.target_qps_low * 100) / 100,
+            "target_qps_max": math.ceil(SEARCH_BOUNDS[1] * self.target_qps_high * 100) / 100,
         }
 
 
