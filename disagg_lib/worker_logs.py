@@ -14,7 +14,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from .experiment import Experiment
 from .mlperf_logs import NAN, LogError
+from .results import folder_source
+
+WORKERS_LOG = "logs/output_workers.log"
 
 _LABEL = re.compile(r"^\s*(\d+): ?(.*)$")  # srun pads the rank with blanks
 _STAMP = re.compile(r"\[(\d\d/\d\d/\d{4}-\d\d:\d\d:\d\d)\]|(\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d)")
@@ -148,6 +152,8 @@ _ITERATION = re.compile(r"\biter = \d+, global_rank = ")
 _PAIR = re.compile(r"(\w+)\s*[=:] (\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)(ms|s)?(?=,)")
 _STATES = re.compile(r"states = \{(.*)")
 _STATE = re.compile(r"'(\w+)': ([\d.]+)(?=[,}])")
+STEPS_COLUMNS = ["server", "steps", "step_ms", "context_tokens", "generation_batch"]
+STEPS_COLUMNS += ["generation_batch_max", "kv_cache_use_max", "source"]
 
 
 def iteration_table(path: Path | str) -> pd.DataFrame:
@@ -164,6 +170,27 @@ def iteration_table(path: Path | str) -> pd.DataFrame:
         if "iter = " in line.text and _ITERATION.search(line.text)
     ]
     return pd.DataFrame(rows, columns=["log_rank", "time", *ITERATION_KEYS])
+
+
+def steps_table(run_dir: Path, experiment: Experiment) -> pd.DataFrame:
+    """What the servers' steps carried, one row a server that logged any; no rows without servers of the run's own.
+
+    Returns
+    -------
+    DataFrame: server, steps, step_ms (median; the device's where the release prints it), context_tokens and
+    generation_batch (requests that got a token; means of the steps that had any), generation_batch_max,
+    kv_cache_use_max (share; TensorRT-LLM 1.2 on), source.
+    """
+    table = iteration_table(run_dir / WORKERS_LOG) if experiment.servers else pd.DataFrame()
+    source, rows = folder_source(run_dir), []
+    for server in experiment.servers:
+        steps = table[table["log_rank"] == server.first_rank]
+        ms = steps["device_step_ms"].fillna(steps["elapsed_ms"]).fillna(steps["host_step_ms"])
+        tokens, batch = (steps[name][steps[name] > 0] for name in ("context_tokens", "generation_tokens"))
+        most = batch.max(), steps["kv_cache_use"].max()
+        if len(steps):
+            rows.append((server.name, len(steps), ms.median(), tokens.mean(), batch.mean(), *most, source))
+    return pd.DataFrame(rows, columns=STEPS_COLUMNS).round(2)
 
 
 def _iteration(rank: int | None, text: str) -> dict:

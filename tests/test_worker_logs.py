@@ -4,8 +4,9 @@ import math
 
 import pytest
 
+from disagg_lib.experiment import load_experiment
 from disagg_lib.mlperf_logs import LogError
-from disagg_lib.worker_logs import first_error, iteration_table, split_ranks
+from disagg_lib.worker_logs import WORKERS_LOG, first_error, iteration_table, split_ranks, steps_table
 
 STEP_02 = "iter = 12, global_rank = 16, rank = 0, currank_total_requests = 3/9, elapsed_time = 0.0625s, timestamp = 2025-07-24 10:00:01, num_scheduled_requests: 40, states = {'num_ctx_requests': 2, 'num_ctx_tokens': 4096, 'num_generation_tokens': 38}"
 STEP_10 = "iter = 13, global_rank = 0, rank = 0, currank_total_requests = 3/9, host_step_time = 62.5ms, prev_device_step_time = N/A, timestamp = 2025-07-24 10:00:02, num_scheduled_requests: 40, states = {'num_ctx_requests': 0, 'num_ctx_tokens': 0, 'num_generation_tokens': 40}"
@@ -119,6 +120,20 @@ def test_line_cut_anywhere_gives_no_wrong_figure(tmp_path, kept):
 def test_log_without_iteration_lines_is_an_empty_table(log):
     log.write_text("0: nothing\n")
     assert len(iteration_table(log)) == 0 and "kv_cache_use" in iteration_table(log).columns
+
+
+def test_steps_are_told_by_server(tmp_path):
+    """Ranks 0 and 16 lead ctx0 and gen0 of the 20-GPU topology; rank 3 repeats what its leader says."""
+    experiment = load_experiment(["params/gb200_20gpu.yaml"], {"engine": "rehearsal", "container": "none"})
+    path = tmp_path / WORKERS_LOG
+    path.parent.mkdir()
+    busy = STEP_02.replace("= 0.0625s", "= 0.0425s").replace("_tokens': 38", "_tokens': 42")
+    path.write_text(f"16: {STEP_02}\n16: {busy}\n0: {STEP_12}\n3: {STEP_12}\n")
+    (tmp_path / "experiment.yaml").write_text("parameters: {engine: {value: rehearsal}}\n")
+    ctx0, gen0 = steps_table(tmp_path, experiment).itertuples(index=False)
+    assert (ctx0.server, ctx0.steps, ctx0.step_ms, ctx0.kv_cache_use_max) == ("ctx0", 1, 6.25, 0.12)
+    assert math.isnan(ctx0.context_tokens)
+    assert gen0[:6] == ("gen0", 2, 52.5, 4096, 40, 42) and gen0.source == "rehearsed"
 
 
 def test_absent_log_is_named(tmp_path):
