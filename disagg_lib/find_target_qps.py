@@ -4,9 +4,9 @@ Each trial is a Server run of the measuring client at one target QPS. Its margin
 stopping lets be the worst (of TTFT, of TPOT) over its limit; at most 1 is VALID. Close to the edge the logarithm of
 that share is nearly linear in the logarithm of the QPS, so the margins, not only the verdicts, choose the next point.
 
-Short trials bracket, longer ones place, and a full-length one decides: seen from the same seed, the edge of 459
-queries lies within 11 % (one sigma) of the edge of 8313, that of 2078 within 6 %. Drawing N of all samples is way 2 of
-LoadGen's short runs; none of these runs may stand for a round.
+Short trials bracket, longer ones place, full-length ones decide. Seen from the same seed, the edge of 459 queries lies
+within 11 % (one sigma) of the edge of 8313, that of 1496 within 7 %; what short trials say bounds what longer ones may be
+led to. Drawing N of all samples is way 2 of LoadGen's short runs; none of these runs may stand for a round.
 
 Copied into the run folder; Python 3.8+, standard library and numpy.
 
@@ -18,6 +18,7 @@ Run again after an interruption, it goes on from its rows.
 """
 
 import argparse
+import collections
 import csv
 import json
 import math
@@ -30,13 +31,17 @@ from signal import SIGTERM, signal
 import numpy as np
 
 FULL_QUERIES = 8313
-# (share of a full-length run; how near in log QPS the estimate must be to a trial of that length; how far from the
-# shorter trials' estimate a verdict on one side alone may lead: where queues build up at once, margins below the edge
-# hardly tell how far it is)
-STAGES = ((459.0 / FULL_QUERIES, 0.10, math.inf), (0.25, 0.08, 0.12), (1.0, 0.10, 0.08))
-STEEPNESS = 2.7  # d log share / d log QPS at the edge, where no two trials tell it
+Stage = collections.namedtuple("Stage", "share width near most trust")
+# share of a full-length run; a bracket is narrow enough at `width`, an estimate at `near` to a trial (shares of the QPS);
+# trials at the most; how far beyond this stage's verdicts the next may be led. The last stage's follow from `resolution`.
+STAGES = (Stage(459.0 / FULL_QUERIES, 0.25, 0.10, 4, 0.18), Stage(0.18, 0.15, 0.05, 2, 0.06))
+STEEPNESS = 2.7  # d log share / d log QPS at the edge, where no two trials tell it; from FLATTEST to STEEPEST was seen
+FLATTEST, STEEPEST = 1.0, 40.0
+FAR = 0.7  # beyond this |log share| the share no longer tells how far the edge is
 MAX_STEP = 1.6  # of one trial to the next, as a factor, outside a bracket
-MAX_TRIALS = 12  # of one length
+MAX_TRIALS = 8  # of full length
+
+Edge = collections.namedtuple("Edge", "estimate low high near steepness")
 
 
 class SearchError(Exception):
@@ -62,11 +67,11 @@ def share_of_limit(values, limit):
 
 
 def log_share(row):
-    """Return the logarithm of a trial's worse share, inside +-0.7: far from the edge its size says little."""
+    """Return the logarithm of a trial's worse share, inside +-FAR."""
     shares = row["ttft_share"], row["tpot_share"]
     if None in shares or max(shares) > 1 and row["valid"] or max(shares) <= 1 and not row["valid"]:
-        return -0.01 if row["valid"] else 0.7  # failed requests, or a verdict that the shares do not explain
-    return min(max(math.log(max(shares)), -0.7), 0.7)
+        return -0.01 if row["valid"] else FAR  # failed requests, or a verdict that the shares do not explain
+    return min(max(math.log(max(shares)), -FAR), FAR)
 
 
 class Rows:
@@ -98,40 +103,38 @@ class Rows:
 
 
 def edge_of(rows, steepness=STEEPNESS):
-    """Return (estimate of the edge, lower end of the bracket or None, upper end or None, steepness) of trials of one length.
+    """Return the Edge that trials of one length tell of.
 
-    steepness is that of shorter trials, for where these tell none.
+    low, high: the rows on both sides of it, or None; near: of these the one that is nearer to the limit; steepness as
+    given where no two rows tell it.
     """
     rows = sorted(rows, key=lambda row: row["qps"])
     fails = [row for row in rows if not row["valid"]]
     passes = [row for row in rows if row["valid"] and (not fails or row["qps"] < fails[0]["qps"])]
     low, high = passes[-1] if passes else None, fails[0] if fails else None
     pair = [row for row in (low, high) if row]
-    if len(pair) < 2:  # one side only: the steepness of its two nearest trials
-        pair = (passes[-2:] if passes else fails[:2]) or pair
+    near = min(pair, key=lambda row: abs(log_share(row)))
+    if len(pair) < 2:  # one side only: its two nearest trials, if they tell apart
+        pair = [row for row in (passes[-2:] if passes else fails[:2]) if abs(log_share(row)) < FAR]
     if len(pair) == 2:
         rise = log_share(pair[1]) - log_share(pair[0])
-        steepness = min(max(rise / math.log(pair[1]["qps"] / pair[0]["qps"]), 1.0), 20.0)
+        steepness = min(max(rise / math.log(pair[1]["qps"] / pair[0]["qps"]), FLATTEST), STEEPEST)
+    step = min(max(math.exp(-log_share(near) / steepness), 1 / MAX_STEP), MAX_STEP)
+    estimate = near["qps"] * step
     if low and high:
-        # Between the two on the straight line, but from the end that is nearer to the limit.
-        near = min(pair, key=lambda row: abs(log_share(row)))
-        estimate = near["qps"] * math.exp(-log_share(near) / steepness)
         room = (high["qps"] / low["qps"]) ** 0.1
         estimate = min(max(estimate, low["qps"] * room), high["qps"] / room)
-    else:
-        near = low or high
-        step = min(max(math.exp(-log_share(near) / steepness), 1 / MAX_STEP), MAX_STEP)
-        estimate = near["qps"] * step
-    return estimate, low and low["qps"], high and high["qps"], steepness
+    return Edge(estimate, low, high, near, steepness)
 
 
 def stages(full_queries, resolution):
-    """Return STAGES with queries in place of shares; a short full run is the only one."""
-    chosen = STAGES if full_queries >= 2 * 459 else STAGES[-1:]
-    least = min(459, full_queries)
-    return [
-        (max(int(round(s * full_queries)), least), max(near, resolution / 2), far) for s, near, far in chosen
-    ]
+    """Return [(queries, Stage)]; a full length of less than 918 queries is the only one."""
+    last = Stage(1.0, 4 * resolution, resolution, 2, 0.0)
+    shorter = STAGES if full_queries >= 2 * 459 else ()
+    found = {}
+    for stage in shorter + (last,):
+        found.setdefault(max(round(stage.share * full_queries), min(459, full_queries)), stage)
+    return list(found.items())
 
 
 def find_target_qps(
@@ -139,7 +142,7 @@ def find_target_qps(
     low_qps,
     high_qps,
     rows_path=None,
-    resolution=0.02,
+    resolution=0.03,
     budget_s=None,
     full_queries=FULL_QUERIES,
     log=None,
@@ -152,61 +155,86 @@ def find_target_qps(
         where unknown) and whatever else the row should keep, such as seconds.
     low_qps, high_qps : where to begin, and the highest QPS to try; low_qps may turn out INVALID.
     rows_path : file of JSON lines that keeps each trial and resumes the search, or None.
-    resolution : share of the QPS at which a bracket is narrow enough.
+    resolution : share of the QPS at which a full-length trial is near enough to the edge. Two such trials are mostly
+        enough; there are more while the edge may lie further than 2.7 times this from the nearest.
     budget_s : no trial begins that would pass this sum of trial seconds.
-    full_queries : queries of the trial that decides.
+    full_queries : queries of the trials that decide.
 
     Returns
     -------
     dict: target_qps (what to run at full length: a VALID trial of that length within 4 % of the edge, else 2 % below it),
-    edge_qps, queries (the length of the trials that placed the edge), trials, total_queries, seconds, ended (why).
+    seen_valid (whether it is such a trial), edge_qps, queries (the length of the trials that placed the edge), trials,
+    total_queries, seconds, ended (why). When the budget ended it, target_qps is the highest trial seen VALID.
+
+    Raises
+    ------
+    SearchError : bounds that make no sense, nothing VALID down to a 16th of low_qps, or nothing seen VALID in budget_s.
     """
     if not 0 < low_qps < high_qps:
         raise SearchError(f"low_qps {low_qps!r}, high_qps {high_qps!r}: needed is 0 < low_qps < high_qps")
-    rows, point, placed, ended = Rows(rows_path), low_qps, None, "resolution reached"
-    steepness = STEEPNESS
-    for queries, near, far in stages(full_queries, resolution):
-        used, before, known_steepness = [], placed and placed[0], steepness
-        while len(used) < MAX_TRIALS:
-            point = float(f"{min(max(point, low_qps / 16), high_qps):.4g}")
+    rows, point, steepness, ended = Rows(rows_path), low_qps, STEEPNESS, "resolution reached"
+    edge, placed_by, least, most = None, None, 0.0, math.inf
+    for queries, stage in stages(full_queries, resolution):
+        used, unresolved = [], math.inf
+        while len(used) < stage.most or (
+            stage.share == 1.0 and len(used) < MAX_TRIALS and unresolved > 2.7 * resolution
+        ):
+            point = min(float(f"{max(point, low_qps / 16):.4g}"), high_qps)
             if any(row["qps"] == point for row in used):
                 break
             spent = sum(row["seconds"] for row in rows.rows)
             known = any(row["queries"] == queries and row["qps"] == point for row in rows.rows)
-            if budget_s and not known and spent + queries / point > budget_s:
+            if budget_s is not None and not known and spent + queries / point > budget_s:
                 ended = "time budget"
                 break
             used.append(rows.get(trial, point, queries))
-            point, low, high, steepness = edge_of(used, known_steepness)
-            if before and not (low and high):
-                point = min(max(point, before * math.exp(-far)), before * math.exp(far))
-            placed = point, queries
+            edge, placed_by = edge_of(used, steepness), queries
+            # A verdict of this length that contradicts what shorter trials said frees that side.
+            least = 0.0 if edge.high and edge.high["qps"] < 1.03 * least else least
+            most = math.inf if edge.low and edge.low["qps"] > 0.97 * most else most
+            point = min(max(edge.estimate, least), most)
             if log:
                 log(f"{used[-1]!r}: edge near {point:.4g}")
-            if low and high and high / low < 1 + resolution:
+            unresolved = abs(math.log(point / edge.near["qps"]))
+            if edge.low and edge.high:
+                steepness = edge.steepness
+                if unresolved < stage.near or edge.high["qps"] / edge.low["qps"] < 1 + stage.width:
+                    break
+            elif edge.low and edge.low["qps"] >= high_qps:
                 break
-            if min(abs(math.log(point / row["qps"])) for row in used) < near:
-                break
+            elif abs(log_share(edge.near)) / FLATTEST < stage.near:
+                break  # even the flattest curve leads no further
+            else:
+                unresolved = math.inf if len(used) < 2 else unresolved
+                steepness = edge.steepness if len(used) > 1 else steepness
         if ended == "time budget":
             break
-        if used and not used[-1]["valid"] and used[-1]["qps"] <= low_qps / 15.9:
-            raise SearchError(
-                "{:g} queries/s, a 16th of low_qps, is INVALID too: look at the trials' logs".format(
-                    used[-1]["qps"]
-                )
-            )
-    if placed is None:
-        raise SearchError(f"budget_s {budget_s!r} is too short for one trial")
-    edge, queries = min(placed[0], high_qps), placed[1]
-    if edge == high_qps:
+        if edge.high and not edge.low and edge.high["qps"] <= low_qps / 15.9:
+            found = "{:g} queries/s, a 16th of low_qps, is INVALID too: look at the trials' logs"
+            raise SearchError(found.format(edge.high["qps"]))
+        least = edge.low["qps"] * math.exp(-stage.trust) if edge.low else 0.0
+        most = edge.high["qps"] * math.exp(stage.trust) if edge.high else math.inf
+    valid = [row for row in rows.rows if row["valid"]]
+    if ended == "time budget" and not valid:
+        raise SearchError(
+            f"budget_s {budget_s!r}: no trial was VALID in that time. Raise it, or lower low_qps"
+        )
+    edge_qps = min(point, high_qps)
+    best = max(
+        (row["qps"] for row in valid if row["queries"] == full_queries and row["qps"] <= edge_qps),
+        default=0.0,
+    )
+    seen_valid = best >= 0.96 * edge_qps
+    target = best if seen_valid else float("%.4g" % (0.98 * edge_qps))
+    if ended == "time budget" and not seen_valid:
+        target = max(row["qps"] for row in valid)
+    elif best == high_qps:
         ended = "high_qps is VALID"
-    passed = [row["qps"] for row in rows.rows if row["valid"] and row["queries"] == full_queries]
-    best = max((qps for qps in passed if qps <= edge), default=0.0)
-    target = best if best >= 0.96 * edge else float("%.4g" % (0.98 * edge))
     return {
         "target_qps": target,
-        "edge_qps": edge,
-        "queries": queries,
+        "seen_valid": seen_valid,
+        "edge_qps": edge_qps,
+        "queries": placed_by,
         "trials": len(rows.rows),
         "total_queries": sum(row["queries"] for row in rows.rows),
         "seconds": round(sum(row["seconds"] for row in rows.rows), 3),
@@ -286,19 +314,19 @@ def main(arguments=None):
             search["low_qps"],
             search["high_qps"],
             rows_path=run_dir / "job" / "find_target_qps.jsonl",
-            resolution=search.get("resolution", 0.02),
+            resolution=search.get("resolution", 0.03),
             budget_s=search.get("budget_s"),
             full_queries=search.get("full_queries") or client["total_sample_count"],
             log=lambda text: print("find_target_qps: " + text, flush=True),
         )
-    except (SearchError, OSError, ValueError, KeyError) as error:
+    except (SearchError, OSError, ValueError, KeyError, TypeError) as error:
         print(f"find_target_qps: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     path = run_dir / "job" / "find_target_qps.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(
-        "find_target_qps: target_qps {target_qps} after {trials} trials, {seconds} s: {ended}".format(
-            **result
+        "find_target_qps: target_qps {target_qps} ({}) after {trials} trials, {seconds} s: {ended}".format(
+            "seen VALID" if result["seen_valid"] else "not seen VALID itself", **result
         )
     )
     return 0
