@@ -16,6 +16,7 @@ import asyncio
 import collections
 import concurrent.futures
 import contextlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -594,6 +595,9 @@ def main():
     if options.one:
         run_one(options.one, options.port, options.per_s, options.seconds, options.tokens, options.same_ids)
         return
+    missing = [name for name in ("httpx", "orjson", "requests", "zmq") if not importlib.util.find_spec(name)]
+    if missing and not (options.sink or options.memory_minutes or options.only):
+        parser.error(f"{', '.join(missing)} missing: pip install -e '.[bench]', or --only ours")
     with tempfile.TemporaryDirectory() as folder:
         sink = build_sink(Path(folder))
         if options.sink:

@@ -118,7 +118,7 @@ class Experiment(BaseModel):
         None, "queries/s, highest to try; not given: 1.6 x target", gt=0
     )
     search_budget_s: int | None = _parameter(
-        None, "seconds that the search's trials may take together", ge=60
+        None, "seconds that the search's trials may take together; not given: what time_limit leaves", ge=60
     )
     plan_gpus: int | None = _parameter(
         None, "GPU budget of 02_plan; not given: what the topology needs", ge=1, le=10_000
@@ -378,6 +378,11 @@ def _check_together(e: Experiment) -> None:
     if e.find_target_qps and (e.client != "loadgen" or "performance" not in e.test_modes):
         raise ParameterError(
             "find_target_qps: found true, which needs client: loadgen and 'performance' among test_modes. Set them"
+        )
+    if e.find_target_qps and e.shortened and e.rehearsal_queries < 459:
+        raise ParameterError(
+            f"rehearsal_queries: found {e.rehearsal_queries} with find_target_qps: true; early stopping needs 459 to call "
+            "a trial VALID. Set 459 or more"
         )
     if e.find_target_qps and e.scenario == "Offline":
         raise ParameterError(

@@ -127,7 +127,7 @@ def edge_of(rows, steepness=STEEPNESS):
     return Edge(estimate, low, high, near, steepness)
 
 
-def stages(full_queries, resolution):
+def stages(full_queries, resolution=0.03):
     """Return [(queries, Stage)]; a full length of less than 918 queries is the only one."""
     last = Stage(1.0, 4 * resolution, resolution, 2, 0.0)
     shorter = STAGES if full_queries >= 2 * 459 else ()
@@ -274,6 +274,7 @@ def read_trial(folder):
         "tpot_share": None if failed else share_of_limit(tpot_ms, result["tpot_limit_ms"]),
         "seconds": result["wall_s"],
         "failed": result["failed"],
+        "client_was_late": result["client_was_late"],
         "folder": folder.name,
     }
 
@@ -281,7 +282,7 @@ def read_trial(folder):
 def run_trial(run_dir, client, url, qps, queries):
     """Run the measuring client once, in a folder of its own below job/trials, and return its row."""
     trials = run_dir / "job" / "trials"
-    folder = trials / f"{1 + len(list(trials.glob('*'))):02d}"
+    folder = trials / f"{1 + max([int(path.name) for path in trials.glob('*')], default=0):02d}"
     write_trial(run_dir, folder, client, qps, queries)
     command = [sys.executable, str(Path(__file__).with_name("loadgen_client.py")), "--run-dir", str(folder)]
     command += ["--test-mode", "performance", "--url", url, "--progress-mode", "find_target_qps"]

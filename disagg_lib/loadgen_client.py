@@ -72,10 +72,17 @@ LAST_BYTES = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 STATUSES = ("ok",) + KINDS
 FIRST_ID, END_ID = 10000, 99999  # synthetic prompts: all ids have five digits, inside Llama 3's 128256
 LAG_PERIOD_S = 0.02
+CONNECT_S = 30  # for each connection that is opened before the run
 NO_IDS = array.array("i")
 OK = b"HTTP/1.1 200 "
-# Text in a whole event at the end of a read. In JSON no string can hold this: its quotes would be escaped.
-HAS_CONTENT = re.compile(rb'"(?:text|content)": ?"[^"](?s:.*)\}\n\n\r\n\Z').search
+# The first choice's text in a whole event that ends a read, as servers commonly write it; other forms wait for the exact
+# look. Of a long read only the end is looked at: the event loop must not stop for it.
+HAS_CONTENT = re.compile(
+    rb'(?:\r\n|\n\n)data: ?\{[^\n]*"choices": ?\[\{(?:"index": ?0, ?)?'
+    rb'(?:"text"|"delta": ?\{(?:"role": ?"assistant", ?)?"content"): ?"[^"][^\n]*\}\n\n\r\n\Z'
+).search
+LOOK_BACK = 2048
+MOST_TOKENS = 1 << 31  # LoadGen would take more; no answer has
 # MLPerf's compliance test of token ids (mlcommons/inference compliance/TEST06), as LoadGen reads it.
 TEST06 = """*.*.mode = 2
 *.*.accuracy_log_rng_seed = 720381539243781796
@@ -100,6 +107,7 @@ class AnswerError(Exception):
 
 # What reading bytes that are no such answer can raise.
 BAD_ANSWER = (AnswerError, ValueError, IndexError, TypeError, AttributeError, KeyError, OverflowError)
+BAD_ANSWER += (RecursionError,)  # JSON nested 100,000 deep
 
 
 def failure_of(error):
@@ -156,13 +164,21 @@ def parse_message(data):
     """Return one event's JSON object; an error object or anything else raises AnswerError."""
     try:
         message = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise AnswerError("protocol", "event is not JSON: %r" % data[:200]) from None
     if not isinstance(message, dict):
         raise AnswerError("protocol", "event is not a JSON object: %r" % data[:200])
     if message.get("error"):
         raise AnswerError("server_error", str(message["error"])[:200])
     return message
+
+
+def token_count(message):
+    """Return completion_tokens of a message's usage, None without one; anything but a count raises AnswerError."""
+    count = (message.get("usage") or {}).get("completion_tokens")
+    if count is not None and (type(count) is not int or not 0 <= count < MOST_TOKENS):
+        raise AnswerError("protocol", "completion_tokens is %r" % (count,))
+    return count
 
 
 def usage_at_end(raw):
@@ -177,10 +193,10 @@ def usage_at_end(raw):
         return None
     try:
         for data in reversed(events[:-1]):
-            usage = json.loads(data).get("usage")
-            if usage:
-                return usage.get("completion_tokens")
-    except (ValueError, AttributeError):
+            message = json.loads(data)
+            if message.get("usage"):
+                return token_count(message)
+    except (ValueError, AttributeError, RecursionError):
         pass  # a second, exact look decides what this is
     return None
 
@@ -198,7 +214,10 @@ def read_answer(payload):
     *events, rest = text.split(b"\n\n")
     if event_data(rest) == b"[DONE]":  # any other event without its empty line was cut
         events.append(rest)
-    for data in map(event_data, events):
+    for event in events:
+        data = event_data(event)
+        if event.startswith(b"event: error") or b"\nevent: error" in event:
+            raise AnswerError("server_error", repr(data[:200]))
         if data == b"[DONE]":
             done = True
         elif data:
@@ -207,7 +226,8 @@ def read_answer(payload):
             pieces.append(piece)
             ids.extend(piece_ids or ())
             only_text = only_text or bool(piece and piece_ids is None)
-            count = (message.get("usage") or {}).get("completion_tokens", count)
+            said = token_count(message)
+            count = count if said is None else said
     if not done:
         if payload[:1] in (b"{", b"[", b"<"):
             raise AnswerError("protocol", "no server-sent events: %r" % payload[:200])
@@ -275,13 +295,16 @@ class Answer:
             raise ValueError("not HTTP/1.x: %r" % lines[0][:80])
         if 100 <= int(status) < 200:
             return
+        no_body = int(status) in (204, 304)
         headers = {}
         for line in lines[1:]:
             name, _, value = line.partition(b":")
             headers[name.strip().lower()] = value.strip().lower()
         self.status = int(status)
         self.close = headers.get(b"connection") == b"close" or version == b"HTTP/1.0"
-        if b"chunked" in headers.get(b"transfer-encoding", b""):
+        if no_body:
+            self.framing = "length"
+        elif b"chunked" in headers.get(b"transfer-encoding", b""):
             self.framing = "chunked"
         elif b"content-length" in headers:
             self.framing, self.left = "length", int(headers[b"content-length"])
@@ -309,9 +332,12 @@ class Answer:
     def result(self, want_ids):
         """Return read_answer's triple; where ids are not wanted and usage tells the number, that alone."""
         if self.status == 200 and not want_ids:
-            count = usage_at_end(b"".join(self.payload[-4:] + self.reads[-4:]))
-            if count and count > 1:
-                return count, None, None
+            raw = b"".join(self.payload + self.reads)
+            # A quote inside a JSON string is escaped, so that no text can look like an error's key.
+            if b'"error"' not in raw and b"event: error" not in raw:
+                count = usage_at_end(raw)
+                if count and count > 1:
+                    return count, None, None
         if self.framing == "chunked":
             dechunk(b"".join(self.reads), self.payload)
         payload = b"".join(self.payload)
@@ -328,6 +354,7 @@ class Request:
         self.query_id, self.index, self.issue_s = query_id, index, issue_s
         self.start_s = self.sent_s = self.first_s = self.seen_s = 0.0
         self.seen = 0
+        self.told = False  # LoadGen has had FirstTokenComplete
         self.connection = None
 
 
@@ -372,7 +399,7 @@ class Connection(asyncio.Protocol):
 
     def _feed(self, answer, data):
         waiting = answer.first is None
-        has_content = waiting and self.client.tells_early and HAS_CONTENT(data)
+        has_content = waiting and self.client.tells_early and HAS_CONTENT(data, max(0, len(data) - LOOK_BACK))
         if has_content and (answer.status == 200 or data.startswith(OK)):
             self.client.first_content(self.request, "", None)  # before the answer is looked into
         try:
@@ -430,12 +457,10 @@ class Client:
         """Open count idle connections before the run; ClientError if the endpoint refuses."""
         for _ in range(count):
             try:
-                connection = await self._connect()
-            except OSError as error:
-                where = f"{self.target.host}:{self.target.port}"
-                raise ClientError(
-                    f"{where} does not accept connections: {error}. Is the server up?"
-                ) from None
+                connection = await asyncio.wait_for(self._connect(), CONNECT_S)
+            except (OSError, asyncio.TimeoutError) as error:
+                where, why = f"{self.target.host}:{self.target.port}", str(error) or f"none in {CONNECT_S} s"
+                raise ClientError(f"{where} does not accept connections: {why}. Is the server up?") from None
             self.target.address = connection.transport.get_extra_info("peername")[0]  # one name look-up a run
             self.put_idle(connection)
 
@@ -533,9 +558,13 @@ class Client:
         if request.first_s:
             return
         request.first_s = time.perf_counter()
-        if self.token_latencies:
-            if self.mode == "test06" and not ids and self.encode:
-                ids = self.encode(text)[:1]  # TEST06 compares the first id; it judges no times
+        # TEST06 compares the first id with the answer's and judges no times: text waits for its ids.
+        if self.mode != "test06" or ids:
+            self._tell_first(request, ids)
+
+    def _tell_first(self, request, ids):
+        if self.token_latencies and not request.told:
+            request.told = True
             self._tell(self.loadgen.FirstTokenComplete, request, ids)
 
     def _tell(self, call, request, ids, *count):
@@ -563,6 +592,7 @@ class Client:
         self._release_held()
 
     def _serve(self, request, ids, count):
+        self._tell_first(request, ids and ids[:1])
         self._tell(self.loadgen.QuerySamplesComplete, request, ids, count)
         self.done += 1
         self.tokens += count
@@ -571,8 +601,7 @@ class Client:
     def _fail(self, request, error):
         # Without FirstTokenComplete LoadGen's TTFT and TPOT of the whole run would be garbage, so it gets one;
         # the 0 tokens then leave exactly one error in LoadGen's log for each failed request.
-        if self.token_latencies and not request.first_s:
-            self._tell(self.loadgen.FirstTokenComplete, request, None)
+        self._tell_first(request, None)
         self._tell(self.loadgen.QuerySamplesComplete, request, None, 1 if error.kind == "short" else 0)
         self.kinds[error.kind] += 1
         if self.kinds[error.kind] <= 10:
@@ -589,10 +618,12 @@ class Client:
             return
         held, self.held = self.held, []
         for request, text in held:
-            ids = self.encode(text) if self.encode else ()
             if self.encode is None:
                 self._fail(request, AnswerError("no_ids", "the server sends text, and " + self.no_encode))
-            elif len(ids) < 2:
+                continue
+            # Two events may hold a half each of a surrogate pair; a half alone is no text.
+            ids = self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+            if len(ids) < 2:
                 self._fail(request, AnswerError("short", f"{len(ids)} token after the tokenizer"))
             else:
                 self._serve(request, ids, len(ids))
@@ -830,13 +861,20 @@ class Recorder(threading.Thread):
 
     def run(self):
         for line in iter(self.lines.get, None):
-            if isinstance(line, str):
-                print(self.prefix + line, flush=True)
-                continue
-            if line["total"] is None and self.total is None:
-                self.total = read_log(self.detail_log)["generated"]
-            with open(self.progress, "a") as file:
-                file.write(json.dumps(dict(line, total=line["total"] or self.total, **self.words)) + "\n")
+            try:
+                self._write(line)
+            except OSError as error:  # a full disk, say: the run goes on, and so does this thread
+                with contextlib.suppress(OSError):
+                    print("%sreport not written: %s" % (self.prefix, error), file=sys.stderr, flush=True)
+
+    def _write(self, line):
+        if isinstance(line, str):
+            print(self.prefix + line, flush=True)
+            return
+        if line["total"] is None and self.total is None:
+            self.total = read_log(self.detail_log)["generated"]
+        with open(self.progress, "a") as file:
+            file.write(json.dumps(dict(line, total=line["total"] or self.total, **self.words)) + "\n")
 
     def stop(self):
         self.lines.put(None)
@@ -965,12 +1003,13 @@ class Run:
         late_s = np.full(len(rows), np.nan)
         if status == "finished" and len(rows) and self.settings["scenario"] == "Server":
             late_s = lateness_s(rows, self.test)
-        write_queries(
-            self.run_dir / "job" / ("queries_%s.csv" % self.mode), rows, late_s, self.samples.input_tokens
-        )
-        result = self.result(client, status, late_s[~np.isnan(late_s)])
-        path = self.run_dir / "job" / ("client_%s.json" % self.mode)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        job, result = self.run_dir / "job", self.result(client, status, late_s[~np.isnan(late_s)])
+        try:
+            (job / ("client_%s.json" % self.mode)).write_text(json.dumps(result, indent=1) + "\n")
+            write_queries(job / ("queries_%s.csv" % self.mode), rows, late_s, self.samples.input_tokens)
+        except OSError as error:
+            result["reasons"].append("the result could not be written: %s" % error)
+            result["valid_client"] = False
         self.recorder.log(
             "{done} of {issued} requests served, {output_tokens} output tokens, {wall_s} s, client CPU {client_cpu_s} "
             "s, loop lag p99 {loop_lag_p99_ms} ms: ".format(**result)

@@ -18,9 +18,9 @@ from . import launch
 from .errors import DisaggError
 from .experiment import REPOSITORY, Experiment, topology_arithmetic
 from .job_script import make_job_script
-from .run_folder import Table, existing_parent
+from .run_folder import TEARDOWN_S, Table, existing_parent, job_seconds, search_seconds
 from .serving import latency
-from .serving.lengths import INPUT_MEAN, MAX_INPUT_TOKENS, MAX_OUTPUT_TOKENS, SAMPLE_COUNT
+from .serving.lengths import INPUT_MEAN, MAX_INPUT_TOKENS, MAX_OUTPUT_TOKENS
 
 REHEARSAL_GB, CHECKPOINT_GB = 1, 250  # free space; the real checkpoint is about 230 GB
 
@@ -338,29 +338,17 @@ def _lengths(e: Experiment) -> list[Check]:
     ]
 
 
-LOAD_S = 600  # a fair guess for loading 230 GB of weights on every server
-
-
-def job_seconds(e: Experiment) -> float:
-    """How long the test modes take at least: their queries at the target, and LoadGen's minimum."""
-    qps, load_s = e.server_target_qps, LOAD_S
-    counts = {"performance": max(SAMPLE_COUNT, 600 * qps), "accuracy": SAMPLE_COUNT, "test06": 100}
-    if e.engine == "rehearsal":
-        counts |= {"performance": e.rehearsal_queries, "accuracy": e.rehearsal_accuracy_samples}
-        load_s = 30
-    return sum(counts[mode] for mode in e.test_modes) / qps + load_s
-
-
 def _times(e: Experiment) -> list[Check]:
-    needed_s = job_seconds(e)
-    half_hours = math.ceil((needed_s + 120) / 1800)
+    needed_s = job_seconds(e) + search_seconds(e)
+    modes = ["find_target_qps"] * e.find_target_qps + list(e.test_modes)
+    half_hours = math.ceil((needed_s + TEARDOWN_S) / 1800)
     found = (
-        f"{e.time_limit} = {e.time_limit_s} s, of which teardown keeps 120 s; loading and "
-        f"{' and '.join(e.test_modes)} take about {needed_s:.0f} s"
+        f"{e.time_limit} = {e.time_limit_s} s, of which teardown keeps {TEARDOWN_S} s; loading and "
+        f"{' and '.join(modes)} take about {needed_s:.0f} s"
     )
     enough = f"{half_hours // 2}:{half_hours % 2 * 30:02d}:00"
     return [
-        _rule("walltime", e.time_limit_s - 120 >= needed_s, found, enough=enough),
+        _rule("walltime", e.time_limit_s - TEARDOWN_S >= needed_s, found, enough=enough),
         _rule("teardown_time", e.time_limit_s >= 240 or e.launcher == "local", e.time_limit),
     ]
 

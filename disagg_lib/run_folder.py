@@ -20,6 +20,7 @@ import yaml
 
 from .errors import DisaggError
 from .experiment import REPOSITORY, Experiment, experiment_text, load_recorded
+from .find_target_qps import stages as search_stages
 from .job_script import make_job_script
 from .serving import lengths
 from .serving.lengths import SAMPLE_COUNT
@@ -58,6 +59,32 @@ def loadgen_scenario(e: Experiment) -> str:
     return "Offline" if e.scenario == "Offline" else "Server"
 
 
+TEARDOWN_S = 120  # before the time limit, Slurm's TERM to the job
+LOAD_S = 600  # a fair guess for loading 230 GB of weights on every server
+
+
+def job_seconds(e: Experiment) -> float:
+    """How long loading and the test modes take at least: their queries at the target, and LoadGen's minimum."""
+    qps, load_s = e.server_target_qps, LOAD_S
+    counts = {"performance": max(SAMPLE_COUNT, 600 * qps), "accuracy": SAMPLE_COUNT, "test06": 100}
+    if e.engine == "rehearsal":
+        counts |= {"performance": e.rehearsal_queries, "accuracy": e.rehearsal_accuracy_samples}
+        load_s = 30
+    return sum(counts[mode] for mode in e.test_modes) / qps + load_s
+
+
+def search_seconds(e: Experiment) -> float:
+    """How long find_target_qps mostly takes: the trials of each length at the target; 0 if it is not asked for."""
+    trials = search_stages(e.rehearsal_queries if e.shortened else SAMPLE_COUNT)
+    return e.find_target_qps * sum(queries * stage.most for queries, stage in trials) / e.server_target_qps
+
+
+def search_budget_s(e: Experiment) -> float | None:
+    """Seconds after which find_target_qps begins no trial: as given, else what the time limit leaves of the job."""
+    left = e.time_limit_s - TEARDOWN_S - job_seconds(e)
+    return e.search_budget_s or (round(left) if e.find_target_qps else None)
+
+
 _OF_A_SERVER = ("name", "role", "ranks", "nodes", "node", "port", "gpus")
 
 
@@ -83,7 +110,7 @@ def settings_of(e: Experiment) -> dict:
         "find_target_qps": {
             "low_qps": e.search_bounds_qps[0],
             "high_qps": e.search_bounds_qps[1],
-            "budget_s": e.search_budget_s,
+            "budget_s": search_budget_s(e),
             "full_queries": e.rehearsal_queries if e.shortened else SAMPLE_COUNT,
         },
         "client": {
@@ -104,6 +131,8 @@ def settings_of(e: Experiment) -> dict:
             "top_p": 0.001,
             "top_k": 1,
             "request_timeout_s": e.request_timeout_s,
+            # Of one request; where all are silent the job's watchdog speaks first.
+            "stall_timeout_s": e.stall_timeout_s + 60,
             "connections": 8,
         },
     }

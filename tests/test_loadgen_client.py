@@ -20,7 +20,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from disagg_lib import loadgen_client, results
+from disagg_lib import evaluate, loadgen_client, results
 
 CLIENT = Path(__file__).parents[1] / "disagg_lib" / "loadgen_client.py"
 LENGTHS = [(20 + index % 7, 5 + index % 4) for index in range(600)]
@@ -123,7 +123,10 @@ class Server:
         for n in range(count):
             if what in ("cut", "cut_politely", "stalled", "error_event") and n == 3:
                 break
-            choice = {"index": 0, "text": f" t{n}"}
+            text = {("split", 0): " t", ("split", 1): "1", ("surrogate", 0): "\ud83d"}.get(
+                (what, n), f" t{n}"
+            )
+            choice = {"index": 0, "text": text}
             if self.with_ids:
                 choice["token_ids"] = [1000 + n]
             writer.write(chunk(event({"choices": [choice]})))
@@ -179,8 +182,10 @@ def command(run, url, mode="performance"):
     return [sys.executable, str(CLIENT), "--run-dir", str(run), "--test-mode", mode, "--url", url]
 
 
-def run_client(run, url, mode="performance"):
-    done = subprocess.run(command(run, url, mode), capture_output=True, text=True, timeout=60, cwd="/")
+def run_client(run, url, mode="performance", *more):
+    done = subprocess.run(
+        [*command(run, url, mode), *more], capture_output=True, text=True, timeout=60, cwd="/"
+    )
     path = run / "job" / f"client_{mode}.json"
     return done, json.loads(path.read_text()) if path.exists() else None
 
@@ -381,20 +386,42 @@ def test_tokenizer_that_cannot_be_read_matters_only_to_servers_that_send_text(tm
     assert "client.tokenizer /nowhere/tokenizer.json: " in done.stdout
 
 
-def test_text_becomes_ids_through_the_tokenizer(tmp_path):
+@pytest.fixture
+def tokenizer(tmp_path):
+    """tokenizer.json of words t0, t1, ..., with ids 50, 51, ...; 0 for any other."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = {f"t{n}": 50 + n for n in range(20)}
-    tokenizer = Tokenizer(models.WordLevel({**words, "?": 0}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    run = make_run(tmp_path / "run", tokenizer=str(tmp_path / "tokenizer.json"))
-    with Server(with_ids=False) as server:
+    made = Tokenizer(models.WordLevel({**words, "?": 0}, unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    made.save(str(tmp_path / "tokenizer.json"))
+    return str(tmp_path / "tokenizer.json")
+
+
+def test_text_becomes_ids_through_the_tokenizer(tmp_path, tokenizer):
+    """Half a surrogate pair alone, which no tokenizer takes, is an unknown word and not the end of the run."""
+    run = make_run(tmp_path / "run", tokenizer=tokenizer)
+    with Server(lambda n: "surrogate" if n == 3 else "ok", with_ids=False) as server:
         done, _ = run_client(run, server.url, "accuracy")
     assert done.returncode == 0 and error_lines(run, "accuracy") == []
+    odd = 0
     for entry in json.loads((run / "mlperf/accuracy/mlperf_log_accuracy.json").read_text()):
         ids = memoryview(bytes.fromhex(entry["data"])).cast("i").tolist()
-        assert ids == list(range(50, 50 + LENGTHS[entry["qsl_idx"]][1]))
+        odd += ids[0] == 0
+        assert ids[1:] == list(range(51, 50 + LENGTHS[entry["qsl_idx"]][1]))
+    assert odd == 1
+
+
+def test_first_id_of_text_is_its_answers_first_in_test06(tmp_path, tokenizer):
+    """The first event holds half a word, so its text alone would give another id."""
+    run = make_run(tmp_path / "run", tokenizer=tokenizer)
+    with Server(lambda n: "split", with_ids=False) as server:
+        done, _ = run_client(run, server.url, "test06")
+    assert done.returncode == 0 and not error_lines(run, "test06")
+    entries = json.loads((run / "mlperf/test06/mlperf_log_accuracy.json").read_text())
+    assert entries and all(entry["data"].startswith(entry["token_data"]) for entry in entries)
+    assert {entry["token_data"] for entry in entries} == {(51).to_bytes(4, "little").hex().upper()}
+    assert evaluate.verify_test06(run)["TEST06, First token check"] == "True"
 
 
 def test_chat_endpoint_gets_empty_messages_and_prompt_token_ids(tmp_path):
@@ -491,6 +518,14 @@ def test_endpoint_that_refuses_connections_is_named_before_the_run(tmp_path):
 def test_url_that_names_no_endpoint_is_refused_with_a_sentence(tmp_path, url):
     done, _ = run_client(make_run(tmp_path / "run"), url)
     assert done.returncode == 2 and "needed is http://HOST:PORT" in done.stderr
+
+
+def test_full_disk_ends_reports_and_not_the_run(tmp_path):
+    run = make_run(tmp_path / "run", count=30)
+    with Server() as server:
+        done, result = run_client(run, server.url, "performance", "--progress", "/dev/full")
+    assert done.returncode == 0 and result["done"] == 30 and "30 of 30 requests served" in done.stdout
+    assert "report not written: [Errno 28] No space left on device" in done.stderr
 
 
 def test_sigterm_stops_with_a_message_and_what_is_known(tmp_path):

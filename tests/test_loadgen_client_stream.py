@@ -44,6 +44,13 @@ CHAT = [
     event(b"[DONE]", b"\r\n"),
 ]
 PLAIN = b"".join(EVENTS)
+# None of these is content, though each looks like it in some way.
+LOOK_ALIKES = [
+    b': {"choices": [{"text": "x"}]}\n\n',
+    b"event: meta\n" + event({"content": "queued", "text": "x"}),
+    event({"choices": [{"index": 0, "text": ""}, {"index": 1, "text": "x"}]}),
+    event({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "content": "x"}]}),
+]
 STREAMS = {
     "an event a chunk": CHUNKED + b"".join(map(chunk, EVENTS)) + b"0\r\n\r\n",
     "after 100 Continue": b"HTTP/1.1 100 Continue\r\nX: y\r\n\r\n"
@@ -58,6 +65,7 @@ STREAMS = {
     + b"".join(chunk(part).replace(b"\r\n", b";x=y\r\n", 1) for part in EVENTS)
     + b"0\r\nChecksum: 1\r\n\r\n",
     "chat, CRLF lines": CHUNKED + b"".join(map(chunk, CHAT)) + b"0\r\n\r\n",
+    "look-alikes before content": CHUNKED + b"".join(map(chunk, LOOK_ALIKES + EVENTS)) + b"0\r\n\r\n",
     "with a length": HEAD + b"content-length:%d\r\n\r\n" % len(PLAIN) + PLAIN,
     "until the connection closes": HEAD + b"\r\n" + PLAIN,
 }
@@ -206,6 +214,74 @@ def test_answer_without_a_true_count_fails_by_kind(events, kind):
         except client.BAD_ANSWER as error:
             raise client.failure_of(error) from None
     assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize("want_ids", [True, False])
+@pytest.mark.parametrize("count", [5.0, 1e30, 2**40, -1, "4", True])
+def test_usage_that_is_no_count_is_a_failure(count, want_ids):
+    usage = {"choices": [], "usage": {"completion_tokens": count}}
+    stream = CHUNKED + b"".join(map(chunk, [EVENTS[2], event(usage), event(b"[DONE]")])) + b"0\r\n\r\n"
+    with pytest.raises(client.AnswerError, match="completion_tokens is"):
+        hear(stream, (), want_ids)
+
+
+@pytest.mark.parametrize("want_ids", [True, False])
+@pytest.mark.parametrize("bad", [event({"error": "x"}), b"event: error\n" + event({"message": "x"})])
+def test_error_amid_a_stream_is_a_failure_even_if_usage_follows(bad, want_ids):
+    parts = [EVENTS[2], EVENTS[3], bad, event(USAGE), event(b"[DONE]")]
+    with pytest.raises(client.AnswerError) as caught:
+        hear(CHUNKED + b"".join(map(chunk, parts)) + b"0\r\n\r\n", (), want_ids)
+    assert caught.value.kind == "server_error"
+
+
+def test_text_that_speaks_of_errors_is_no_error():
+    quoted = event(choice(text=' the "error": {"error"} event: errors'))
+    parts = [quoted, EVENTS[2], event(USAGE), event(b"[DONE]")]
+    assert hear(CHUNKED + b"".join(map(chunk, parts)) + b"0\r\n\r\n", (), False)[1] == 4
+
+
+def test_json_without_end_of_nesting_is_a_protocol_failure():
+    stream = (
+        CHUNKED + chunk(EVENTS[2]) + chunk(event(b"[" * 100_000)) + chunk(event(b"[DONE]")) + b"0\r\n\r\n"
+    )
+    with pytest.raises(client.AnswerError) as caught:
+        hear(stream, (), True)
+    assert caught.value.kind == "protocol"
+
+
+@pytest.mark.parametrize("separators", [None, (",", ":")])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"text": " a", "token_ids": [11]},
+        {"delta": {"role": "assistant", "content": " a"}},
+        {"delta": {"content": " a"}, "finish_reason": None},
+    ],
+)
+def test_content_as_servers_write_it_is_told_before_it_is_parsed(fields, separators):
+    data = json.dumps({"id": "x", "model": "m", **choice(**fields)}, separators=separators)
+    assert client.HAS_CONTENT(CHUNKED + chunk(event(data.encode())))
+
+
+def test_a_long_first_read_is_not_searched_from_its_beginning():
+    """An orchestrator that paused sends everything at once, without an event's end at the end."""
+    heard, looked = Heard(tells_early=True), []
+    connection = client.Connection(heard)
+    connection.connection_made(Pipe())
+    connection.send(client.Request(1, 0, 0.0), ())
+    search = client.HAS_CONTENT
+    client.HAS_CONTENT = lambda data, start: looked.append(len(data) - start) or search(data, start)
+    try:
+        connection.data_received(CHUNKED + chunk(EVENTS[2]) * 2000 + b"5")
+    finally:
+        client.HAS_CONTENT = search
+    assert looked == [client.LOOK_BACK] and heard.first
+
+
+def test_answer_without_a_body_ends_at_once():
+    with pytest.raises(client.AnswerError) as caught:
+        hear(b"HTTP/1.1 204 No Content\r\n\r\n", (), False)
+    assert caught.value.kind == "http_4xx"
 
 
 def test_connection_is_kept_only_after_a_whole_answer():
