@@ -120,6 +120,9 @@ class Experiment(BaseModel):
     search_budget_s: int | None = _parameter(
         None, "seconds that the search's trials may take together; not given: what time_limit leaves", ge=60
     )
+    search_rows_from: str | None = _parameter(
+        None, "run folder whose interrupted search this job goes on with; its configuration must be the same"
+    )
     plan_gpus: int | None = _parameter(
         None, "GPU budget of 02_plan; not given: what the topology needs", ge=1, le=10_000
     )
@@ -378,6 +381,10 @@ def _check_together(e: Experiment) -> None:
     if e.find_target_qps and (e.client != "loadgen" or "performance" not in e.test_modes):
         raise ParameterError(
             "find_target_qps: found true, which needs client: loadgen and 'performance' among test_modes. Set them"
+        )
+    if e.search_rows_from and not e.find_target_qps:
+        raise ParameterError(
+            f"search_rows_from: found {e.search_rows_from!r} without find_target_qps: true. Set it, or leave this out"
         )
     if e.find_target_qps and e.shortened and e.rehearsal_queries < 459:
         raise ParameterError(

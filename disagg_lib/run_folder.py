@@ -224,7 +224,30 @@ def _write_run(folder: Path, e: Experiment, python: str) -> None:
         if e.shortened:
             sample_lengths = lengths.shorten_outputs(sample_lengths, e.rehearsal_output_tokens)
         lengths.write_lengths_csv(sample_lengths, folder / "job/lengths.csv")
+    if e.search_rows_from:
+        take_search_rows(folder, REPOSITORY / Path(e.search_rows_from).expanduser())
     write_manifest(folder)
+
+
+def take_search_rows(folder: Path, earlier: Path) -> None:
+    """Put the trials of an earlier run's search where this one's goes on from them.
+
+    Raises
+    ------
+    RunFolderError : it has none, or was made with another configuration, of which they tell nothing here.
+    """
+    rows = earlier / "job/find_target_qps.jsonl"
+    if not rows.is_file():
+        raise RunFolderError(
+            f"search_rows_from: {rows} is not there: no trial of that search ended. Leave it out"
+        )
+    for name in [path.name for path in sorted(folder.glob("config*.yaml"))]:
+        if (earlier / name).read_text() != (folder / name).read_text():
+            raise RunFolderError(
+                f"search_rows_from: {earlier / name} differs from this run's, so its trials tell nothing here. "
+                "Repeat that run's parameters, or leave search_rows_from out"
+            )
+    shutil.copy(rows, folder / "job")
 
 
 def find_run(run_dir: str | Path | None = None) -> Path:

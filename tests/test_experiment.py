@@ -104,6 +104,11 @@ def test_a_server_of_eight_takes_two_whole_nodes(experiment):
         ),
         ({"endpoint_url": "http://h:x"}, ["endpoint_url", "http://host:port"]),
         ({"scenario": "Offline", "find_target_qps": True}, ["find_target_qps", "has no limits"]),
+        (
+            {"engine": "rehearsal", "container": "none", "rehearsal_queries": 200, "find_target_qps": True},
+            ["rehearsal_queries", "Set 459 or more"],
+        ),
+        ({"search_rows_from": "results/x"}, ["search_rows_from", "without find_target_qps: true"]),
         ({"client": "nvidia_harness", "test_modes": ["test06"]}, ["client", "test06", "Set client: loadgen"]),
         ({"launcher": "local"}, ["launcher", "one node", "Set launcher: slurm"]),
     ],

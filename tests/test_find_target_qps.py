@@ -18,8 +18,10 @@ from test_rehearsal import v51_job
 
 from disagg_lib import figures, launch
 from disagg_lib import find_target_qps as search
+from disagg_lib.experiment import load_experiment
 from disagg_lib.find_target_qps import find_target_qps
 from disagg_lib.mlperf_logs import LogError
+from disagg_lib.run_folder import RunFolderError, create_run
 from disagg_lib.serving.lengths import built_in_lengths
 from disagg_lib.serving.loadgen_rules import draw_load
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate
@@ -250,6 +252,20 @@ def test_figure_of_a_search_shows_its_trials_and_its_end(tmp_path):
     grounds = [mark.get_facecolor()[0].tolist() for mark in axis.collections[:2]]
     assert grounds[0] != grounds[1]  # valid and invalid differ without their hue, too
     assert launch.trial_line(failed) == "trial: 459 queries at 9 queries/s: INVALID, 7 requests failed"
+
+
+def test_interrupted_search_goes_on_in_a_new_job_of_the_same_configuration(tmp_path):
+    given = {"find_target_qps": True, "rehearsal_queries": 459}
+    first = create_run(load_experiment(given=given), tmp_path / "first")
+    given["search_rows_from"] = str(first)
+    with pytest.raises(RunFolderError, match=r"no trial of that search ended"):
+        create_run(load_experiment(given=given), tmp_path / "second")
+    (first / "job/find_target_qps.jsonl").write_text('{"qps": 1.0}\n')
+    second = create_run(load_experiment(given=given), tmp_path / "second")
+    assert (second / "job/find_target_qps.jsonl").read_text() == '{"qps": 1.0}\n'
+    with pytest.raises(RunFolderError, match=r"config\.yaml differs"):
+        create_run(load_experiment(given=given | {"ctx_batch_size": 64}), tmp_path / "third")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
 
 
 def run_search(run, url):
