@@ -78,7 +78,7 @@ class Rows:
     """The trials so far, as JSON lines in a file: a search that was interrupted repeats none of them."""
 
     def __init__(self, path=None):
-        self.path, self.rows = path and Path(path), []
+        self.path, self.rows, self.spent_s = path and Path(path), [], 0.0  # s of the trials that ran here
         if self.path and self.path.exists():
             text = self.path.read_text()
             if text and not text.endswith("\n"):  # killed while writing: that trial runs again
@@ -96,6 +96,7 @@ class Rows:
         row = dict({"seconds": round(time.monotonic() - start, 3)}, **result)
         row = dict(row, qps=qps, queries=queries)
         self.rows.append(row)
+        self.spent_s += row["seconds"]
         if self.path:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -157,7 +158,7 @@ def find_target_qps(
     rows_path : file of JSON lines that keeps each trial and resumes the search, or None.
     resolution : share of the QPS at which a full-length trial is near enough to the edge. Two such trials are mostly
         enough; there are more while the edge may lie further than 2.7 times this from the nearest.
-    budget_s : no trial begins that would pass this sum of trial seconds.
+    budget_s : no trial begins that would pass this sum of the seconds of the trials run now (not of resumed rows).
     full_queries : queries of the trials that decide.
 
     Returns
@@ -182,9 +183,8 @@ def find_target_qps(
             point = min(float(f"{max(point, low_qps / 16):.4g}"), high_qps)
             if any(row["qps"] == point for row in used):
                 break
-            spent = sum(row["seconds"] for row in rows.rows)
             known = any(row["queries"] == queries and row["qps"] == point for row in rows.rows)
-            if budget_s is not None and not known and spent + queries / point > budget_s:
+            if budget_s is not None and not known and rows.spent_s + queries / point > budget_s:
                 ended = "time budget"
                 break
             used.append(rows.get(trial, point, queries))
@@ -198,15 +198,17 @@ def find_target_qps(
             unresolved = abs(math.log(point / edge.near["qps"]))
             if edge.low and edge.high:
                 steepness = edge.steepness
-                if unresolved < stage.near or edge.high["qps"] / edge.low["qps"] < 1 + stage.width:
-                    break
-            elif edge.low and edge.low["qps"] >= high_qps:
+                enough = unresolved < stage.near or edge.high["qps"] / edge.low["qps"] < 1 + stage.width
+            else:  # one side only: enough at the end of the range, or where even the flattest curve leads no further
+                enough = abs(log_share(edge.near)) / FLATTEST < stage.near
+                enough = enough or bool(edge.low and edge.low["qps"] >= high_qps)
+                if len(used) > 1:
+                    steepness = edge.steepness
+                else:
+                    unresolved = math.inf
+            if enough:
+                unresolved = 0.0
                 break
-            elif abs(log_share(edge.near)) / FLATTEST < stage.near:
-                break  # even the flattest curve leads no further
-            else:
-                unresolved = math.inf if len(used) < 2 else unresolved
-                steepness = edge.steepness if len(used) > 1 else steepness
         if ended == "time budget":
             break
         if edge.high and not edge.low and edge.high["qps"] <= low_qps / 15.9:
@@ -230,6 +232,8 @@ def find_target_qps(
         target = max(row["qps"] for row in valid)
     elif best == high_qps:
         ended = "high_qps is VALID"
+    elif unresolved > 2.7 * resolution:
+        ended = f"no nearer after {len(used)} full-length trials"
     return {
         "target_qps": target,
         "seen_valid": seen_valid,

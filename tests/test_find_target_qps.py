@@ -193,6 +193,27 @@ def test_budget_in_which_nothing_was_valid_is_an_error():
         find_target_qps(line(0.9), 1.0, 10.0, budget_s=500)
 
 
+def test_rows_of_an_earlier_job_cost_no_time_of_this_one(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    first = find_target_qps(line(3.85), 1.0, 10.0, rows_path=path, budget_s=2500)
+    again = find_target_qps(line(3.85), 1.0, 10.0, rows_path=path, budget_s=2500)
+    assert first["ended"] == "time budget" and again["ended"] == "resolution reached"
+    assert again["trials"] > first["trials"] and again["seconds"] > 2500
+
+
+def test_verdicts_without_margins_end_and_say_how(tmp_path):
+    """Failed requests leave no shares: only VALID and INVALID, here with an edge that moves."""
+    seen = []
+
+    def trial(qps, queries):
+        seen.append(qps)
+        valid = qps < 3 + len(seen) % 2
+        return {"valid": valid, "ttft_share": None, "tpot_share": None, "seconds": 1.0}
+
+    found = find_target_qps(trial, 1.0, 10.0)
+    assert found["trials"] < 20 and 1 < found["target_qps"] < 5
+
+
 def test_target_seen_valid_was_run_at_full_length():
     for edge in (1.1, 2.0, 3.3, 5.0, 7.7):
         calls = []
