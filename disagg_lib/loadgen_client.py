@@ -65,7 +65,7 @@ KINDS = (
     "no_count",  # neither usage nor token ids: the length of the answer is unknown
     "count_mismatch",  # usage and token ids disagree
     "no_ids",  # ids are needed (accuracy), the server sends text, and there is no tokenizer
-    "protocol",  # not HTTP/1.1 with server-sent events
+    "protocol",  # not HTTP/1.1 with server-sent events: a redirect, a compressed body
 )
 # How a stream ends if no chunk cuts its last event: events are single lines, so nothing else can look like this.
 LAST_BYTES = b"data: [DONE]\n\n\r\n0\r\n\r\n"
@@ -234,7 +234,9 @@ def read_answer(payload):
         raise AnswerError("cut", "%d events, no [DONE]" % len(pieces))
     if not ids and not any(pieces):
         raise AnswerError("empty", "no content before [DONE]")
-    if only_text:
+    if only_text and count != len(
+        ids
+    ):  # a last text without ids, where there are as many as usage says, lacks none
         ids = None
     elif count is not None and count != len(ids):
         raise AnswerError("count_mismatch", "usage says %d tokens, %d ids came" % (count, len(ids)))
@@ -302,6 +304,10 @@ class Answer:
             headers[name.strip().lower()] = value.strip().lower()
         self.status = int(status)
         self.close = headers.get(b"connection") == b"close" or version == b"HTTP/1.0"
+        if headers.get(b"content-encoding", b"identity") != b"identity":
+            raise AnswerError(
+                "protocol", "content-encoding %r was not asked for" % headers[b"content-encoding"]
+            )
         if no_body:
             self.framing = "length"
         elif b"chunked" in headers.get(b"transfer-encoding", b""):
@@ -342,7 +348,8 @@ class Answer:
             dechunk(b"".join(self.reads), self.payload)
         payload = b"".join(self.payload)
         if self.status != 200:
-            kind = "http_429" if self.status == 429 else "http_5xx" if self.status >= 500 else "http_4xx"
+            kind = "http_5xx" if self.status >= 500 else "http_4xx" if self.status >= 400 else "protocol"
+            kind = "http_429" if self.status == 429 else kind
             raise AnswerError(kind, "HTTP %d %s" % (self.status, payload[:200].decode("utf-8", "replace")))
         return read_answer(payload)
 
@@ -722,7 +729,11 @@ class Samples:
         self.head = (
             f"POST {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: application/json\r\n"
         )
-        self.head += "Accept: text/event-stream\r\n" + target.authorization + "Content-Length: "
+        self.head += (
+            "Accept: text/event-stream\r\nAccept-Encoding: identity\r\n"
+            + target.authorization
+            + "Content-Length: "
+        )
 
     def add(self, index, ids_text, input_tokens, min_tokens, max_tokens):
         """Prepare sample index; ids_text is the prompt's ids, separated by commas, as bytes or memoryview."""

@@ -278,10 +278,23 @@ def test_a_long_first_read_is_not_searched_from_its_beginning():
     assert looked == [client.LOOK_BACK] and heard.first
 
 
-def test_answer_without_a_body_ends_at_once():
-    with pytest.raises(client.AnswerError) as caught:
-        hear(b"HTTP/1.1 204 No Content\r\n\r\n", (), False)
-    assert caught.value.kind == "http_4xx"
+@pytest.mark.parametrize(
+    "answer, word",
+    [
+        (b"HTTP/1.1 204 No Content\r\n\r\n", "HTTP 204"),
+        (b"HTTP/1.1 307 Moved\r\nLocation: /\r\nContent-Length: 0\r\n\r\n", "HTTP 307"),
+        (CHUNKED.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n"), "content-encoding b'gzip'"),
+    ],
+)
+def test_what_is_no_stream_ends_at_once_and_says_what_it_is(answer, word):
+    with pytest.raises(client.AnswerError, match=word) as caught:
+        hear(answer, (), False)
+    assert caught.value.kind == "protocol"
+
+
+def test_last_text_without_ids_lacks_none_where_usage_counts_as_many():
+    parts = [*EVENTS[:4], event(choice(text=".", token_ids=None)), *EVENTS[4:]]
+    assert hear(CHUNKED + b"".join(map(chunk, parts)) + b"0\r\n\r\n", (), True)[2] == [11, 12, 13, 14]
 
 
 def test_connection_is_kept_only_after_a_whole_answer():
