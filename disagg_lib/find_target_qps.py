@@ -5,7 +5,7 @@ stopping lets be the worst (of TTFT, of TPOT) over its limit; at most 1 is VALID
 that share is nearly linear in the logarithm of the QPS, so the margins, not only the verdicts, choose the next point.
 
 Short trials bracket, longer ones place, full-length ones decide. Seen from the same seed, the edge of 459 queries lies
-within 11 % (one sigma) of the edge of 8313, that of 1496 within 7 %; what short trials say bounds what longer ones may be
+within 10 % (one sigma) of the edge of 8313, that of 1496 within 7 %; what short trials say bounds what longer ones may be
 led to. Drawing N of all samples is way 2 of LoadGen's short runs; none of these runs may stand for a round.
 
 Copied into the run folder; Python 3.8+, standard library and numpy.
@@ -35,11 +35,14 @@ Stage = collections.namedtuple("Stage", "share width near most trust")
 # share of a full-length run; a bracket is narrow enough at `width`, an estimate at `near` to a trial (shares of the QPS);
 # trials at the most; how far beyond this stage's verdicts the next may be led. The last stage's follow from `resolution`.
 STAGES = (Stage(459.0 / FULL_QUERIES, 0.25, 0.10, 4, 0.18), Stage(0.18, 0.15, 0.05, 2, 0.06))
-STEEPNESS = 2.7  # d log share / d log QPS at the edge, where no two trials tell it; from FLATTEST to STEEPEST was seen
+STEEPNESS = (
+    2.7  # d log share / d log QPS at the edge, where no two trials tell it, and the range that it is kept in
+)
 FLATTEST, STEEPEST = 1.0, 40.0
 FAR = 0.7  # beyond this |log share| the share no longer tells how far the edge is
 MAX_STEP = 1.6  # of one trial to the next, as a factor, outside a bracket
 MAX_TRIALS = 8  # of full length
+LOOSE = 2.7  # an edge further than this many resolutions from the nearest full-length trial wants one more than two
 
 Edge = collections.namedtuple("Edge", "estimate low high near steepness")
 
@@ -157,7 +160,7 @@ def find_target_qps(
     low_qps, high_qps : where to begin, and the highest QPS to try; low_qps may turn out INVALID.
     rows_path : file of JSON lines that keeps each trial and resumes the search, or None.
     resolution : share of the QPS at which a full-length trial is near enough to the edge. Two such trials are mostly
-        enough; there are more while the edge may lie further than 2.7 times this from the nearest.
+        enough; there are more while the edge may lie further than LOOSE times this from the nearest.
     budget_s : no trial begins that would pass this sum of the seconds of the trials run now (not of resumed rows).
     full_queries : queries of the trials that decide.
 
@@ -178,7 +181,7 @@ def find_target_qps(
     for queries, stage in stages(full_queries, resolution):
         used, unresolved = [], math.inf
         while len(used) < stage.most or (
-            stage.share == 1.0 and len(used) < MAX_TRIALS and unresolved > 2.7 * resolution
+            stage.share == 1.0 and len(used) < MAX_TRIALS and unresolved > LOOSE * resolution
         ):
             point = min(float(f"{max(point, low_qps / 16):.4g}"), high_qps)
             if any(row["qps"] == point for row in used):
@@ -232,7 +235,7 @@ def find_target_qps(
         target = max(row["qps"] for row in valid)
     elif best == high_qps:
         ended = "high_qps is VALID"
-    elif unresolved > 2.7 * resolution:
+    elif unresolved > LOOSE * resolution:
         ended = f"no nearer after {len(used)} full-length trials"
     return {
         "target_qps": target,

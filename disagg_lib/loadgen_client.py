@@ -408,14 +408,14 @@ class Connection(asyncio.Protocol):
         waiting = answer.first is None
         has_content = waiting and self.client.tells_early and HAS_CONTENT(data, max(0, len(data) - LOOK_BACK))
         if has_content and (answer.status == 200 or data.startswith(OK)):
-            self.client.first_content(self.request, "", None)  # before the answer is looked into
+            self.client.first_content(self.request, None)  # before the answer is looked into
         try:
             answer.feed(data)
         except BAD_ANSWER as error:
             self._end(failure_of(error))
             return
         if waiting and answer.first is not None:
-            self.client.first_content(self.request, *answer.first)
+            self.client.first_content(self.request, answer.first[1])
         if answer.ended:
             self._end(None)
         elif answer.settled:
@@ -560,7 +560,7 @@ class Client:
         if len(self.idle) + self.opening < self.settings["connections"] // 4 and not self.flushed:
             self._open_one_more()
 
-    def first_content(self, request, text, ids):
+    def first_content(self, request, ids):
         """The first content came: LoadGen takes its TTFT here."""
         if request.first_s:
             return

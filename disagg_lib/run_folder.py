@@ -73,10 +73,15 @@ def job_seconds(e: Experiment) -> float:
     return sum(counts[mode] for mode in e.test_modes) / qps + load_s
 
 
+def full_queries(e: Experiment) -> int:
+    """Queries of a full-length trial: those of the run that it speaks for, at least."""
+    return e.rehearsal_queries if e.shortened else SAMPLE_COUNT
+
+
 def search_seconds(e: Experiment) -> float:
     """How long find_target_qps mostly takes: the trials of each length at the target; 0 if it is not asked for."""
-    trials = search_stages(e.rehearsal_queries if e.shortened else SAMPLE_COUNT)
-    return e.find_target_qps * sum(queries * stage.most for queries, stage in trials) / e.server_target_qps
+    queries = sum(length * stage.most for length, stage in search_stages(full_queries(e)))
+    return e.find_target_qps * queries / e.server_target_qps
 
 
 def search_budget_s(e: Experiment) -> float | None:
@@ -111,7 +116,7 @@ def settings_of(e: Experiment) -> dict:
             "low_qps": e.search_bounds_qps[0],
             "high_qps": e.search_bounds_qps[1],
             "budget_s": search_budget_s(e),
-            "full_queries": e.rehearsal_queries if e.shortened else SAMPLE_COUNT,
+            "full_queries": full_queries(e),
         },
         "client": {
             "kind": e.client,
@@ -234,20 +239,31 @@ def take_search_rows(folder: Path, earlier: Path) -> None:
 
     Raises
     ------
-    RunFolderError : it has none, or was made with another configuration, of which they tell nothing here.
+    RunFolderError : it has none, or had other servers or another client, of which they tell nothing here.
     """
     rows = earlier / "job/find_target_qps.jsonl"
     if not rows.is_file():
         raise RunFolderError(
             f"search_rows_from: {rows} is not there: no trial of that search ended. Leave it out"
         )
-    for name in [path.name for path in sorted(folder.glob("config*.yaml"))]:
-        if (earlier / name).read_text() != (folder / name).read_text():
+    for path in sorted(folder.glob("config*.yaml")) + [folder / "job/settings.json"]:
+        other = earlier / path.relative_to(folder)
+        if not other.is_file() or _of_a_trial(other) != _of_a_trial(path):
             raise RunFolderError(
-                f"search_rows_from: {earlier / name} differs from this run's, so its trials tell nothing here. "
+                f"search_rows_from: {other} differs from this run's, so its trials tell nothing here. "
                 "Repeat that run's parameters, or leave search_rows_from out"
             )
     shutil.copy(rows, folder / "job")
+
+
+def _of_a_trial(path: Path) -> object:
+    """What of a configuration or settings file a trial's verdict depends on: all but the search's bounds and the time limit."""
+    text = path.read_text()
+    return (
+        {**json.loads(text), "find_target_qps": None, "time_limit_s": None}
+        if path.suffix == ".json"
+        else text
+    )
 
 
 def find_run(run_dir: str | Path | None = None) -> Path:

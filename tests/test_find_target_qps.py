@@ -284,6 +284,10 @@ def test_interrupted_search_goes_on_in_a_new_job_of_the_same_configuration(tmp_p
     (first / "job/find_target_qps.jsonl").write_text('{"qps": 1.0}\n')
     second = create_run(load_experiment(given=given), tmp_path / "second")
     assert (second / "job/find_target_qps.jsonl").read_text() == '{"qps": 1.0}\n'
+    with pytest.raises(RunFolderError, match=r"settings\.json differs"):  # other limits
+        create_run(load_experiment(given=given | {"scenario": "Server"}), tmp_path / "third")
+    with pytest.raises(RunFolderError, match=r"config\.ctx\.yaml differs"):  # another dialect's file
+        create_run(load_experiment(given=given | {"trtllm_dialect": "1.x"}), tmp_path / "third")
     with pytest.raises(RunFolderError, match=r"config\.yaml differs"):
         create_run(load_experiment(given=given | {"ctx_batch_size": 64}), tmp_path / "third")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]

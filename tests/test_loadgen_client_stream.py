@@ -78,9 +78,9 @@ class Heard:
         self.first, self.end, self.fed = None, None, 0
         self.tells_early = tells_early
 
-    def first_content(self, request, text, ids):
+    def first_content(self, request, ids):
         assert self.first is None or self.tells_early
-        self.first = self.first or (self.fed, text, ids and ids.tolist())
+        self.first = self.first or (self.fed, ids and ids.tolist())
 
     def ended(self, request, answer, error):
         self.end = answer, error
@@ -119,7 +119,8 @@ def hear(stream: bytes, cuts, want_ids):
     if error is not None:
         raise error
     count, ids, text = answer.result(want_ids)
-    return (heard.first, count, ids and ids.tolist(), text) if want_ids else (heard.first[:1], count)
+    first = heard.first[0], answer.first[0], heard.first[1]
+    return (first, count, ids and ids.tolist(), text) if want_ids else (first[:1], count)
 
 
 def first_place(stream):
