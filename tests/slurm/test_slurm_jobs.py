@@ -210,7 +210,7 @@ def test_a_fault_of_the_servers_is_named(cluster, make_run, fault, given, reason
 
 
 def long_run(make_run, **given):
-    run = make_run(rehearsal_queries=4000, test_modes=["performance"], **given)
+    run = make_run(**{"rehearsal_queries": 4000, "test_modes": ["performance"]} | given)  # 100 s
     launch.submit(run)
     until_phase(run, "performance")
     return run
@@ -295,8 +295,9 @@ def test_a_queued_job_says_its_place_and_can_be_cancelled(cluster, make_run):
 
 
 def test_the_time_limit_is_named(cluster, make_run):
-    run = long_run(make_run, time_limit="0:02:00")
-    state = until_ended(run, 150)
+    # Slurm looks at limits every 30 s, and may send the signal that is due at 2 minutes up to 60 s before
+    run = long_run(make_run, time_limit="0:04:00", rehearsal_queries=8000)
+    state = until_ended(run, 240)
     assert state.reason.startswith("time limit during performance"), state.reason
     assert nodes_are_free(cluster)
 
