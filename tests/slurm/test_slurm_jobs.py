@@ -206,7 +206,9 @@ def test_a_fault_of_the_servers_is_named(cluster, make_run, fault, given, reason
     expected = re.sub(r"NODE_(\d)", lambda match: names[int(match[1])], reason)
     assert re.match(expected, state.reason), state.reason
     assert nodes_are_free(cluster)
-    assert cluster.run("sacct", "-nPX", "-j", state.job_id, "-o", "State").split()[0] == "FAILED"
+    # The controller tells slurmdbd when it has time.
+    asked = "sacct", "-nPX", "-j", state.job_id, "-o", "State"
+    cluster.wait("the accounting says FAILED", lambda: cluster.run(*asked).split() == ["FAILED"])
 
 
 def long_run(make_run, **given):
