@@ -16,6 +16,7 @@ import selectors
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -331,11 +332,14 @@ def prefix():
 
 
 def http_status(host, port, path="/health", timeout_s=5.0):
-    """Status of a GET, or None when nothing answers."""
+    """Status of a GET, or None when nothing answers; Failed if TLS does not come about."""
     connection = connect(host, port, timeout_s)
     try:
         connection.request("GET", path)
         return connection.getresponse().status
+    except ssl.SSLError as error:
+        fix = "Needed: a certificate that this machine trusts; SSL_CERT_FILE names a file of those to trust"
+        raise Failed(f"endpoint_url: no TLS with {host}:{port}: {error}. {fix}") from None
     except (OSError, http.client.HTTPException):
         return None
     finally:
@@ -350,19 +354,21 @@ def complete(host, port, timeout_s):
         {"messages": [], "prompt_token_ids": ids} if "chat" in client["endpoint"] else {"prompt": ids}
     )
     headers = {"Content-Type": "application/json"}
-    if os.environ.get("OPENAI_API_KEY"):  # as the client does: external endpoints
-        headers["Authorization"] = "Bearer " + os.environ["OPENAI_API_KEY"]
+    key = os.environ.get("OPENAI_API_KEY")  # as the client does: external endpoints
+    if key:
+        headers["Authorization"] = "Bearer " + key
     connection = connect(host, port, timeout_s)
     try:
         connection.request("POST", prefix() + client["endpoint"], json.dumps(body), headers)
         answer = connection.getresponse()
         text = answer.read().decode(errors="replace")
+        text = text.replace(key, "***") if key else text  # some echo it
     except (OSError, http.client.HTTPException) as error:
         return f"{type(error).__name__}: {error}"
     finally:
         connection.close()
     if answer.status != 200:
-        return f"status {answer.status}: {text[:200]}"
+        return f"status {answer.status}: {text[:200]!r}"
     if '"choices"' not in text or "[DONE]" not in text:
         return f"200, but no tokens: {text[:200]!r}"
     return None
@@ -390,7 +396,8 @@ def complete_all(host, port, count, timeout_s):
 def ready():
     """Ready: the orchestrator says 200, so does every server, and tokens came back through all of them."""
     s = settings()
-    if not s["servers"]:
+    external = not s["servers"]
+    if external:
         url = urllib.parse.urlsplit(s["endpoint_url"])
         port = url.port or (443 if url.scheme == "https" else 80)
         targets, waves = {"endpoint": (url.hostname, port)}, 1
@@ -404,10 +411,9 @@ def ready():
     while time.monotonic() < deadline:
         refuse_dead_servers()
         status = http_status(host, port)
-        if status == 200 or status in (404, 405) and not s["servers"]:  # not every server knows /health
-            deaf = (
-                [name for name, (h, p) in targets.items() if http_status(h, p) != 200] if s["servers"] else []
-            )
+        # Not every endpoint knows /health, or shows it to everybody: what a completion says counts.
+        if status == 200 or external and status is not None and status < 500:
+            deaf = [] if external else [name for name, (h, p) in targets.items() if http_status(h, p) != 200]
             remaining_s = max(1.0, min(s["stall_timeout_s"], deadline - time.monotonic()))
             problem = (
                 f"no 200 from {', '.join(deaf)}" if deaf else complete_all(host, port, waves, remaining_s)
@@ -415,6 +421,11 @@ def ready():
             if problem is None:
                 print(f"ready: {waves} completions came back through {len(targets)} servers", flush=True)
                 return
+            if external and re.match(r"status 4(?!08|25|29)", problem):  # the next would be refused, too
+                fix = "Check endpoint_url, endpoint and served_model"
+                if problem[:10] in ("status 401", "status 403"):
+                    fix = "Set OPENAI_API_KEY to a key that it accepts"
+                raise Failed(f"{gate} {host}:{port}: {problem}. {fix}")
         else:
             problem = f"{gate} {host}:{port} /health: " + (
                 "nothing answers" if status is None else f"status {status}"

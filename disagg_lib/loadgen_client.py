@@ -37,6 +37,7 @@ import queue
 import random
 import re
 import resource
+import select
 import signal
 import socket
 import ssl
@@ -386,6 +387,17 @@ class Connection(asyncio.Protocol):
         request.sent_s = time.perf_counter()
         self.delay_acks(False)
 
+    def is_closing(self):
+        """Whether the server has ended it, be it that the event loop has not come to that yet.
+
+        Nothing is due on an idle connection, so whatever there is to read tells of an end.
+        """
+        if self.transport.is_closing():
+            return True
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), select.POLLIN)
+        return bool(poll.poll(0))
+
     def delay_acks(self, wanted):
         """Let the kernel acknowledge two reads together, the first at most 40 ms late, or go its own way. Linux only.
 
@@ -467,7 +479,9 @@ class Client:
                 connection = await asyncio.wait_for(self._connect(), CONNECT_S)
             except (OSError, asyncio.TimeoutError) as error:
                 where, why = f"{self.target.host}:{self.target.port}", str(error) or f"none in {CONNECT_S} s"
-                raise ClientError(f"{where} does not accept connections: {why}. Is the server up?") from None
+                fix = "SSL_CERT_FILE names a file of certificates to trust"
+                fix = fix if isinstance(error, ssl.SSLError) else "Is the server up?"
+                raise ClientError(f"{where} does not accept connections: {why}. {fix}") from None
             self.target.address = connection.transport.get_extra_info("peername")[0]  # one name look-up a run
             self.put_idle(connection)
 
@@ -518,7 +532,7 @@ class Client:
         while self.idle:
             connection = self.idle.pop()
             fresh = not connection.used or now_s - connection.idle_since_s < self.settings["keep_alive_s"]
-            if fresh and not connection.transport.is_closing():
+            if fresh and not connection.is_closing():
                 return connection
             connection.transport.abort()
         return None
@@ -612,7 +626,9 @@ class Client:
         self._tell(self.loadgen.QuerySamplesComplete, request, None, 1 if error.kind == "short" else 0)
         self.kinds[error.kind] += 1
         if self.kinds[error.kind] <= 10:
-            self.log("request failed: sample %d: %s: %s" % (request.index, error.kind, error.detail))
+            key, detail = self.target.key, error.detail
+            detail = detail.replace(key, "***") if key else detail  # some servers echo it
+            self.log("request failed: sample %d: %s: %s" % (request.index, error.kind, detail))
         self._record(request, 0, error.kind)
 
     def _record(self, request, count, status):
@@ -710,8 +726,9 @@ class Target:
             prefix = prefix[:-3]  # base URLs are given with and without it
         self.path = prefix + endpoint
         self.netloc = parts.netloc.rpartition("@")[2]
-        key = os.environ.get("OPENAI_API_KEY")  # external endpoints; a secret has no place in the run folder
-        self.authorization = "Authorization: Bearer %s\r\n" % key if key else ""
+        # Of external endpoints; a secret has no place in the run folder.
+        self.key = os.environ.get("OPENAI_API_KEY")
+        self.authorization = "Authorization: Bearer %s\r\n" % self.key if self.key else ""
 
 
 class Samples:

@@ -1,5 +1,8 @@
 """What all tests share: experiments and run folders below a fixed root, and a folder with an awkward name."""
 
+import shutil
+import ssl
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -30,3 +33,18 @@ def results_dir(tmp_path, monkeypatch):
     path = tmp_path / "results"
     monkeypatch.setattr(run_folder, "RESULTS", path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory):
+    """(server's SSL context, certificate's path): a certificate for 127.0.0.1 that nobody trusts yet."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl, which makes a certificate, is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    words = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=test -addext subjectAltName=IP:127.0.0.1"
+    command = ["openssl", *words.split(), "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context, certificate

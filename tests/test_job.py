@@ -156,6 +156,23 @@ def test_a_server_that_is_already_up_is_measured(tmp_path, endpoint):
     assert mlperf_logs.read_run(run / "mlperf/performance").query_count == 60
 
 
+def test_an_endpoint_that_refuses_us_ends_the_job_at_once(tmp_path, monkeypatch, tls):
+    """load_timeout_s is for servers that load: keys, names and certificates do not come right by waiting."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-405")
+    given = {"engine": "external", "test_modes": ["performance"]}
+    with Server(lambda n: ("401", "400")[n]) as server:
+        refused = [
+            finish(make(tmp_path / name, endpoint_url=server.url, **given)).reason for name in ("key", "name")
+        ]
+    assert re.match(r"endpoint 127.*: status 401: .*\*\*\*.*Set OPENAI_API_KEY to a key that it", refused[0])
+    assert re.match(
+        r"endpoint 127.*: status 400: .*Check endpoint_url, endpoint and served_model", refused[1]
+    )
+    with Server(tls=tls[0]) as server:
+        doubted = finish(make(tmp_path / "tls", endpoint_url=server.url, **given)).reason
+    assert re.match(r"endpoint_url: no TLS with 127.*certificate verify failed.*SSL_CERT_FILE", doubted)
+
+
 def test_folders_with_spaces_quotes_and_commands_break_and_run_nothing(odd_dir):
     run = make(odd_dir / "run", scratch_dir=str(odd_dir / "scratch"))
     assert finish(run).state == "done"

@@ -43,9 +43,9 @@ class Server:
 
     HEAD = b"HTTP/1.1 200 OK\r\ncOnTeNt-TyPe: text/event-stream\r\nTRANSFER-encoding: Chunked\r\n\r\n"
 
-    def __init__(self, plan=lambda n: "ok", step_s=0.002, with_ids=True):
-        self.plan, self.step_s, self.with_ids = plan, step_s, with_ids
-        self.heads, self.bodies, self.connections, self.asked = [], [], 0, 0
+    def __init__(self, plan=lambda n: "ok", step_s=0.002, with_ids=True, tls=None):
+        self.plan, self.step_s, self.with_ids, self.tls = plan, step_s, with_ids, tls
+        self.heads, self.bodies, self.writers, self.connections, self.asked = [], [], [], 0, 0
         self.loop = asyncio.new_event_loop()
         self.started = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -66,8 +66,9 @@ class Server:
 
     async def _serve(self):
         self.stop = asyncio.Event()
-        self.server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self.server.sockets[0].getsockname()[1]}"
+        self.server = await asyncio.start_server(self._connection, "127.0.0.1", 0, ssl=self.tls)
+        scheme, port = "https" if self.tls else "http", self.server.sockets[0].getsockname()[1]
+        self.url = f"{scheme}://127.0.0.1:{port}"
         self.started.set()
         await self.stop.wait()
         self.server.close()
@@ -79,6 +80,7 @@ class Server:
 
     async def _connection(self, reader, writer):
         self.connections += 1
+        self.writers.append(writer)
         try:
             while await self._request(reader, writer):
                 await writer.drain()
@@ -102,11 +104,11 @@ class Server:
         self.bodies.append(body)
         what = self.plan(self.asked)
         self.asked += 1
-        return await self._answer(writer, body, what)
+        return await self._answer(writer, head, body, what)
 
-    async def _answer(self, writer, body, what):
-        if what in ("429", "500", "400"):
-            text = b'{"error": "told to"}'
+    async def _answer(self, writer, head, body, what):
+        if what in ("429", "500", "400", "401"):
+            text = b'{"error": "told to"} %s' % head.partition(b"Authorization: ")[2]
             writer.write(
                 b"HTTP/1.1 %s Told\r\nContent-Length: %d\r\n\r\n%s" % (what.encode(), len(text), text)
             )
@@ -436,23 +438,47 @@ def test_connections_are_reused(clean_run):
     assert clean_run[3].connections < 60
 
 
+async def client_here(url):
+    """The client in this process, with a stub in LoadGen's place; it opens no spare connections."""
+    endpoint = "/v1/completions"
+    options = {**loadgen_client.DEFAULTS, "endpoint": endpoint, "model": "m", "connections": 0}
+    target = loadgen_client.Target(url, endpoint)
+    samples = loadgen_client.Samples(target, options)
+    samples.add(0, b"1,2", 2, 10, 10)
+    loop = asyncio.get_running_loop()
+    return loadgen_client.Client(loop, MagicMock(), target, options, samples, "performance", print)
+
+
+def test_connection_that_the_server_has_ended_is_not_taken():
+    """The end is there to be read, but the event loop has not come to it: a request sent now would be lost."""
+
+    async def main(server):
+        client = await client_here(server.url)
+        await client.open_connections(3)
+        while len(server.writers) < 3:
+            await asyncio.sleep(0.01)
+        for writer in server.writers[1:]:
+            server.loop.call_soon_threadsafe(writer.close)
+        time.sleep(0.2)
+        client.begin([(1, 0)], time.perf_counter())
+        while client.active:
+            await asyncio.sleep(0.01)
+        for connection in client.connections:
+            connection.transport.abort()
+        await asyncio.sleep(0.01)
+        return client.done, client.kinds
+
+    with Server() as server:
+        assert asyncio.run(main(server)) == (1, {})
+        assert server.connections == 3
+
+
 @pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="only Linux can be told when to acknowledge")
 def test_acknowledgements_wait_only_while_a_long_answer_streams():
-    """The client in this process, with a stub in LoadGen's place: another process's sockets cannot be asked."""
-    endpoint = "/v1/completions"
-    options = {
-        **loadgen_client.DEFAULTS,
-        "endpoint": endpoint,
-        "model": "m",
-        "connections": 0,
-    }  # no spare ones
+    """In this process: another process's sockets cannot be asked."""
 
     async def main(url):
-        target = loadgen_client.Target(url, endpoint)
-        samples = loadgen_client.Samples(target, options)
-        samples.add(0, b"1,2", 2, 10, 10)
-        loop = asyncio.get_running_loop()
-        client = loadgen_client.Client(loop, MagicMock(), target, options, samples, "performance", print)
+        client = await client_here(url)
         await client.open_connections(1)
 
         def acknowledges_at_once():
@@ -652,8 +678,25 @@ def test_offline_without_a_bound_opens_all_at_once(tmp_path):
 
 def test_key_for_an_external_endpoint_comes_from_the_environment(tmp_path):
     run = make_run(tmp_path / "run", count=5)
-    with Server() as server:
+    with Server(lambda n: "401" if n == 2 else "ok") as server:  # with the key in its answer
         environment = {**os.environ, "OPENAI_API_KEY": "secret-405"}
-        subprocess.run(command(run, server.url), env=environment, check=True, capture_output=True, timeout=60)
+        done = subprocess.run(
+            command(run, server.url), env=environment, capture_output=True, text=True, timeout=60
+        )
     assert all(b"authorization: bearer secret-405" in head.lower() for head in server.heads)
+    assert "HTTP 401" in done.stdout and "Bearer ***" in done.stdout
+    assert "secret-405" not in done.stdout + done.stderr
     assert not any(b"secret-405" in path.read_bytes() for path in run.rglob("*") if path.is_file())
+
+
+def test_https_endpoint_is_measured_once_its_certificate_is_trusted(tmp_path, tls):
+    context, certificate = tls
+    with Server(tls=context) as server:
+        doubted, _ = run_client(make_run(tmp_path / "doubted", count=20), server.url)
+        run = make_run(tmp_path / "run", count=100)
+        environment = {**os.environ, "SSL_CERT_FILE": str(certificate)}
+        subprocess.run(command(run, server.url), env=environment, check=True, capture_output=True, timeout=60)
+    assert doubted.returncode == 2
+    assert "certificate verify failed" in doubted.stderr and "SSL_CERT_FILE names a file" in doubted.stderr
+    assert error_lines(run) == [] and value(run, "result_query_count") == 100
+    assert 1 < server.connections < 60 and server.asked == 100
