@@ -83,6 +83,8 @@ HAS_CONTENT = re.compile(
     rb'(?:"text"|"delta": ?\{(?:"role": ?"assistant", ?)?"content"): ?"[^"][^\n]*\}\n\n\r\n\Z'
 ).search
 LOOK_BACK = 2048
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+DETAIL_ROOM = 300  # characters of what a failed request's server said
 MOST_TOKENS = 1 << 31  # LoadGen would take more; no answer has
 # MLPerf's compliance test of token ids (mlcommons/inference compliance/TEST06), as LoadGen reads it.
 TEST06 = """*.*.mode = 2
@@ -99,7 +101,7 @@ class ClientError(Exception):
 
 
 class AnswerError(Exception):
-    """One request failed: kind (of KINDS), detail."""
+    """One request failed: kind (of KINDS), detail, which may hold all that the server said."""
 
     def __init__(self, kind, detail=""):
         super().__init__(kind, detail)
@@ -145,6 +147,8 @@ def unify_lines(text):
 
 def event_data(event):
     """Return the data of one event (its lines, unified), b"" for comments and other fields."""
+    if event.startswith(BYTE_ORDER_MARK):
+        event = event[len(BYTE_ORDER_MARK) :]
     if event.startswith(b"data:") and b"\n" not in event:
         return event[5:].strip()
     lines = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
@@ -166,11 +170,11 @@ def parse_message(data):
     try:
         message = json.loads(data)
     except (ValueError, RecursionError):
-        raise AnswerError("protocol", "event is not JSON: %r" % data[:200]) from None
+        raise AnswerError("protocol", "event is not JSON: %r" % data) from None
     if not isinstance(message, dict):
-        raise AnswerError("protocol", "event is not a JSON object: %r" % data[:200])
+        raise AnswerError("protocol", "event is not a JSON object: %r" % data)
     if message.get("error"):
-        raise AnswerError("server_error", str(message["error"])[:200])
+        raise AnswerError("server_error", str(message["error"]))
     return message
 
 
@@ -218,7 +222,7 @@ def read_answer(payload):
     for event in events:
         data = event_data(event)
         if event.startswith(b"event: error") or b"\nevent: error" in event:
-            raise AnswerError("server_error", repr(data[:200]))
+            raise AnswerError("server_error", repr(data))
         if data == b"[DONE]":
             done = True
         elif data:
@@ -231,7 +235,7 @@ def read_answer(payload):
             count = count if said is None else said
     if not done:
         if payload[:1] in (b"{", b"[", b"<"):
-            raise AnswerError("protocol", "no server-sent events: %r" % payload[:200])
+            raise AnswerError("protocol", "no server-sent events: %r" % payload)
         raise AnswerError("cut", "%d events, no [DONE]" % len(pieces))
     if not ids and not any(pieces):
         raise AnswerError("empty", "no content before [DONE]")
@@ -262,6 +266,10 @@ class Answer:
         self.status = self.left = self.scanned = 0
         self.framing = self.first = None
         self.close = self.settled = self.ended = False
+
+    def is_empty(self):
+        """Whether nothing has come yet."""
+        return not (self.status or self.reads or self.payload)
 
     def feed(self, data):
         """Take the next bytes; ValueError or IndexError if they are not HTTP/1.1."""
@@ -351,7 +359,7 @@ class Answer:
         if self.status != 200:
             kind = "http_5xx" if self.status >= 500 else "http_4xx" if self.status >= 400 else "protocol"
             kind = "http_429" if self.status == 429 else kind
-            raise AnswerError(kind, "HTTP %d %s" % (self.status, payload[:200].decode("utf-8", "replace")))
+            raise AnswerError(kind, "HTTP %d %s" % (self.status, payload.decode("utf-8", "replace")))
         return read_answer(payload)
 
 
@@ -363,6 +371,7 @@ class Request:
         self.start_s = self.sent_s = self.first_s = self.seen_s = 0.0
         self.seen = 0
         self.told = False  # LoadGen has had FirstTokenComplete
+        self.resent = False
         self.connection = None
 
 
@@ -374,18 +383,24 @@ class Connection(asyncio.Protocol):
         self.keep = None  # the settled answer's `reads.append`
         self.delays_acks = False
         self.idle_since_s = time.perf_counter()
-        self.used = False
+        self.used = self.reused = False
 
     def connection_made(self, transport):
         self.transport = transport
 
     def send(self, request, parts):
         """Write a prepared request."""
-        self.request, self.answer, self.used = request, Answer(), True
+        self.reused, self.used = self.used, True
+        self.request, self.answer = request, Answer()
         request.connection = self
         self.transport.writelines(parts)
-        request.sent_s = time.perf_counter()
+        request.sent_s = request.sent_s or time.perf_counter()
         self.delay_acks(False)
+
+    def abort(self):
+        """End it for reasons of our own, so that nothing is sent again."""
+        self.reused = False
+        self.transport.abort()
 
     def is_closing(self):
         """Whether the server has ended it, be it that the event loop has not come to that yet.
@@ -442,12 +457,17 @@ class Connection(asyncio.Protocol):
         if reusable:
             self.client.put_idle(self)
         else:
-            self.transport.abort()
+            self.abort()
         self.client.start_queued()
 
     def connection_lost(self, exc):
         self.client.forget(self)
         if self.request is None:
+            return
+        if self.reused and not self.request.resent and self.answer.is_empty():
+            # The server ended an idle connection as we wrote. The answer is the same whichever request gets it
+            # (RFC 9110, 9.2.2), and its times count from LoadGen's issue: once more.
+            self.client.resend(self.request)
             return
         whole = exc is None and self.answer.framing == "eof"
         self._end(None if whole else AnswerError("cut", "connection closed: %s" % (exc or "end of stream")))
@@ -468,7 +488,7 @@ class Client:
         self.active, self.held = {}, []
         self.rows, self.lags = array.array("d"), array.array("f")  # seven numbers a query; s
         self.kinds = collections.Counter()
-        self.issued = self.done = self.tokens = self.opening = self.reported_tokens = 0
+        self.issued = self.done = self.tokens = self.opening = self.reported_tokens = self.resent = 0
         self.flushed = False
         self.total, self.tasks = None, set()
 
@@ -534,7 +554,7 @@ class Client:
             fresh = not connection.used or now_s - connection.idle_since_s < self.settings["keep_alive_s"]
             if fresh and not connection.is_closing():
                 return connection
-            connection.transport.abort()
+            connection.abort()
         return None
 
     def issue(self, samples):
@@ -573,6 +593,13 @@ class Client:
         # Keep spare connections open ahead of need, so that a request seldom pays for its handshake.
         if len(self.idle) + self.opening < self.settings["connections"] // 4 and not self.flushed:
             self._open_one_more()
+
+    def resend(self, request):
+        """Send a request again over another connection."""
+        request.resent, request.connection = True, None
+        self.resent += 1
+        self.waiting.append(request)
+        self._open_one_more()
 
     def first_content(self, request, ids):
         """The first content came: LoadGen takes its TTFT here."""
@@ -627,8 +654,10 @@ class Client:
         self.kinds[error.kind] += 1
         if self.kinds[error.kind] <= 10:
             key, detail = self.target.key, error.detail
-            detail = detail.replace(key, "***") if key else detail  # some servers echo it
-            self.log("request failed: sample %d: %s: %s" % (request.index, error.kind, detail))
+            detail = (
+                detail.replace(key, "***") if key else detail
+            )  # some servers echo it; whole, so before the cut
+            self.log("request failed: sample %d: %s: %s" % (request.index, error.kind, detail[:DETAIL_ROOM]))
         self._record(request, 0, error.kind)
 
     def _record(self, request, count, status):
@@ -998,7 +1027,7 @@ class Run:
                 self.recorder.lines.put(client.sweep())
         self.recorder.lines.put(client.sweep())
         for connection in list(client.connections):
-            connection.transport.abort()
+            connection.abort()
         return self._finish(client, "error" if self.error else "finished")
 
     def _run_loadgen(self, client, report):
@@ -1063,7 +1092,7 @@ class Run:
         )
         result.update(issued=client.issued, done=client.done, failed=failed, generated=values["generated"])
         result.update(outstanding=client.issued - client.done - failed, output_tokens=client.tokens)
-        result.update(kinds={kind: client.kinds[kind] for kind in KINDS})
+        result.update(kinds={kind: client.kinds[kind] for kind in KINDS}, resent=client.resent)
         result["wall_s"] = round(time.perf_counter() - self.started_s, 3)
         result["client_cpu_s"] = round(time.process_time() - self.started_cpu_s, 3)
         result["max_rss_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0, 1)

@@ -108,13 +108,15 @@ class Server:
 
     async def _answer(self, writer, head, body, what):
         if what in ("429", "500", "400", "401"):
-            text = b'{"error": "told to"} %s' % head.partition(b"Authorization: ")[2]
+            text = b'{"error": "told to"} %s%s' % (250 * b"x", head.partition(b"Authorization: ")[2])
             writer.write(
                 b"HTTP/1.1 %s Told\r\nContent-Length: %d\r\n\r\n%s" % (what.encode(), len(text), text)
             )
             return True
         if what == "silent":
             await asyncio.sleep(60)
+        if what == "vanish":
+            return False
         if what == "not_http":
             writer.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
             return False
@@ -464,13 +466,41 @@ def test_connection_that_the_server_has_ended_is_not_taken():
         while client.active:
             await asyncio.sleep(0.01)
         for connection in client.connections:
-            connection.transport.abort()
+            connection.abort()
         await asyncio.sleep(0.01)
         return client.done, client.kinds
 
     with Server() as server:
         assert asyncio.run(main(server)) == (1, {})
         assert server.connections == 3
+
+
+@pytest.mark.parametrize(
+    ("plan", "kinds", "resent"),
+    [
+        (("ok", "vanish", "ok"), {}, 1),  # the server ended an idle connection as we wrote
+        (("ok", "vanish", "vanish"), {"cut": 1}, 1),
+        (("vanish",), {"cut": 1}, 0),  # a connection of its own: no idling ended it
+        (("ok", "cut"), {"cut": 1}, 0),
+    ],
+)
+def test_request_that_met_the_end_of_an_idle_connection_is_sent_once_more(plan, kinds, resent):
+    async def main(url):
+        client = await client_here(url)
+        await client.open_connections(1)
+        for number in range(1, 3 if plan[0] == "ok" else 2):
+            client.begin([(number, 0)], time.perf_counter())
+            while client.active:
+                await asyncio.sleep(0.01)
+        for connection in client.connections:
+            connection.abort()
+        await asyncio.sleep(0.01)
+        return client
+
+    with Server(lambda n: plan[n]) as server:
+        client = asyncio.run(main(server.url))
+    assert (client.kinds, client.resent, server.asked) == (kinds, resent, len(plan))
+    assert client.done + sum(kinds.values()) == client.issued
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_QUICKACK"), reason="only Linux can be told when to acknowledge")
@@ -496,7 +526,7 @@ def test_acknowledgements_wait_only_while_a_long_answer_streams():
         client.begin([(2, 0)], time.perf_counter())
         seen.append(acknowledges_at_once())
         for connection in client.connections:
-            connection.transport.abort()
+            connection.abort()
         await asyncio.sleep(0.01)
         return seen
 
@@ -677,16 +707,17 @@ def test_offline_without_a_bound_opens_all_at_once(tmp_path):
 
 
 def test_key_for_an_external_endpoint_comes_from_the_environment(tmp_path):
-    run = make_run(tmp_path / "run", count=5)
-    with Server(lambda n: "401" if n == 2 else "ok") as server:  # with the key in its answer
-        environment = {**os.environ, "OPENAI_API_KEY": "secret-405"}
+    """A server that echoes it, where the text is cut, gives not even half of it away."""
+    run, key = make_run(tmp_path / "run", count=5), "secret-" + 100 * "4"
+    with Server(lambda n: "401" if n == 2 else "ok") as server:
+        environment = {**os.environ, "OPENAI_API_KEY": key}
         done = subprocess.run(
             command(run, server.url), env=environment, capture_output=True, text=True, timeout=60
         )
-    assert all(b"authorization: bearer secret-405" in head.lower() for head in server.heads)
+    assert all(b"authorization: bearer " + key.encode() in head.lower() for head in server.heads)
     assert "HTTP 401" in done.stdout and "Bearer ***" in done.stdout
-    assert "secret-405" not in done.stdout + done.stderr
-    assert not any(b"secret-405" in path.read_bytes() for path in run.rglob("*") if path.is_file())
+    assert "secret" not in done.stdout + done.stderr
+    assert not any(b"secret" in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 
 def test_https_endpoint_is_measured_once_its_certificate_is_trusted(tmp_path, tls):

@@ -66,6 +66,9 @@ STREAMS = {
     + b"0\r\nChecksum: 1\r\n\r\n",
     "chat, CRLF lines": CHUNKED + b"".join(map(chunk, CHAT)) + b"0\r\n\r\n",
     "look-alikes before content": CHUNKED + b"".join(map(chunk, LOOK_ALIKES + EVENTS)) + b"0\r\n\r\n",
+    "byte-order mark": CHUNKED
+    + b"".join(map(chunk, [b"\xef\xbb\xbf" + EVENTS[2], *EVENTS[3:]]))
+    + b"0\r\n\r\n",
     "with a length": HEAD + b"content-length:%d\r\n\r\n" % len(PLAIN) + PLAIN,
     "until the connection closes": HEAD + b"\r\n" + PLAIN,
 }
