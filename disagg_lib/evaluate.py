@@ -156,8 +156,8 @@ def token_counts(answers: Sequence[Sequence[int]]) -> dict:
     return {"gen_num": len(answers), "gen_tok_len": tokens, "tokens_per_sample": mean}
 
 
-def first_answers(log_path: Path) -> dict[int, np.ndarray]:
-    """Return {sample index: ids} of an accuracy log; the first answer of a sample counts."""
+def first_answers(log_path: Path) -> tuple[dict[int, np.ndarray], list[str]]:
+    """Return {sample index: ids} of an accuracy log, and notes on it; the first answer of a sample counts."""
     log = read_accuracy_log(log_path, "int32")
     if log.truncated:
         raise EvaluationError(f"{log_path}: truncated for a submission; evaluate the log that LoadGen wrote")
@@ -170,7 +170,18 @@ def first_answers(log_path: Path) -> dict[int, np.ndarray]:
     if empty:
         found = f"{len(empty)} samples have no answer (first: {empty[0]})"
         raise EvaluationError(f"{log_path}: {found}: requests failed, the run is INVALID")
-    return answers
+    told = log.token_count >= 0
+    other = told & (log.lengths != log.token_count)
+    if told.any() and (log.lengths == 2 * log.token_count)[told].all():
+        fix = "Needed are int32 ids; run the accuracy test again with them"
+        raise EvaluationError(f"{log_path}: two int32 a counted token, so its ids are int64. {fix}")
+    if not other.any():
+        return answers, []
+    first = int(np.argmax(other))
+    found = f"{log.lengths[first]} ids, token_count {log.token_count[first]}"
+    return answers, [
+        f"ids and token_count differ in {other.sum()} answers (sample {log.qsl_idx[first]}: {found})"
+    ]
 
 
 def verify_test06(run_dir: Path) -> dict[str, str]:
@@ -185,20 +196,23 @@ def verify_test06(run_dir: Path) -> dict[str, str]:
     path = Path(run_dir) / "mlperf" / "test06" / "mlperf_log_accuracy.json"
     if not path.is_file():
         return {}
-    answers = json.loads(path.read_text())
+    try:
+        answers = json.loads(path.read_text())
+        ids = [np.frombuffer(bytes.fromhex(answer["data"]), "<i4") for answer in answers]
+        first = [np.frombuffer(bytes.fromhex(answer.get("token_data", "")), "<i4") for answer in answers]
+        counts = [answer["token_count"] for answer in answers]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = f"not a whole log of answers ({type(error).__name__}: {error})"
+        raise EvaluationError(f"{path}: {found}. Did the TEST06 run end? If not, run it again") from None
     if not answers:
         raise EvaluationError(f"{path}: no answers; did the TEST06 run end?")
-    ids = [np.frombuffer(bytes.fromhex(answer["data"]), "<i4") for answer in answers]
-    first = [np.frombuffer(bytes.fromhex(answer.get("token_data", "")), "<i4") for answer in answers]
     told = [i for i, tokens in enumerate(first) if len(tokens)]
     checks = {
         "First token check": all(ids[i][: len(first[i])].tolist() == first[i].tolist() for i in told)
         if told
         else "Skipped",
         "EOS check": not any((tokens[-2:] == END_TOKEN).sum() == 2 for tokens in ids),
-        "Sample length check": all(
-            len(tokens) == answer["token_count"] for tokens, answer in zip(ids, answers, strict=True)
-        ),
+        "Sample length check": list(map(len, ids)) == counts,
     }
     lines = [f"{name} pass: {word}\n" for name, word in checks.items()]
     if False not in checks.values():
@@ -244,10 +258,16 @@ def evaluate(
     EvaluationError, LogError : nothing is written then.
     """
     log_path = Path(run_dir) / "mlperf" / "accuracy" / "mlperf_log_accuracy.json"
-    test06 = verify_test06(run_dir)
+    test06, unjudged = {}, []
+    try:
+        test06 = verify_test06(run_dir)
+    except EvaluationError as error:
+        if not log_path.exists():
+            raise
+        unjudged = [f"TEST06 is not judged: {error}"]
     if test06 and not log_path.exists():
         return {**test06, "notes": ["no accuracy run"]}
-    answers = first_answers(log_path)
+    answers, odd = first_answers(log_path)
     order = sorted(answers)
     ids = [answers[index] for index in order]
     tables = Path(run_dir) / "tables"
@@ -265,11 +285,14 @@ def evaluate(
         told = list(chosen["gt_output"]), list(chosen["metric"])
         result = evaluate_answers(ids, *told, load_decoder(tokenizer_dir), processes, progress)
         notes = [sentence_splitter()[1]]
-        if len(order) < len(frame):
-            notes.append(f"{len(order)} of {len(frame)} samples")
         if {"rougeL", "exact_match"} <= set(result):
             write_accuracy_txt(result, log_path, log_path.with_name("accuracy.txt"))
-    result = {**result, **test06, "notes": notes}
+    settings = Path(run_dir) / "job" / "settings.json"
+    asked = json.loads(settings.read_text())["client"]["accuracy_sample_count"] if settings.exists() else 0
+    asked = max(asked, len(frame) if data_set else 0)
+    if len(order) < asked:
+        notes.append(f"{len(order)} of {asked} samples")
+    result = {**result, **test06, "notes": notes + odd + unjudged}
     (tables / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 

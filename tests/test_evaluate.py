@@ -192,6 +192,42 @@ def test_test06_is_judged_by_its_three_rules(tmp_path, ids, first, count, words)
     assert [line.rpartition(" ")[2] for line in text.splitlines()[:3]] == words
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["", '[\n{ "seq_id" : 0, "qsl', '[{"data": "0B000000"}]', '[{"data": "0B0", "token_count": 1}]', "[\n]"],
+)
+def test_test06_run_that_was_ended_early_does_not_stand_in_the_way(run, text):
+    log = run / "mlperf/test06/mlperf_log_accuracy.json"
+    log.parent.mkdir()
+    log.write_text(text)
+    result = e.evaluate(run)
+    assert result["tokens_per_sample"] == 4.3
+    assert result["notes"][-1].startswith(f"TEST06 is not judged: {log}: ")
+    (run / "mlperf/accuracy/mlperf_log_accuracy.json").unlink()
+    with pytest.raises(e.EvaluationError, match="did the TEST06 run end|Did the TEST06 run end"):
+        e.evaluate(run)
+
+
+def test_int64_ids_are_refused_and_odd_counts_are_noted(tmp_path):
+    log = write_log(tmp_path / "run", [(0, ANSWERS[0]), (1, ANSWERS[1])])
+    entries = json.loads(log.read_text())
+    for entry, answer in zip(entries, ANSWERS.values(), strict=False):
+        entry["data"] = np.array(answer, "<i8").tobytes().hex().upper()
+    log.write_text(json.dumps(entries))
+    with pytest.raises(e.EvaluationError, match="its ids are int64. Needed are int32"):
+        e.evaluate(tmp_path / "run")
+    write_log(tmp_path / "odd", [(7, ANSWERS[0]), (1, ANSWERS[1])])
+    log = tmp_path / "odd/mlperf/accuracy/mlperf_log_accuracy.json"
+    log.write_text(log.read_text().replace('"token_count": 6', '"token_count": 9'))
+    settings = tmp_path / "odd/job/settings.json"
+    settings.parent.mkdir()
+    settings.write_text('{"client": {"accuracy_sample_count": 3}}')
+    assert e.evaluate(tmp_path / "odd")["notes"][1:] == [
+        "2 of 3 samples",
+        "ids and token_count differ in 1 answers (sample 7: 6 ids, token_count 9)",
+    ]
+
+
 def test_failed_requests_are_not_scored_as_empty_answers(tmp_path):
     write_log(tmp_path / "run", [(0, ANSWERS[0]), (1, [])])
     with pytest.raises(e.EvaluationError, match="1 samples have no answer .first: 1.: requests failed"):
