@@ -12,9 +12,9 @@ Copied into the run folder; Python 3.8+, standard library and numpy.
 
     python3 find_target_qps.py --run-dir RUN --url http://HOST:PORT
 
-reads job/settings.json (its "client", and "find_target_qps": low_qps, high_qps, resolution, budget_s), keeps a row for
-each trial in job/find_target_qps.jsonl, each trial's files in job/trials/, and the result in job/find_target_qps.json.
-Run again after an interruption, it goes on from its rows.
+reads job/settings.json (its "client", and "find_target_qps": low_qps, high_qps, resolution, budget_s, runs_after, and
+end_s, s from the first phase to the end of all), keeps a row for each trial in job/find_target_qps.jsonl, each trial's
+files in job/trials/, and the result in job/find_target_qps.json. Run again after an interruption, it goes on from its rows.
 """
 
 import argparse
@@ -87,13 +87,38 @@ class Rows:
             if text and not text.endswith("\n"):  # killed while writing: that trial runs again
                 text = text[: text.rfind("\n") + 1]
                 self.path.write_text(text)
-            self.rows = [json.loads(line) for line in text.splitlines()]
+            self.rows = [self._read(*numbered) for numbered in enumerate(text.splitlines(), 1)]
 
-    def get(self, trial, qps, queries):
-        """Return the row of a trial, running it if there is none."""
-        for row in self.rows:
-            if row["queries"] == queries and math.isclose(row["qps"], qps, rel_tol=1e-9):
-                return row
+    def _read(self, number, line):
+        try:
+            row = json.loads(line)
+            row["qps"] / row["queries"] + row["seconds"], row["valid"], row["ttft_share"], row["tpot_share"]
+        except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+            found = f"not a trial's row ({type(error).__name__}: {error})"
+            raise SearchError(f"{self.path}, line {number}: {found}. Remove that line") from None
+        return row
+
+    def known(self, qps, queries):
+        """Return the row of that trial, or None."""
+        same = (row for row in self.rows if row["queries"] == queries)
+        return next((row for row in same if math.isclose(row["qps"], qps, rel_tol=1e-9)), None)
+
+    def best(self):
+        """Return the VALID row of the highest QPS that no INVALID trial, at least as long, contradicts; or None."""
+        fails = [row for row in self.rows if not row["valid"]]
+        return max(
+            (
+                row
+                for row in self.rows
+                if row["valid"]
+                and not any(f["qps"] <= row["qps"] and f["queries"] >= row["queries"] for f in fails)
+            ),
+            key=lambda row: row["qps"],
+            default=None,
+        )
+
+    def run(self, trial, qps, queries):
+        """Run a trial and return its row."""
         start = time.monotonic()
         result = trial(qps, queries)
         row = dict({"seconds": round(time.monotonic() - start, 3)}, **result)
@@ -131,6 +156,11 @@ def edge_of(rows, steepness=STEEPNESS):
     return Edge(estimate, low, high, near, steepness)
 
 
+def seconds_of(runs, qps):
+    """Return how long runs, (queries, least seconds) each, take one after the other at that QPS."""
+    return sum(max(queries / qps, least_s) for queries, least_s in runs)
+
+
 def stages(full_queries, resolution=0.03):
     """Return [(queries, Stage)]; a full length of less than 918 queries is the only one."""
     last = Stage(1.0, 4 * resolution, resolution, 2, 0.0)
@@ -150,6 +180,8 @@ def find_target_qps(
     budget_s=None,
     full_queries=FULL_QUERIES,
     log=None,
+    time_s=None,
+    runs_after=(),
 ):
     """Search the edge between VALID and INVALID.
 
@@ -163,34 +195,40 @@ def find_target_qps(
         enough; there are more while the edge may lie further than LOOSE times this from the nearest.
     budget_s : no trial begins that would pass this sum of the seconds of the trials run now (not of resumed rows).
     full_queries : queries of the trials that decide.
+    time_s, runs_after : nor one after which less than time_s would not be enough for these runs, (queries, least seconds)
+        each, at the highest QPS seen VALID by then.
 
     Returns
     -------
     dict: target_qps (what to run at full length: a VALID trial of that length within 4 % of the edge, else 2 % below it),
     seen_valid (whether it is such a trial), edge_qps, queries (the length of the trials that placed the edge), trials,
-    total_queries, seconds, ended (why). When the budget ended it, target_qps is the highest trial seen VALID.
+    total_queries, seconds, ended (why). When the time ended it, target_qps is not above a trial that was VALID, and no
+    trial at least as long was INVALID there.
 
     Raises
     ------
-    SearchError : bounds that make no sense, nothing VALID down to a 16th of low_qps, or nothing seen VALID in budget_s.
+    SearchError : bounds that make no sense, nothing VALID down to a 16th of low_qps, or nothing seen VALID in the time.
     """
     if not 0 < low_qps < high_qps:
         raise SearchError(f"low_qps {low_qps!r}, high_qps {high_qps!r}: needed is 0 < low_qps < high_qps")
     rows, point, steepness, ended = Rows(rows_path), low_qps, STEEPNESS, "resolution reached"
     edge, placed_by, least, most = None, None, 0.0, math.inf
     for queries, stage in stages(full_queries, resolution):
-        used, unresolved = [], math.inf
+        used, unresolved, loose = [], math.inf, LOOSE * resolution
         while len(used) < stage.most or (
-            stage.share == 1.0 and len(used) < MAX_TRIALS and unresolved > LOOSE * resolution
+            stage.share == 1.0 and len(used) < MAX_TRIALS and unresolved > loose
         ):
             point = min(float(f"{max(point, low_qps / 16):.4g}"), high_qps)
             if any(row["qps"] == point for row in used):
                 break
-            known = any(row["queries"] == queries and row["qps"] == point for row in rows.rows)
-            if budget_s is not None and not known and rows.spent_s + queries / point > budget_s:
+            row, over_s = rows.known(point, queries), rows.spent_s + queries / point
+            best = rows.best()
+            after_s = seconds_of(runs_after, min(point, best["qps"] if best else low_qps))
+            out_of_budget = budget_s is not None and over_s > budget_s
+            if not row and (out_of_budget or time_s is not None and over_s + after_s > time_s):
                 ended = "time budget"
                 break
-            used.append(rows.get(trial, point, queries))
+            used.append(row or rows.run(trial, point, queries))
             edge, placed_by = edge_of(used, steepness), queries
             # A verdict of this length that contradicts what shorter trials said frees that side.
             least = 0.0 if edge.high and edge.high["qps"] < 1.03 * least else least
@@ -199,9 +237,14 @@ def find_target_qps(
             if log:
                 log(f"{used[-1]!r}: edge near {point:.4g}")
             unresolved = abs(math.log(point / edge.near["qps"]))
+            loose = LOOSE * resolution
             if edge.low and edge.high:
                 steepness = edge.steepness
-                enough = unresolved < stage.near or edge.high["qps"] / edge.low["qps"] < 1 + stage.width
+                blind = (
+                    stage.share == 1.0 and abs(log_share(edge.near)) >= FAR
+                )  # a cliff: verdicts alone tell
+                width, loose = (2 * resolution, resolution) if blind else (stage.width, loose)
+                enough = unresolved < stage.near or edge.high["qps"] / edge.low["qps"] < 1 + width
             else:  # one side only: enough at the end of the range, or where even the flattest curve leads no further
                 enough = abs(log_share(edge.near)) / FLATTEST < stage.near
                 enough = enough or bool(edge.low and edge.low["qps"] >= high_qps)
@@ -215,27 +258,25 @@ def find_target_qps(
         if ended == "time budget":
             break
         if edge.high and not edge.low and edge.high["qps"] <= low_qps / 15.9:
-            found = "{:g} queries/s, a 16th of low_qps, is INVALID too: look at the trials' logs"
+            found = "{:g} queries/s, a 16th of target_qps_min, is INVALID too: look at the trials' logs"
             raise SearchError(found.format(edge.high["qps"]))
         least = edge.low["qps"] * math.exp(-stage.trust) if edge.low else 0.0
         most = edge.high["qps"] * math.exp(stage.trust) if edge.high else math.inf
-    valid = [row for row in rows.rows if row["valid"]]
-    if ended == "time budget" and not valid:
-        raise SearchError(
-            f"budget_s {budget_s!r}: no trial was VALID in that time. Raise it, or lower low_qps"
-        )
+    best = rows.best()
+    if ended == "time budget" and not best:
+        found = f"{len(rows.rows)} trials fitted into the time, none VALID; the next, {queries} queries at {point:g}/s, and"
+        found += f" the runs after it take {queries / point + after_s:.0f} s more"
+        raise SearchError(f"{found}. Raise time_limit (and search_budget_s), or lower target_qps_min")
     edge_qps = min(point, high_qps)
-    best = max(
-        (row["qps"] for row in valid if row["queries"] == full_queries and row["qps"] <= edge_qps),
-        default=0.0,
-    )
-    seen_valid = best >= 0.96 * edge_qps
-    target = best if seen_valid else float("%.4g" % (0.98 * edge_qps))
+    full = [row["qps"] for row in rows.rows if row["valid"] and row["queries"] == full_queries]
+    highest = max((qps for qps in full if qps <= edge_qps), default=0.0)
+    seen_valid = highest >= 0.96 * edge_qps
+    target = highest if seen_valid else float("%.4g" % (0.98 * edge_qps))
     if ended == "time budget" and not seen_valid:
-        target = max(row["qps"] for row in valid)
-    elif best == high_qps:
+        target = min(target, best["qps"])
+    elif highest == high_qps:
         ended = "high_qps is VALID"
-    elif unresolved > LOOSE * resolution:
+    elif unresolved > loose:
         ended = f"no nearer after {len(used)} full-length trials"
     return {
         "target_qps": target,
@@ -289,7 +330,8 @@ def read_trial(folder):
 def run_trial(run_dir, client, url, qps, queries):
     """Run the measuring client once, in a folder of its own below job/trials, and return its row."""
     trials = run_dir / "job" / "trials"
-    folder = trials / f"{1 + max([int(path.name) for path in trials.glob('*')], default=0):02d}"
+    numbers = [int(path.name) for path in trials.glob("*") if path.name.isdecimal()]
+    folder = trials / f"{1 + max(numbers, default=0):02d}"
     write_trial(run_dir, folder, client, qps, queries)
     command = [sys.executable, str(Path(__file__).with_name("loadgen_client.py")), "--run-dir", str(folder)]
     command += ["--test-mode", "performance", "--url", url, "--progress-mode", "find_target_qps"]
@@ -317,6 +359,9 @@ def main(arguments=None):
     try:
         settings = json.loads((run_dir / "job" / "settings.json").read_text())
         client, search = settings["client"], settings["find_target_qps"]
+        phases, time_s = run_dir / "job" / "phases.jsonl", search.get("end_s")
+        if time_s is not None and phases.exists():
+            time_s -= time.time() - json.loads(phases.read_text().partition("\n")[0])["time_s"]
         result = find_target_qps(
             lambda qps, queries: run_trial(run_dir, client, options.url, qps, queries),
             search["low_qps"],
@@ -326,6 +371,8 @@ def main(arguments=None):
             budget_s=search.get("budget_s"),
             full_queries=search.get("full_queries") or client["total_sample_count"],
             log=lambda text: print("find_target_qps: " + text, flush=True),
+            time_s=time_s,
+            runs_after=search.get("runs_after", ()),
         )
     except (SearchError, OSError, ValueError, KeyError, TypeError) as error:
         print(f"find_target_qps: {type(error).__name__}: {error}", file=sys.stderr)

@@ -20,6 +20,7 @@ import yaml
 
 from .errors import DisaggError
 from .experiment import REPOSITORY, Experiment, experiment_text, load_recorded
+from .find_target_qps import seconds_of
 from .find_target_qps import stages as search_stages
 from .job_script import make_job_script
 from .serving import lengths
@@ -63,14 +64,17 @@ TEARDOWN_S = 120  # before the time limit, Slurm's TERM to the job
 LOAD_S = 600  # a fair guess for loading 230 GB of weights on every server
 
 
+def runs_of(e: Experiment) -> list[tuple[int, int]]:
+    """(queries, least seconds) of each test mode."""
+    runs = {"performance": (SAMPLE_COUNT, 600), "accuracy": (SAMPLE_COUNT, 0), "test06": (100, 0)}
+    if e.engine == "rehearsal":
+        runs |= {"performance": (e.rehearsal_queries, 0), "accuracy": (e.rehearsal_accuracy_samples, 0)}
+    return [runs[mode] for mode in e.test_modes]
+
+
 def job_seconds(e: Experiment) -> float:
     """How long loading and the test modes take at least: their queries at the target, and LoadGen's minimum."""
-    qps, load_s = e.server_target_qps, LOAD_S
-    counts = {"performance": max(SAMPLE_COUNT, 600 * qps), "accuracy": SAMPLE_COUNT, "test06": 100}
-    if e.engine == "rehearsal":
-        counts |= {"performance": e.rehearsal_queries, "accuracy": e.rehearsal_accuracy_samples}
-        load_s = 30
-    return sum(counts[mode] for mode in e.test_modes) / qps + load_s
+    return seconds_of(runs_of(e), e.server_target_qps) + (30 if e.engine == "rehearsal" else LOAD_S)
 
 
 def full_queries(e: Experiment) -> int:
@@ -82,12 +86,6 @@ def search_seconds(e: Experiment) -> float:
     """How long find_target_qps mostly takes: the trials of each length at the target; 0 if it is not asked for."""
     queries = sum(length * stage.most for length, stage in search_stages(full_queries(e)))
     return e.find_target_qps * queries / e.server_target_qps
-
-
-def search_budget_s(e: Experiment) -> float | None:
-    """Seconds after which find_target_qps begins no trial: as given, else what the time limit leaves of the job."""
-    left = e.time_limit_s - TEARDOWN_S - job_seconds(e)
-    return e.search_budget_s or (round(left) if e.find_target_qps else None)
 
 
 _OF_A_SERVER = ("name", "role", "ranks", "nodes", "node", "port", "gpus")
@@ -115,7 +113,9 @@ def settings_of(e: Experiment) -> dict:
         "find_target_qps": {
             "low_qps": e.search_bounds_qps[0],
             "high_qps": e.search_bounds_qps[1],
-            "budget_s": search_budget_s(e),
+            "budget_s": e.search_budget_s,
+            "end_s": e.time_limit_s - TEARDOWN_S,
+            "runs_after": runs_of(e),
             "full_queries": full_queries(e),
         },
         "client": {
@@ -230,40 +230,58 @@ def _write_run(folder: Path, e: Experiment, python: str) -> None:
             sample_lengths = lengths.shorten_outputs(sample_lengths, e.rehearsal_output_tokens)
         lengths.write_lengths_csv(sample_lengths, folder / "job/lengths.csv")
     if e.search_rows_from:
-        take_search_rows(folder, REPOSITORY / Path(e.search_rows_from).expanduser())
+        take_search_rows(folder, e)
     write_manifest(folder)
 
 
-def take_search_rows(folder: Path, earlier: Path) -> None:
+# Parameters on which the verdict of a search's trial does not depend.
+_NOT_OF_A_TRIAL = {
+    "test_modes",
+    "nodes",
+    "ntasks",
+    "plan_gpus",
+    "server_target_qps",
+    "load_timeout_s",
+    "trust_dataset",
+}
+_NOT_OF_A_TRIAL |= {
+    "find_target_qps",
+    "target_qps_min",
+    "target_qps_max",
+    "search_budget_s",
+    "search_rows_from",
+}
+_NOT_OF_A_TRIAL |= {"partition", "account", "time_limit", "setup_jobs", "system_name", "harness_dir"}
+_NOT_OF_A_TRIAL |= {"rehearsal_accuracy_samples"}
+
+
+def take_search_rows(folder: Path, e: Experiment) -> None:
     """Put the trials of an earlier run's search where this one's goes on from them.
 
     Raises
     ------
-    RunFolderError : it has none, or had other servers or another client, of which they tell nothing here.
+    RunFolderError : it has none, or had other servers, another load or limits, so that they tell nothing here.
     """
+    earlier = REPOSITORY / Path(e.search_rows_from).expanduser()
     rows = earlier / "job/find_target_qps.jsonl"
     if not rows.is_file():
         raise RunFolderError(
             f"search_rows_from: {rows} is not there: no trial of that search ended. Leave it out"
         )
-    for path in sorted(folder.glob("config*.yaml")) + [folder / "job/settings.json"]:
-        other = earlier / path.relative_to(folder)
-        if not other.is_file() or _of_a_trial(other) != _of_a_trial(path):
-            raise RunFolderError(
-                f"search_rows_from: {other} differs from this run's, so its trials tell nothing here. "
-                "Repeat that run's parameters, or leave search_rows_from out"
-            )
+    theirs, ours = (x.model_dump(exclude=_NOT_OF_A_TRIAL) for x in (load_recorded(earlier), e))
+    differs = [
+        f"{name} was {theirs[name]!r}, is {ours[name]!r}" for name in ours if theirs[name] != ours[name]
+    ]
+    files = [*sorted(folder.glob("config*.yaml")), folder / "job/lengths.csv"]
+    for path in (path.relative_to(folder) for path in files if path.exists()):
+        if not (earlier / path).is_file() or (earlier / path).read_bytes() != (folder / path).read_bytes():
+            differs.append(f"{earlier / path} differs from this run's")
+    if differs:
+        raise RunFolderError(
+            f"search_rows_from: {'; '.join(differs)}: its trials tell nothing here. "
+            "Repeat that run's parameters, or leave search_rows_from out"
+        )
     shutil.copy(rows, folder / "job")
-
-
-def _of_a_trial(path: Path) -> object:
-    """What of a configuration or settings file a trial's verdict depends on: all but the search's bounds and the time limit."""
-    text = path.read_text()
-    return (
-        {**json.loads(text), "find_target_qps": None, "time_limit_s": None}
-        if path.suffix == ".json"
-        else text
-    )
 
 
 def find_run(run_dir: str | Path | None = None) -> Path:

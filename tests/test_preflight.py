@@ -8,7 +8,7 @@ import pytest
 
 from disagg_lib import model_store, preflight
 from disagg_lib.experiment import REPOSITORY, load_experiment
-from disagg_lib.run_folder import job_seconds, search_budget_s, search_seconds
+from disagg_lib.run_folder import job_seconds, search_seconds, settings_of
 
 CLUSTER = {"engine": "trtllm", "launcher": "slurm", "container": "pyxis"}
 
@@ -120,8 +120,8 @@ def test_the_command_exits_0_for_the_rehearsal_and_1_for_an_error():
 def test_a_search_counts_in_the_walltime_and_ends_with_what_it_leaves(site):
     searching = load_experiment([], site | {"find_target_qps": True})
     assert job_seconds(searching) + search_seconds(searching) > 3 * job_seconds(load_experiment([], site)) / 2
-    assert search_budget_s(searching) == round(searching.time_limit_s - 120 - job_seconds(searching))
-    assert search_budget_s(load_experiment([], site)) is None
+    told = settings_of(searching)["find_target_qps"]
+    assert told["end_s"] == searching.time_limit_s - 120 and told["runs_after"] == [(8313, 600), (8313, 0)]
     tight = load_experiment([], site | {"find_target_qps": True, "time_limit": "2:00:00"})
     assert "walltime" in unmet(tight)
 
