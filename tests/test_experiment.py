@@ -103,6 +103,8 @@ def test_a_server_of_eight_takes_two_whole_nodes(experiment):
             ["endpoint_url", "found 'http://h:65536'", "a port of 1 to 65535"],
         ),
         ({"endpoint_url": "http://h:x"}, ["endpoint_url", "http://host:port"]),
+        ({"endpoint_url": "http://[::1"}, ["endpoint_url", "http://host:port"]),
+        ({"endpoint_url": "http://h/v1?key=x"}, ["endpoint_url", "http://host:port"]),
         ({"scenario": "Offline", "find_target_qps": True}, ["find_target_qps", "has no limits"]),
         (
             {"engine": "rehearsal", "container": "none", "rehearsal_queries": 200, "find_target_qps": True},
@@ -118,6 +120,11 @@ def test_a_bad_value_is_refused_in_words(experiment, given, words):
         experiment(**given)
     for word in words:
         assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize("url", ["http://[::1]:8000", "https://gb01.site/openai/v1", "http://10.0.0.7:8000"])
+def test_an_endpoint_has_a_host_a_port_or_not_and_a_prefix_or_not(experiment, url):
+    assert experiment(engine="external", launcher="local", endpoint_url=url).endpoint_url == url
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest(experiment):
