@@ -106,16 +106,12 @@ class Rows:
     def best(self):
         """Return the VALID row of the highest QPS that no INVALID trial, at least as long, contradicts; or None."""
         fails = [row for row in self.rows if not row["valid"]]
-        return max(
-            (
-                row
-                for row in self.rows
-                if row["valid"]
-                and not any(f["qps"] <= row["qps"] and f["queries"] >= row["queries"] for f in fails)
-            ),
-            key=lambda row: row["qps"],
-            default=None,
-        )
+
+        def stands(row):
+            return not any(f["qps"] <= row["qps"] and f["queries"] >= row["queries"] for f in fails)
+
+        sound = (row for row in self.rows if row["valid"] and stands(row))
+        return max(sound, key=lambda row: row["qps"], default=None)
 
     def run(self, trial, qps, queries):
         """Run a trial and return its row."""
@@ -240,9 +236,8 @@ def find_target_qps(
             loose = LOOSE * resolution
             if edge.low and edge.high:
                 steepness = edge.steepness
-                blind = (
-                    stage.share == 1.0 and abs(log_share(edge.near)) >= FAR
-                )  # a cliff: verdicts alone tell
+                # A cliff: verdicts alone tell.
+                blind = stage.share == 1.0 and abs(log_share(edge.near)) >= FAR
                 width, loose = (2 * resolution, resolution) if blind else (stage.width, loose)
                 enough = unresolved < stage.near or edge.high["qps"] / edge.low["qps"] < 1 + width
             else:  # one side only: enough at the end of the range, or where even the flattest curve leads no further
@@ -264,8 +259,8 @@ def find_target_qps(
         most = edge.high["qps"] * math.exp(stage.trust) if edge.high else math.inf
     best = rows.best()
     if ended == "time budget" and not best:
-        found = f"{len(rows.rows)} trials fitted into the time, none VALID; the next, {queries} queries at {point:g}/s, and"
-        found += f" the runs after it take {queries / point + after_s:.0f} s more"
+        found = f"{len(rows.rows)} trials fitted into the time, none VALID (or a longer one was INVALID there); the next, "
+        found += f"{queries} queries at {point:g}/s, and the runs after it take {queries / point + after_s:.0f} s more"
         raise SearchError(f"{found}. Raise time_limit (and search_budget_s), or lower target_qps_min")
     edge_qps = min(point, high_qps)
     full = [row["qps"] for row in rows.rows if row["valid"] and row["queries"] == full_queries]

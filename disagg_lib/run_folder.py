@@ -234,25 +234,12 @@ def _write_run(folder: Path, e: Experiment, python: str) -> None:
     write_manifest(folder)
 
 
-# Parameters on which the verdict of a search's trial does not depend.
-_NOT_OF_A_TRIAL = {
-    "test_modes",
-    "nodes",
-    "ntasks",
-    "plan_gpus",
-    "server_target_qps",
-    "load_timeout_s",
-    "trust_dataset",
-}
-_NOT_OF_A_TRIAL |= {
-    "find_target_qps",
-    "target_qps_min",
-    "target_qps_max",
-    "search_budget_s",
-    "search_rows_from",
-}
-_NOT_OF_A_TRIAL |= {"partition", "account", "time_limit", "setup_jobs", "system_name", "harness_dir"}
-_NOT_OF_A_TRIAL |= {"rehearsal_accuracy_samples"}
+# Parameters, with blanks between, on which the verdict of a search's trial does not depend.
+_NOT_OF_A_TRIAL = (
+    "find_target_qps target_qps_min target_qps_max search_budget_s search_rows_from server_target_qps test_modes "
+    "time_limit partition account load_timeout_s nodes ntasks plan_gpus setup_jobs system_name harness_dir "
+    "trust_dataset rehearsal_accuracy_samples"
+)
 
 
 def take_search_rows(folder: Path, e: Experiment) -> None:
@@ -268,7 +255,7 @@ def take_search_rows(folder: Path, e: Experiment) -> None:
         raise RunFolderError(
             f"search_rows_from: {rows} is not there: no trial of that search ended. Leave it out"
         )
-    theirs, ours = (x.model_dump(exclude=_NOT_OF_A_TRIAL) for x in (load_recorded(earlier), e))
+    theirs, ours = (x.model_dump(exclude=set(_NOT_OF_A_TRIAL.split())) for x in (load_recorded(earlier), e))
     differs = [
         f"{name} was {theirs[name]!r}, is {ours[name]!r}" for name in ours if theirs[name] != ours[name]
     ]

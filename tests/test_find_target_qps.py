@@ -190,7 +190,7 @@ def test_budget_that_ends_a_search_leaves_what_was_seen_valid(low, high, edge):
 
 
 def test_budget_in_which_nothing_was_valid_is_an_error():
-    with pytest.raises(search.SearchError, match="1 trials fitted .* none VALID; .* Raise time_limit"):
+    with pytest.raises(search.SearchError, match="1 trials fitted .* none VALID .* Raise time_limit"):
         find_target_qps(line(0.9), 1.0, 10.0, budget_s=500)
 
 
