@@ -409,7 +409,8 @@ def _process(record: dict) -> psutil.Process | None:
     """The job's process, if it is still the same one: a pid alone may have gone to another program."""
     try:
         process = psutil.Process(int(record["job_id"]))
-        same = abs(process.create_time() - record["create_time_s"]) < 1.0
+        # Whenever the clock is set right, its time of creation moves; no pid comes round again within a minute.
+        same = abs(process.create_time() - record["create_time_s"]) < 60.0
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None

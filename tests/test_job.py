@@ -200,12 +200,26 @@ def test_submitting_twice_attaches_to_the_same_job(tmp_path):
     assert launch.submit(run).state == "done"
 
 
+def test_a_corrected_clock_does_not_lose_a_job_and_another_program_is_none(tmp_path):
+    run = make(tmp_path / "run", rehearsal_queries=4000, test_modes=["performance"])
+    launch.submit(run)
+    record = run / "job/job.json"
+    kept = json.loads(record.read_text())
+    states = []
+    for seconds in (1.5, 3600, 0):
+        record.write_text(json.dumps({**kept, "create_time_s": kept["create_time_s"] + seconds}))
+        states.append(launch.job_state(run).state)
+    launch.cancel(run)
+    assert states == ["running", "lost", "running"]
+
+
 def test_cancel_tears_down_and_says_so(tmp_path):
     run = make(tmp_path / "run", rehearsal_queries=4000, test_modes=["performance"])
     launch.submit(run)
     wait(run, until=lambda state: state.phase == "performance" or state.ended)
     state = launch.cancel(run)
-    assert state.reason.startswith("cancelled (signal TERM) during performance"), state
+    said = job_agent.last_lines(run / launch.SCRIPT_LOG, 20)
+    assert state.reason.startswith("cancelled (signal TERM) during performance"), (state, said)
     assert [line["phase"] for line in read_json_lines(run / "job/phases.jsonl")][-2] == "teardown"
     assert no_process_left(run)
 
