@@ -21,9 +21,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_PARAMS_FILES = ("params/rehearsal.yaml",)
 MODEL_PATH_IN_SCRATCH = "models/Llama3.1-405B/fp4-quantized-modelopt/llama3.1-405b-instruct-hf-torch-fp4"  # the harness looks here
 SLURM_WORD = r"^[A-Za-z0-9][A-Za-z0-9_.,@+-]*$"
-ENDPOINT_URL = (
-    r"^https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./-]*)?$"  # no user, no query: secrets stand there
-)
+# Without user and query: secrets stand there.
+ENDPOINT_URL = r"^https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./-]*)?$"
 FAULTS = (
     r"^(none|crash_loading(:\w+)?|crash_midrun(:\w+(:\d+)?)?|health_503|no_tokens|slow_tokens|"
     r"truncated_stream(:\d+)?)$"

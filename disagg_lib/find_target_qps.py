@@ -211,9 +211,7 @@ def find_target_qps(
     edge, placed_by, least, most = None, None, 0.0, math.inf
     for queries, stage in stages(full_queries, resolution):
         used, unresolved, loose = [], math.inf, LOOSE * resolution
-        while len(used) < stage.most or (
-            stage.share == 1.0 and len(used) < MAX_TRIALS and unresolved > loose
-        ):
+        while len(used) < stage.most or stage.share == 1.0 and len(used) < MAX_TRIALS and unresolved > loose:
             point = min(float(f"{max(point, low_qps / 16):.4g}"), high_qps)
             if any(row["qps"] == point for row in used):
                 break
