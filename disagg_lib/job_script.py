@@ -94,5 +94,5 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
         launch="trtllm-llmapi-launch " if e.engine == "trtllm" else "",
         tasks_per_node=min(e.gpus_per_node, e.gpu_count),
         gpus=gpus,
-        url=shlex.quote(e.endpoint_url) if e.endpoint_url else '"http://$(node 0):$(port orchestrator)"',
+        url=shlex.quote(e.endpoint_url) if e.endpoint_url else '"http://${NODES[0]}:${PORT[orchestrator]}"',
     )

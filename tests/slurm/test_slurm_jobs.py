@@ -105,8 +105,8 @@ def test_a_server_on_the_wrong_node_fails(make_run):
     script = (run / "job.sh").read_text()
     (run / "job.sh").write_text(
         script.replace(
-            'orchestrator logs/output_server.log step "$(node 0)"',
-            'orchestrator logs/output_server.log step "$(node 1)"',
+            'orchestrator logs/output_server.log step "${NODES[0]}"',
+            'orchestrator logs/output_server.log step "${NODES[1]}"',
         )
     )
     launch.submit(run)

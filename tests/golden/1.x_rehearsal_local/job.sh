@@ -83,10 +83,6 @@ trap 'signalled TERM' TERM
 trap 'signalled INT' INT
 trap 'signalled HUP' HUP
 
-# node I: the name of the job's I-th node.  port NAME: the port of a server.  Both known after `bind`.
-node() { sed -n "$(($1 + 1))p" job/nodes.txt; }
-port() { awk -v name="$1" '$1 == name { print $3 }' job/addresses.txt; }
-
 # step NODES TASKS FIRST_RANK COMMAND...: TASKS copies of the command, on these nodes (comma separated), in
 # node order. Lines are labelled with the rank, counted from FIRST_RANK; FIRST_RANK - means no label.
 step() {
@@ -99,6 +95,10 @@ agent phase container
 
 agent phase bind
 agent bind || exit
+# There is no command substitution from the traps on: in bash 5.2 a signal that comes in one may lose its trap.
+mapfile -t NODES <job/nodes.txt # in order
+declare -A PORT # of each server, and the orchestrator
+while read -r name _ port; do PORT[$name]=$port; done <job/addresses.txt
 
 agent phase workers
 # One step a server; the first of its nodes leads it.
@@ -120,16 +120,16 @@ worker() {
   [[ $gpus == all ]] || only=(env "CUDA_VISIBLE_DEVICES=$gpus")
   only=(env "REHEARSAL_SERVER_NAME=$name") # a stand-in has no GPU, but its faults go by name
   start "$name" logs/output_workers.log step "$nodes" "$tasks" "$first" ${only[@]+"${only[@]}"} \
-    "$PYTHON" -m disagg_lib.serving.rehearsal "$MODEL" --host "${nodes%%,*}" --port "$(port "$name")" "$@"
+    "$PYTHON" -m disagg_lib.serving.rehearsal "$MODEL" --host "${nodes%%,*}" --port "${PORT[$name]}" "$@"
 }
-worker ctx0 "$(node 0)" 4 0 all "${CONTEXT[@]}"
-worker ctx1 "$(node 1)" 4 4 all "${CONTEXT[@]}"
-worker ctx2 "$(node 2)" 4 8 all "${CONTEXT[@]}"
-worker ctx3 "$(node 3)" 4 12 all "${CONTEXT[@]}"
-worker gen0 "$(node 4)" 4 16 all "${GENERATION[@]}"
+worker ctx0 "${NODES[0]}" 4 0 all "${CONTEXT[@]}"
+worker ctx1 "${NODES[1]}" 4 4 all "${CONTEXT[@]}"
+worker ctx2 "${NODES[2]}" 4 8 all "${CONTEXT[@]}"
+worker ctx3 "${NODES[3]}" 4 12 all "${CONTEXT[@]}"
+worker gen0 "${NODES[4]}" 4 16 all "${GENERATION[@]}"
 
 agent phase orchestrator
-start orchestrator logs/output_server.log step "$(node 0)" 1 - \
+start orchestrator logs/output_server.log step "${NODES[0]}" 1 - \
   "$PYTHON" -m disagg_lib.serving.rehearsal disaggregated -c "$RUN/job/config.bound.yaml" \
   -t 3600 -r 1800
 
@@ -138,13 +138,13 @@ agent phase ready
 attend agent ready || exit
 
 agent phase performance
-start client_performance logs/mlperf_benchmark_performance.log step "$(node 0)" 1 - \
-  /project/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode performance --url "http://$(node 0):$(port orchestrator)"
+start client_performance logs/mlperf_benchmark_performance.log step "${NODES[0]}" 1 - \
+  /project/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode performance --url "http://${NODES[0]}:${PORT[orchestrator]}"
 attend agent watch performance || exit
 
 agent phase accuracy
-start client_accuracy logs/mlperf_benchmark_accuracy.log step "$(node 0)" 1 - \
-  /project/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode accuracy --url "http://$(node 0):$(port orchestrator)"
+start client_accuracy logs/mlperf_benchmark_accuracy.log step "${NODES[0]}" 1 - \
+  /project/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode accuracy --url "http://${NODES[0]}:${PORT[orchestrator]}"
 attend agent watch accuracy || exit
 
 exit 0

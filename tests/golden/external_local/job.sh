@@ -78,10 +78,6 @@ trap 'signalled TERM' TERM
 trap 'signalled INT' INT
 trap 'signalled HUP' HUP
 
-# node I: the name of the job's I-th node.  port NAME: the port of a server.  Both known after `bind`.
-node() { sed -n "$(($1 + 1))p" job/nodes.txt; }
-port() { awk -v name="$1" '$1 == name { print $3 }' job/addresses.txt; }
-
 # step NODES TASKS FIRST_RANK COMMAND...: TASKS copies of the command, on these nodes (comma separated), in
 # node order. Lines are labelled with the rank, counted from FIRST_RANK; FIRST_RANK - means no label.
 step() {
@@ -94,18 +90,20 @@ agent phase container
 
 agent phase bind
 agent bind || exit
+# There is no command substitution from the traps on: in bash 5.2 a signal that comes in one may lose its trap.
+mapfile -t NODES <job/nodes.txt # in order
 
 # Ready: the orchestrator says 200, and completions have come back through every server.
 agent phase ready
 attend agent ready || exit
 
 agent phase performance
-start client_performance logs/mlperf_benchmark_performance.log step "$(node 0)" 1 - \
+start client_performance logs/mlperf_benchmark_performance.log step "${NODES[0]}" 1 - \
   /project/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode performance --url http://10.0.0.7:8000
 attend agent watch performance || exit
 
 agent phase accuracy
-start client_accuracy logs/mlperf_benchmark_accuracy.log step "$(node 0)" 1 - \
+start client_accuracy logs/mlperf_benchmark_accuracy.log step "${NODES[0]}" 1 - \
   /project/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode accuracy --url http://10.0.0.7:8000
 attend agent watch accuracy || exit
 

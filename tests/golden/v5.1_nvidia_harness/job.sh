@@ -111,10 +111,6 @@ trap 'signalled TERM' TERM
 trap 'signalled INT' INT
 trap 'signalled HUP' HUP
 
-# node I: the name of the job's I-th node.  port NAME: the port of a server.  Both known after `bind`.
-node() { sed -n "$(($1 + 1))p" job/nodes.txt; }
-port() { awk -v name="$1" '$1 == name { print $3 }' job/addresses.txt; }
-
 # step NODES TASKS FIRST_RANK COMMAND...: TASKS copies of the command, on these nodes (comma separated), in
 # node order. Lines are labelled with the rank, counted from FIRST_RANK; FIRST_RANK - means no label.
 CONTAINER=(
@@ -145,15 +141,20 @@ attend agent await container || exit
 
 agent phase bind
 agent bind || exit
+# There is no command substitution from the traps on: in bash 5.2 a signal that comes in one may lose its trap.
+mapfile -t NODES <job/nodes.txt # in order
+declare -A PORT # of each server, and the orchestrator
+while read -r name _ port; do PORT[$name]=$port; done <job/addresses.txt
 
 agent phase workers
 # One MPI world: ranks follow the nodes in order, context servers first.
-ALL_NODES=$(paste -sd, job/nodes.txt)
+printf -v ALL_NODES '%s,' "${NODES[@]}"
+ALL_NODES=${ALL_NODES%,}
 start workers logs/output_workers.log step "$ALL_NODES" 20 0 \
   trtllm-serve disaggregated_mpi_worker -c "$RUN/job/config.bound.yaml" --log_level info
 
 agent phase orchestrator
-start orchestrator logs/output_server.log step "$(node 0)" 1 - \
+start orchestrator logs/output_server.log step "${NODES[0]}" 1 - \
   trtllm-serve disaggregated -c "$RUN/job/config.bound.yaml" \
   -t 3600 -r 1800
 
@@ -169,9 +170,9 @@ fi
 
 # harness MODE TEST_MODE: NVIDIA's harness measures, from its own tree; its LoadGen files are copied unedited
 harness() {
-  start "client_$1" "logs/mlperf_benchmark_$1.log" step "$(node 0)" 1 - \
+  start "client_$1" "logs/mlperf_benchmark_$1.log" step "${NODES[0]}" 1 - \
     env LOG_DIR="$RUN/job/harness_$1" make -C /work run_harness \
-    RUN_ARGS="--benchmarks=llama3.1-405b --scenarios=interactive --core_type=trtllm_endpoint --trtllm_server_urls=$(node 0):$(port orchestrator) --test_mode=$2 --server_target_qps=3.85"
+    RUN_ARGS="--benchmarks=llama3.1-405b --scenarios=interactive --core_type=trtllm_endpoint --trtllm_server_urls=${NODES[0]}:${PORT[orchestrator]} --test_mode=$2 --server_target_qps=3.85"
 }
 
 agent phase performance
