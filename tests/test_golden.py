@@ -35,7 +35,8 @@ def test_job_scripts_substitute_no_command_once_their_traps_are_set(case):
     one cancelled job in a hundred went on."""
     script = (GOLDEN / case / "job.sh").read_text()
     body = script.partition("\ntrap 'signalled HUP' HUP\n")[2]
-    assert body and not re.search(r"\$\((?!\()|`", body)
+    unquoted = re.sub(r"'[^']*'", "", body)
+    assert body and not re.search(r"\$\((?!\()|`", unquoted)
 
 
 def group(dialect, role):
