@@ -239,9 +239,8 @@ def read_answer(payload):
         raise AnswerError("cut", "%d events, no [DONE]" % len(pieces))
     if not ids and not any(pieces):
         raise AnswerError("empty", "no content before [DONE]")
-    if only_text and count != len(
-        ids
-    ):  # a last text without ids, where there are as many as usage says, lacks none
+    # A last text without ids, where there are as many as usage says, lacks none.
+    if only_text and count != len(ids):
         ids = None
     elif count is not None and count != len(ids):
         raise AnswerError("count_mismatch", "usage says %d tokens, %d ids came" % (count, len(ids)))
@@ -653,10 +652,9 @@ class Client:
         self._tell(self.loadgen.QuerySamplesComplete, request, None, 1 if error.kind == "short" else 0)
         self.kinds[error.kind] += 1
         if self.kinds[error.kind] <= 10:
+            # Some servers echo the key: masked whole, before the text is cut.
             key, detail = self.target.key, error.detail
-            detail = (
-                detail.replace(key, "***") if key else detail
-            )  # some servers echo it; whole, so before the cut
+            detail = detail.replace(key, "***") if key else detail
             self.log("request failed: sample %d: %s: %s" % (request.index, error.kind, detail[:DETAIL_ROOM]))
         self._record(request, 0, error.kind)
 
@@ -775,11 +773,8 @@ class Samples:
         self.head = (
             f"POST {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: application/json\r\n"
         )
-        self.head += (
-            "Accept: text/event-stream\r\nAccept-Encoding: identity\r\n"
-            + target.authorization
-            + "Content-Length: "
-        )
+        self.head += "Accept: text/event-stream\r\nAccept-Encoding: identity\r\n"
+        self.head += target.authorization + "Content-Length: "
 
     def add(self, index, ids_text, input_tokens, min_tokens, max_tokens):
         """Prepare sample index; ids_text is the prompt's ids, separated by commas, as bytes or memoryview."""

@@ -45,7 +45,7 @@ class Server:
 
     def __init__(self, plan=lambda n: "ok", step_s=0.002, with_ids=True, tls=None):
         self.plan, self.step_s, self.with_ids, self.tls = plan, step_s, with_ids, tls
-        self.heads, self.bodies, self.writers, self.connections, self.asked = [], [], [], 0, 0
+        self.heads, self.bodies, self.writers, self.asked = [], [], [], 0
         self.loop = asyncio.new_event_loop()
         self.started = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -64,6 +64,10 @@ class Server:
         self.loop.run_until_complete(self._serve())
         self.loop.close()
 
+    @property
+    def connections(self):
+        return len(self.writers)
+
     async def _serve(self):
         self.stop = asyncio.Event()
         self.server = await asyncio.start_server(self._connection, "127.0.0.1", 0, ssl=self.tls)
@@ -79,7 +83,6 @@ class Server:
         await asyncio.sleep(0.05)  # transports close in the loop's next turns
 
     async def _connection(self, reader, writer):
-        self.connections += 1
         self.writers.append(writer)
         try:
             while await self._request(reader, writer):
