@@ -189,25 +189,26 @@ class Notebook:
         )
 
     def run_all(self, timeout_s: float = 180) -> None:
-        """Run > Run All Cells, and wait until the kernel has run the last one."""
+        """Run > Run All Cells, and wait until the kernel has run the last one and its widgets stand."""
         self.command("notebook:run-all-cells")
         self.page.wait_for_function(
             """() => {
               const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent.trim());
-              return prompts.length && prompts.every(p => /^\\[\\d+\\]:$/.test(p)) ||
+              const loading = [...document.querySelectorAll('.jp-OutputArea-output')].some(o => o.textContent === 'Loading widget...');
+              return prompts.length && prompts.every(p => /^\\[\\d+\\]:$/.test(p)) && !loading ||
                 document.querySelector('.jp-RenderedText[data-mime-type*="error"]');
             }""",
             timeout=1000 * timeout_s,
         )
 
     def output(self) -> str:
-        """All outputs' text."""
-        return "\n".join(self.page.locator(".jp-OutputArea-output").all_inner_texts())
+        """All outputs' text. Not innerText: JupyterLab leaves cells out of sight unrendered, where that is empty."""
+        return "\n".join(self.page.locator(".jp-OutputArea-output").all_text_contents())
 
     def refuse_ugliness(self) -> None:
         """No traceback, no word on stderr, no repr of a widget or a picture."""
         for mime in ("error", "stderr"):
-            found = self.page.locator(f'.jp-RenderedText[data-mime-type*="{mime}"]').all_inner_texts()
+            found = self.page.locator(f'.jp-RenderedText[data-mime-type*="{mime}"]').all_text_contents()
             assert found == [], found
         for ugly in (
             "VBox(",

@@ -100,7 +100,7 @@ def test_05_compares_the_runs_that_are_ticked(notebook, tree):
     assert picker.locator("img").count() == 2
     picker.get_by_role("checkbox").nth(1).check()
     picker.locator("img").nth(2).wait_for()
-    heads = picker.locator("tr").first.inner_text()
+    heads = picker.locator("tr").first.text_content()
     assert heads.count("rehearsal") == 2, heads
     opened.page.wait_for_timeout(500)
     opened.screenshots("two_runs", ".disagg-picker")
