@@ -22,9 +22,11 @@ import collections
 import csv
 import json
 import math
+import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 from pathlib import Path
 from signal import SIGTERM, signal
 
@@ -298,10 +300,21 @@ def write_trial(run_dir, folder, client, qps, queries):
     (folder / "user.conf").write_text("".join(lines))
 
 
-def read_trial(folder):
+def accepts_connections(url):
+    """Return whether something listens at a URL."""
+    parts = urllib.parse.urlsplit(url)
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=10).close()
+    except OSError:
+        return False
+    return True
+
+
+def read_trial(folder, url):
     """Return the row of a finished trial; SearchError if the servers are gone, which says nothing about the QPS."""
     result = json.loads((folder / "job" / "client_performance.json").read_text())
-    if result["status"] != "finished" or result["kinds"]["refused"]:
+    if result["status"] != "finished" or result["kinds"]["refused"] and not accepts_connections(url):
         raise SearchError(f"{folder}: {'; '.join(result['reasons'])}: are the servers up?")
     with open(folder / "job" / "queries_performance.csv", newline="") as file:
         served = [row for row in csv.DictReader(file) if row["status"] == "ok"]
@@ -338,7 +351,7 @@ def run_trial(run_dir, client, url, qps, queries):
             process.wait()
     if code not in (0, 1):
         raise SearchError(f"{folder}: the client ended with status {code}; its message is above")
-    return read_trial(folder)
+    return read_trial(folder, url)
 
 
 def main(arguments=None):

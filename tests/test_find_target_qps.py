@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -395,6 +396,22 @@ def test_failed_requests_make_a_trial_invalid(job):
             job, json.loads((job / "job/settings.json").read_text())["client"], server.url, 300, 459
         )
     assert not row["valid"] and row["ttft_share"] is None and row["failed"] == 10
+
+
+def test_refused_connections_make_a_trial_invalid_and_end_the_search_if_the_server_is_gone(job):
+    client = json.loads((job / "job/settings.json").read_text())["client"]
+    with Server(step_s=0.001) as server:
+        search.run_trial(job, client, server.url, 300, 459)
+    folder = job / "job/trials/01"
+    result = json.loads((folder / "job/client_performance.json").read_text())
+    result["kinds"]["refused"], result["failed"], result["valid_client"] = 1, 1, False
+    (folder / "job/client_performance.json").write_text(json.dumps(result))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = "http://{}:{}".format(*listening.getsockname())
+        row = search.read_trial(folder, url)
+    assert not row["valid"] and row["ttft_share"] is None and row["failed"] == 1
+    with pytest.raises(search.SearchError, match="are the servers up"):
+        search.read_trial(folder, url)
 
 
 def test_servers_that_are_gone_end_the_search_and_leave_no_row(job):
