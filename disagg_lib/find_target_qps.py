@@ -41,7 +41,7 @@ STEEPNESS = (
     2.7  # d log share / d log QPS at the edge, where no two trials tell it, and the range that it is kept in
 )
 FLATTEST, STEEPEST = 1.0, 40.0
-FAR = 0.7  # beyond this |log share| the share no longer tells how far the edge is
+FAR = 0.9  # beyond this |log share| the share no longer tells how far the edge is
 MAX_STEP = 1.6  # of one trial to the next, as a factor, outside a bracket
 MAX_TRIALS = 8  # of full length
 LOOSE = 2.7  # an edge further than this many resolutions from the nearest full-length trial wants one more than two
