@@ -362,9 +362,11 @@ def complete(host, port, timeout_s):
         connection.request("POST", prefix() + client["endpoint"], json.dumps(body), headers)
         answer = connection.getresponse()
         text = answer.read().decode(errors="replace")
-        text = text.replace(key, "***") if key else text  # some echo it
+        text = re.sub(r"\\*".join(map(re.escape, key)), "***", text) if key else text  # some echo it
     except (OSError, http.client.HTTPException) as error:
         return f"{type(error).__name__}: {error}"
+    except ValueError:  # of http.client, which says the header's value: the key
+        return "OPENAI_API_KEY holds what no HTTP header may, a line end, say"
     finally:
         connection.close()
     if answer.status != 200:
@@ -376,7 +378,7 @@ def complete(host, port, timeout_s):
 
 def complete_all(host, port, count, timeout_s):
     """`count` completions at once: an orchestrator that takes its servers in turn reaches each of them."""
-    problems = [None] * count
+    problems = ["no answer"] * count
 
     def one(i):
         problems[i] = complete(host, port, timeout_s)
@@ -421,9 +423,11 @@ def ready():
             if problem is None:
                 print(f"ready: {waves} completions came back through {len(targets)} servers", flush=True)
                 return
-            if external and re.match(r"status 4(?!08|25|29)", problem):  # the next would be refused, too
+            if external and re.match(
+                r"OPENAI_API_KEY|status 4(?!08|25|29)", problem
+            ):  # the next would be refused, too
                 fix = "Check endpoint_url, endpoint and served_model"
-                if problem[:10] in ("status 401", "status 403"):
+                if problem[:10] in ("status 401", "status 403", "OPENAI_API"):
                     fix = "Set OPENAI_API_KEY to a key that it accepts"
                 raise Failed(f"{gate} {host}:{port}: {problem}. {fix}")
         else:
@@ -502,7 +506,9 @@ def watch(mode):
             if counts != seen:
                 moved, seen = time.monotonic(), counts
         still_s = time.monotonic() - moved
-        if still_s > (stall_s if seen else max(stall_s, 600)):
+        # Before the first query a client prepares its requests, in a search before each trial.
+        prepares = not seen or mode == "find_target_qps" and not progress["outstanding"]
+        if still_s > (max(stall_s, 600) if prepares else stall_s):
             what = f"{progress['outstanding']} queries open" if seen else "the client has not begun"
             done = f"{progress['done']} done, {progress['tokens']} tokens" if seen else "no query"
             raise Failed(

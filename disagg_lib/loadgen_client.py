@@ -73,6 +73,9 @@ LAST_BYTES = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 STATUSES = ("ok",) + KINDS
 FIRST_ID, END_ID = 10000, 99999  # synthetic prompts: all ids have five digits, inside Llama 3's 128256
 LAG_PERIOD_S = 0.02
+RESEND_S = (
+    1.0  # a connection that ends so soon after a request's last byte, and without a word, was not asked
+)
 CONNECT_S = 30  # for each connection that is opened before the run
 NO_IDS = array.array("i")
 OK = b"HTTP/1.1 200 "
@@ -83,7 +86,9 @@ HAS_CONTENT = re.compile(
     rb'(?:"text"|"delta": ?\{(?:"role": ?"assistant", ?)?"content"): ?"[^"][^\n]*\}\n\n\r\n\Z'
 ).search
 LOOK_BACK = 2048
+CHUNK_SIZES = re.compile(rb"[0-9A-Fa-f\s]*").fullmatch  # or blank lines
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+FILES_BESIDE = 100  # open files that are no connections
 DETAIL_ROOM = 300  # characters of what a failed request's server said
 MOST_TOKENS = 1 << 31  # LoadGen would take more; no answer has
 # MLPerf's compliance test of token ids (mlcommons/inference compliance/TEST06), as LoadGen reads it.
@@ -173,8 +178,8 @@ def parse_message(data):
         raise AnswerError("protocol", "event is not JSON: %r" % data) from None
     if not isinstance(message, dict):
         raise AnswerError("protocol", "event is not a JSON object: %r" % data)
-    if message.get("error"):
-        raise AnswerError("server_error", str(message["error"]))
+    if message.get("error") or message.get("object") == "error":
+        raise AnswerError("server_error", str(message.get("error") or message.get("message")))
     return message
 
 
@@ -193,14 +198,21 @@ def usage_at_end(raw):
     leaves JSON that cannot be read.
     """
     tail = unify_lines(raw[-2048:])
-    events = [data for data in map(event_data, tail[tail.find(b"\n\n") :].split(b"\n\n")) if data]
-    if not events or events[-1] != b"[DONE]":
-        return None
+    done = False
     try:
-        for data in reversed(events[:-1]):
-            message = json.loads(data)
-            if message.get("usage"):
-                return token_count(message)
+        for event in reversed(tail[tail.find(b"\n\n") :].split(b"\n\n")):
+            data = event_data(event)
+            if not data:
+                if not CHUNK_SIZES(event):  # of an event that a chunk cuts within "data:", say
+                    return None
+            elif not done:
+                if data != b"[DONE]":
+                    return None
+                done = True
+            else:
+                message = json.loads(data)
+                if message.get("usage"):
+                    return token_count(message)
     except (ValueError, AttributeError, RecursionError):
         pass  # a second, exact look decides what this is
     return None
@@ -230,7 +242,7 @@ def read_answer(payload):
             piece, piece_ids = content(message)
             pieces.append(piece)
             ids.extend(piece_ids or ())
-            only_text = only_text or bool(piece and piece_ids is None)
+            only_text = only_text or bool(piece and not piece_ids)
             said = token_count(message)
             count = count if said is None else said
     if not done:
@@ -312,7 +324,7 @@ class Answer:
             headers[name.strip().lower()] = value.strip().lower()
         self.status = int(status)
         self.close = headers.get(b"connection") == b"close" or version == b"HTTP/1.0"
-        if headers.get(b"content-encoding", b"identity") != b"identity":
+        if self.status == 200 and headers.get(b"content-encoding", b"identity") != b"identity":
             raise AnswerError(
                 "protocol", "content-encoding %r was not asked for" % headers[b"content-encoding"]
             )
@@ -463,12 +475,13 @@ class Connection(asyncio.Protocol):
         self.client.forget(self)
         if self.request is None:
             return
-        if self.reused and not self.request.resent and self.answer.is_empty():
+        soon = time.perf_counter() - self.request.sent_s < RESEND_S
+        if self.reused and soon and not self.request.resent and self.answer.is_empty():
             # The server ended an idle connection as we wrote. The answer is the same whichever request gets it
             # (RFC 9110, 9.2.2), and its times count from LoadGen's issue: once more.
             self.client.resend(self.request)
             return
-        whole = exc is None and self.answer.framing == "eof"
+        whole = exc is None and self.answer.framing == "eof" or self.answer.status not in (0, 200)
         self._end(None if whole else AnswerError("cut", "connection closed: %s" % (exc or "end of stream")))
 
 
@@ -653,8 +666,7 @@ class Client:
         self.kinds[error.kind] += 1
         if self.kinds[error.kind] <= 10:
             # Some servers echo the key: masked whole, before the text is cut.
-            key, detail = self.target.key, error.detail
-            detail = detail.replace(key, "***") if key else detail
+            detail = self.target.mask(error.detail)
             self.log("request failed: sample %d: %s: %s" % (request.index, error.kind, detail[:DETAIL_ROOM]))
         self._record(request, 0, error.kind)
 
@@ -684,11 +696,16 @@ class Client:
         streamed = 0
         for request in list(self.active.values()):
             connection = request.connection
-            seen = len(connection.answer.payload) + len(connection.answer.reads) if connection else 0
+            answer = connection and connection.answer
+            seen = len(answer.payload) + len(answer.reads) if answer else 0
             streamed += seen
             if seen != request.seen:
-                request.seen, request.seen_s = seen, now_s
-            if connection and connection.answer.settled:
+                # Comments show that the server lives, not that it generates. Mostly the newest read tells.
+                newest = (answer.reads or answer.payload)[-max(1, seen - request.seen) :] if answer else ()
+                if any(b"data:" in read for read in reversed(newest)):
+                    request.seen_s = now_s
+                request.seen = seen
+            if answer and answer.settled:
                 connection.delay_acks(True)
             quiet_s = now_s - max(request.seen_s, request.first_s) if request.first_s else 0.0
             if now_s - request.start_s > self.settings["request_timeout_s"]:
@@ -700,6 +717,7 @@ class Client:
         failed = sum(self.kinds.values())
         counts = {"time_s": round(time.time(), 3), "issued": self.issued, "done": self.done, "failed": failed}
         counts["outstanding"] = self.issued - self.done - failed
+        counts["resent"] = self.resent
         return dict(counts, tokens=self.reported_tokens, total=self.total, kinds=dict(self.kinds))
 
     def _give_up(self, request, kind, seconds):
@@ -755,7 +773,15 @@ class Target:
         self.netloc = parts.netloc.rpartition("@")[2]
         # Of external endpoints; a secret has no place in the run folder.
         self.key = os.environ.get("OPENAI_API_KEY")
+        if self.key and not (self.key.isascii() and self.key.isprintable()):
+            raise ClientError(
+                "OPENAI_API_KEY: it holds what no HTTP header may, a line end, say. Set it anew"
+            )
         self.authorization = "Authorization: Bearer %s\r\n" % self.key if self.key else ""
+
+    def mask(self, text):
+        """Return text without the key, also where JSON or repr() put backslashes into it."""
+        return re.sub(r"\\*".join(map(re.escape, self.key)), "***", text) if self.key else text
 
 
 class Samples:
@@ -1002,6 +1028,11 @@ class Run:
         client = Client(loop, *parts)
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # Offline may open thousands of connections
+        offline = self.settings["scenario"] == "Offline"
+        needed = FILES_BESIDE + (self.settings["max_in_flight"] or self.count if offline else 0)
+        if most != resource.RLIM_INFINITY and most < needed:
+            fix = "Raise `ulimit -Hn`, or lower max_in_flight"
+            raise ClientError(f"{most} files may be open (ulimit -Hn), needed are {needed}. {fix}")
         await client.open_connections(self.settings["connections"])
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopped, client, number)
@@ -1064,7 +1095,7 @@ class Run:
             result["valid_client"] = False
         self.recorder.log(
             "{done} of {issued} requests served, {output_tokens} output tokens, {wall_s} s, client CPU {client_cpu_s} "
-            "s, loop lag p99 {loop_lag_p99_ms} ms: ".format(**result)
+            "s, loop lag p99 {loop_lag_p99_ms} ms, {resent} sent twice: ".format(**result)
             + ("answered" if result["valid_client"] else "INVALID: " + "; ".join(result["reasons"]))
         )
         self.recorder.stop()

@@ -182,7 +182,7 @@ def judge(
     if accuracy_error:
         found.append(_check("accuracy_log", False, "unreadable", "readable", accuracy_error))
     checks = tuple(_soften(check, claim) for check in found)
-    return Verdict(claim, checks, run.loadgen_valid, _suggest(run, checks), _lateness(client or {}))
+    return Verdict(claim, checks, run.loadgen_valid, _suggest(run, checks), _client_words(client or {}))
 
 
 def _check(name: str, good: bool, figure: float | str, limit: float | str, advice: str = "") -> Check:
@@ -352,15 +352,22 @@ def _client_checks(client: Mapping | None) -> Iterator[Check]:
     yield _check("client_failures", good, failed, 0, f"The client: {said}.")
 
 
-def _lateness(client: Mapping) -> str:
-    """Says that the client itself was late; its lateness stands in LoadGen's TTFT."""
+def _client_words(client: Mapping) -> str:
+    """Says what of the client's own stands in LoadGen's TTFT: lateness, and requests that were sent twice."""
+    words = []
+    if client.get("resent"):
+        words.append(
+            f"The client sent {client['resent']} requests twice, because the server ended their idle connections as they "
+            "were written. TTFT includes that. Compare the server's keep-alive time with the client's keep_alive_s."
+        )
     if not client.get("client_was_late"):
-        return ""
-    return (
+        return " ".join(words)
+    words.append(
         f"The client itself was late: {client['late_issues']} of {client['issued']} requests left more than "
         f"{_number(client['late_limit_ms'])} ms (1 % of the TTFT limit) after their time, p99 {client['late_p99_ms']:.1f} ms. "
         "TTFT includes that. Give the client a core of its own."
     )
+    return " ".join(words)
 
 
 def _accuracy_checks(

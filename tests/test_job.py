@@ -169,6 +169,14 @@ def test_an_endpoint_that_refuses_us_ends_the_job_at_once(tmp_path, monkeypatch,
         r"endpoint 127.*: status 400: .*Check endpoint_url, endpoint and served_model", refused[1]
     )
     assert not any(b"secret-405" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-405\n")
+    with Server() as server:
+        unfit = finish(make(tmp_path / "unfit", endpoint_url=server.url, **given)).reason
+    assert (
+        re.match("endpoint 127.*: OPENAI_API_KEY holds what no HTTP header may", unfit) and not server.asked
+    )
+    assert not any(b"secret-405" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    monkeypatch.delenv("OPENAI_API_KEY")
     with Server(tls=tls[0]) as server:
         doubted = finish(make(tmp_path / "tls", endpoint_url=server.url, **given)).reason
     assert re.match(r"endpoint_url: no TLS with 127.*certificate verify failed.*SSL_CERT_FILE", doubted)

@@ -76,6 +76,9 @@ class Server:
         self.started.set()
         await self.stop.wait()
         self.server.close()
+        await asyncio.sleep(
+            0.05
+        )  # a connection that was just accepted is a task of asyncio's own until it has a transport
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -120,6 +123,9 @@ class Server:
             await asyncio.sleep(60)
         if what == "vanish":
             return False
+        if what == "vanish_late":  # it has worked for the request
+            await asyncio.sleep(1.5)
+            return False
         if what == "not_http":
             writer.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
             return False
@@ -128,7 +134,7 @@ class Server:
         count = {"short": 1, "empty": 0, "claims_tokens": 0}.get(what, body["max_tokens"])
         writer.write(b"HTTP/1.1 100 Continue\r\n\r\n" + self.HEAD + chunk(b": hello\n\n"))
         for n in range(count):
-            if what in ("cut", "cut_politely", "stalled", "error_event") and n == 3:
+            if what in ("cut", "cut_politely", "stalled", "pings", "error_event") and n == 3:
                 break
             text = {("split", 0): " t", ("split", 1): "1", ("surrogate", 0): "\ud83d"}.get(
                 (what, n), f" t{n}"
@@ -138,8 +144,10 @@ class Server:
                 choice["token_ids"] = [1000 + n]
             writer.write(chunk(event({"choices": [choice]})))
             await asyncio.sleep(self.step_s)
-        if what == "stalled":
-            await asyncio.sleep(60)
+        while what in ("stalled", "pings"):
+            await asyncio.sleep(0.3)
+            if what == "pings":
+                writer.write(chunk(b": ping\n\n"))
         if what == "cut":
             return False
         if what == "error_event":
@@ -260,7 +268,7 @@ def test_progress_is_cumulative_and_knows_the_total(clean_run):
     lines = [json.loads(line) for line in (clean_run[0] / "job/progress.jsonl").read_text().splitlines()]
     assert lines[-1]["done"] == lines[-1]["total"] == 100
     assert [line["tokens"] for line in lines] == sorted(line["tokens"] for line in lines)
-    counts = {"issued", "done", "failed", "outstanding", "tokens", "total", "kinds"}
+    counts = {"issued", "done", "failed", "outstanding", "tokens", "total", "kinds", "resent"}
     assert set(lines[0]) == counts | {"time_s", "mode", "target_qps"}
 
 
@@ -314,13 +322,14 @@ FAULTS = {
     "not_http": "protocol",
     "silent": "timeout",
     "stalled": "stalled",
+    "pings": "stalled",
 }
 
 
 def test_counts_by_kind_equal_what_was_injected(tmp_path):
     faults = list(FAULTS)
     plan = lambda n: faults[n // 5 % len(faults)] if n % 5 == 4 else "ok"  # noqa: E731
-    run = make_run(tmp_path / "run", count=120, request_timeout_s=3, stall_timeout_s=1.0)
+    run = make_run(tmp_path / "run", count=130, request_timeout_s=3, stall_timeout_s=1.0)
     with Server(plan) as server:
         done, result = run_client(run, server.url)
     assert done.returncode == 1
@@ -328,18 +337,19 @@ def test_counts_by_kind_equal_what_was_injected(tmp_path):
         **{kind: 2 for kind in FAULTS.values()},
         "cut": 4,
         "empty": 4,
+        "stalled": 4,
     }
-    assert result["done"] == 96 and result["failed"] == 24 and result["outstanding"] == 0
-    assert not result["valid_client"] and "2 requests failed: stalled" in result["reasons"]
+    assert result["done"] == 104 and result["failed"] == 26 and result["outstanding"] == 0
+    assert not result["valid_client"] and "4 requests failed: stalled" in result["reasons"]
     live = json.loads((run / "job/progress.jsonl").read_text().splitlines()[-1])
     assert live["kinds"] == {kind: count for kind, count in result["kinds"].items() if count}
     assert (
-        len(error_lines(run)) == 24
+        len(error_lines(run)) == 26
     )  # one in LoadGen's log for each failed request: a checker refuses the run
-    assert result["loadgen_errors"] == 24
+    assert result["loadgen_errors"] == 26
     with open(run / "job/queries_performance.csv", newline="") as file:
         statuses = [row["status"] for row in csv.DictReader(file)]
-    assert statuses.count("ok") == 96 and statuses.count("http_429") == 2
+    assert statuses.count("ok") == 104 and statuses.count("http_429") == 2
 
 
 def test_server_that_goes_away_mid_run_fails_requests_and_not_the_client(tmp_path):
@@ -439,10 +449,6 @@ def test_chat_endpoint_gets_empty_messages_and_prompt_token_ids(tmp_path):
     assert server.bodies[0]["messages"] == [] and len(server.bodies[0]["prompt_token_ids"]) >= 20
 
 
-def test_connections_are_reused(clean_run):
-    assert clean_run[3].connections < 60
-
-
 async def client_here(url):
     """The client in this process, with a stub in LoadGen's place; it opens no spare connections."""
     endpoint = "/v1/completions"
@@ -452,6 +458,24 @@ async def client_here(url):
     samples.add(0, b"1,2", 2, 10, 10)
     loop = asyncio.get_running_loop()
     return loadgen_client.Client(loop, MagicMock(), target, options, samples, "performance", print)
+
+
+def test_connections_are_reused():
+    async def main(url):
+        client = await client_here(url)
+        await client.open_connections(2)
+        for number in range(1, 6):
+            client.begin([(number, 0)], time.perf_counter())
+            while client.active:
+                await asyncio.sleep(0.01)
+        for connection in client.connections:
+            connection.abort()
+        await asyncio.sleep(0.01)
+        return client.done, client.resent
+
+    with Server() as server:
+        assert asyncio.run(main(server.url)) == (5, 0)
+    assert server.connections == 2
 
 
 def test_connection_that_the_server_has_ended_is_not_taken():
@@ -483,6 +507,7 @@ def test_connection_that_the_server_has_ended_is_not_taken():
     [
         (("ok", "vanish", "ok"), {}, 1),  # the server ended an idle connection as we wrote
         (("ok", "vanish", "vanish"), {"cut": 1}, 1),
+        (("ok", "vanish_late"), {"cut": 1}, 0),
         (("vanish",), {"cut": 1}, 0),  # a connection of its own: no idling ended it
         (("ok", "cut"), {"cut": 1}, 0),
     ],
@@ -612,9 +637,11 @@ def test_client_that_was_late_says_so_in_the_result_and_in_the_verdict(tmp_path)
         process.send_signal(signal.SIGCONT)
         assert process.wait(20) == 0
     result = json.loads((run / "job/client_performance.json").read_text())
-    assert result["client_was_late"] and result["late_limit_ms"] == 45 and 30 < result["late_issues"] < 120
+    assert result["client_was_late"] and result["late_limit_ms"] == 45 and result["late_issues"] > 30
     words = f"The client itself was late: {result['late_issues']} of 300 requests left more than 45 ms"
-    assert words in results.verdict_text(run)
+    assert words in results.verdict_text(run) and "twice" not in results.verdict_text(run)
+    (run / "job/client_performance.json").write_text(json.dumps({**result, "resent": 2}))
+    assert "The client sent 2 requests twice" in results.verdict_text(run)
 
 
 class Evil:
@@ -723,6 +750,36 @@ def test_key_for_an_external_endpoint_comes_from_the_environment(tmp_path):
     assert not any(b"secret" in path.read_bytes() for path in run.rglob("*") if path.is_file())
 
 
+@pytest.mark.parametrize("key", ["secret\n", "secret\r\nX: y", "secret\u2019"])
+def test_key_that_no_header_can_hold_is_refused_and_not_said(tmp_path, key):
+    with Server() as server:
+        done = subprocess.run(
+            command(make_run(tmp_path / "run"), server.url), env={**os.environ, "OPENAI_API_KEY": key},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+    assert done.returncode == 2 and "OPENAI_API_KEY: it holds what no HTTP header may" in done.stderr
+    assert "secret" not in done.stdout + done.stderr and server.asked == 0
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [json.dumps, repr, lambda key: json.dumps(key).replace("/", "\\/"), lambda key: repr(json.dumps(key))],
+)
+def test_key_is_masked_as_json_and_python_write_it(monkeypatch, echo):
+    monkeypatch.setenv("OPENAI_API_KEY", 'se/cr"et\\key')
+    target = loadgen_client.Target("http://h", "/v1/completions")
+    assert "***" in target.mask(echo(target.key)) and "et" not in target.mask(echo(target.key))
+
+
+def test_fewer_open_files_than_requests_in_flight_are_refused(tmp_path):
+    run = make_run(tmp_path / "run", scenario="Offline", model_key="llama3_1-405b", max_in_flight=400)
+    (run / "user.conf").write_text(OFFLINE_CONF)
+    with Server() as server:
+        words = ["bash", "-c", 'ulimit -n 300; exec "$@"', "bash", *command(run, server.url)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "300 files may be open (ulimit -Hn), needed are 500" in done.stderr
+
+
 def test_https_endpoint_is_measured_once_its_certificate_is_trusted(tmp_path, tls):
     context, certificate = tls
     with Server(tls=context) as server:
@@ -733,4 +790,4 @@ def test_https_endpoint_is_measured_once_its_certificate_is_trusted(tmp_path, tl
     assert doubted.returncode == 2
     assert "certificate verify failed" in doubted.stderr and "SSL_CERT_FILE names a file" in doubted.stderr
     assert error_lines(run) == [] and value(run, "result_query_count") == 100
-    assert 1 < server.connections < 60 and server.asked == 100
+    assert server.asked == 100

@@ -69,6 +69,13 @@ STREAMS = {
     "byte-order mark": CHUNKED
     + b"".join(map(chunk, [b"\xef\xbb\xbf" + EVENTS[2], *EVENTS[3:]]))
     + b"0\r\n\r\n",
+    "usage in every event": CHUNKED
+    + b"".join(
+        chunk(event({**choice(text=text, token_ids=[10 + n]), "usage": {"completion_tokens": n}}))
+        for n, text in enumerate([" a", '"usage":{\n\n', "", ""], 1)
+    )
+    + chunk(event(b"[DONE]"))
+    + b"0\r\n\r\n",
     "with a length": HEAD + b"content-length:%d\r\n\r\n" % len(PLAIN) + PLAIN,
     "until the connection closes": HEAD + b"\r\n" + PLAIN,
 }
@@ -230,7 +237,14 @@ def test_usage_that_is_no_count_is_a_failure(count, want_ids):
 
 
 @pytest.mark.parametrize("want_ids", [True, False])
-@pytest.mark.parametrize("bad", [event({"error": "x"}), b"event: error\n" + event({"message": "x"})])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        event({"error": "x"}),
+        b"event: error\n" + event({"message": "x"}),
+        event({"object": "error", "message": "x"}),
+    ],
+)
 def test_error_amid_a_stream_is_a_failure_even_if_usage_follows(bad, want_ids):
     parts = [EVENTS[2], EVENTS[3], bad, event(USAGE), event(b"[DONE]")]
     with pytest.raises(client.AnswerError) as caught:
@@ -299,6 +313,33 @@ def test_what_is_no_stream_ends_at_once_and_says_what_it_is(answer, word):
 def test_last_text_without_ids_lacks_none_where_usage_counts_as_many():
     parts = [*EVENTS[:4], event(choice(text=".", token_ids=None)), *EVENTS[4:]]
     assert hear(CHUNKED + b"".join(map(chunk, parts)) + b"0\r\n\r\n", (), True)[2] == [11, 12, 13, 14]
+
+
+def test_empty_lists_of_ids_beside_text_are_no_ids():
+    parts = [event(choice(text=text, token_ids=[])) for text in "abcd"] + EVENTS[4:]
+    assert hear(CHUNKED + b"".join(map(chunk, parts)) + b"0\r\n\r\n", (), True)[1:] == (4, None, "abcd")
+
+
+@pytest.mark.parametrize("want_ids", [True, False])
+def test_wherever_a_chunk_cuts_the_last_event_its_usage_counts(want_ids):
+    """Usage in every event, as some servers can be told to send it: the last but one's would do as well to look at."""
+    body = b"".join(event({**choice(text=" t"), "usage": {"completion_tokens": n}}) for n in (2, 3, 4))
+    for place in range(body.rindex(b"data:"), len(body)):
+        parts = [body[:place], body[place:], event(b"[DONE]")]
+        assert hear(CHUNKED + b"".join(map(chunk, parts)) + b"0\r\n\r\n", (), want_ids)[1] == 4, place
+
+
+@pytest.mark.parametrize(
+    "answer, kind",
+    [
+        (b"HTTP/1.1 429 X\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\n\x1f\x8b", "http_429"),
+        (b"HTTP/1.1 503 X\r\nContent-Length: 9\r\n\r\nbus", "http_5xx"),
+    ],
+)
+def test_status_names_the_failure_whatever_its_body_is(answer, kind):
+    with pytest.raises(client.AnswerError) as caught:
+        hear(answer, (), False)
+    assert caught.value.kind == kind
 
 
 def test_connection_is_kept_only_after_a_whole_answer():
