@@ -21,6 +21,8 @@ import json
 import multiprocessing
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -136,11 +138,15 @@ def evaluate_answers(
     texts = [split(text) for text in decode(answers)]
     items = list(zip(metrics, map(split, references), texts, strict=True))
     scores = np.empty(len(items))
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for done, value in enumerate(pool.imap(score, items, chunksize=32)):
-            scores[done] = value
-            if progress:
-                progress(done + 1, len(items))
+    try:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            for done, value in enumerate(pool.map(score, items, chunksize=32)):
+                scores[done] = value
+                if progress:
+                    progress(done + 1, len(items))
+    except BrokenProcessPool:
+        fix = "Was there memory for them? Run it again with fewer processes, or elsewhere"
+        raise EvaluationError(f"a scoring process was killed. {fix}") from None
     is_rouge = np.array([metric == "rouge" for metric in metrics])
     result = {}
     for name, chosen in (("rougeL", is_rouge), ("exact_match", ~is_rouge)):
@@ -170,6 +176,11 @@ def first_answers(log_path: Path) -> tuple[dict[int, np.ndarray], list[str]]:
     if empty:
         found = f"{len(empty)} samples have no answer (first: {empty[0]})"
         raise EvaluationError(f"{log_path}: {found}: requests failed, the run is INVALID")
+    unreal = next((index for index, ids in answers.items() if ids.min() < 0), None)
+    if unreal is not None:
+        raise EvaluationError(
+            f"{log_path}: sample {unreal} has the id {answers[unreal].min()}, which is no token"
+        )
     told = log.token_count >= 0
     other = told & (log.lengths != log.token_count)
     if told.any() and (log.lengths == 2 * log.token_count)[told].all():
@@ -206,6 +217,10 @@ def verify_test06(run_dir: Path) -> dict[str, str]:
         raise EvaluationError(f"{path}: {found}. Did the TEST06 run end? If not, run it again") from None
     if not answers:
         raise EvaluationError(f"{path}: no answers; did the TEST06 run end?")
+    empty = sum(not len(tokens) for tokens in ids)
+    if empty:
+        found = f"{empty} of {len(ids)} samples have no answer, which TEST06's own rules do not see"
+        raise EvaluationError(f"{path}: {found}: requests failed. Run it again")
     told = [i for i, tokens in enumerate(first) if len(tokens)]
     checks = {
         "First token check": all(ids[i][: len(first[i])].tolist() == first[i].tolist() for i in told)
@@ -282,6 +297,12 @@ def evaluate(
         if order[-1] >= len(frame):
             raise EvaluationError(f"{data_set}: {len(frame)} samples, but the log answers sample {order[-1]}")
         chosen = frame.iloc[order]
+        for column in ("gt_output", "metric"):
+            for index, value in zip(order, chosen[column], strict=True):
+                if not isinstance(value, str):
+                    raise EvaluationError(
+                        f"{data_set}: sample {index}: {column} is {value!r}, needed is text"
+                    )
         told = list(chosen["gt_output"]), list(chosen["metric"])
         result = evaluate_answers(ids, *told, load_decoder(tokenizer_dir), processes, progress)
         notes = [sentence_splitter()[1]]

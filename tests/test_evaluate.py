@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 
 import numpy as np
 import pandas as pd
@@ -194,7 +195,14 @@ def test_test06_is_judged_by_its_three_rules(tmp_path, ids, first, count, words)
 
 @pytest.mark.parametrize(
     "text",
-    ["", '[\n{ "seq_id" : 0, "qsl', '[{"data": "0B000000"}]', '[{"data": "0B0", "token_count": 1}]', "[\n]"],
+    [
+        "",
+        '[\n{ "seq_id" : 0, "qsl',
+        '[{"data": "0B000000"}]',
+        '[{"data": "0B0", "token_count": 1}]',
+        "[\n]",
+        '[{"data": "0B000000", "token_count": 1}, {"data": "", "token_count": 0}]',  # a request failed
+    ],
 )
 def test_test06_run_that_was_ended_early_does_not_stand_in_the_way(run, text):
     log = run / "mlperf/test06/mlperf_log_accuracy.json"
@@ -204,8 +212,29 @@ def test_test06_run_that_was_ended_early_does_not_stand_in_the_way(run, text):
     assert result["tokens_per_sample"] == 4.3
     assert result["notes"][-1].startswith(f"TEST06 is not judged: {log}: ")
     (run / "mlperf/accuracy/mlperf_log_accuracy.json").unlink()
-    with pytest.raises(e.EvaluationError, match="did the TEST06 run end|Did the TEST06 run end"):
+    with pytest.raises(e.EvaluationError, match="[dD]id the TEST06 run end|1 of 2 samples have no answer"):
         e.evaluate(run)
+    assert not log.with_name("verify_accuracy.txt").exists()
+
+
+def test_id_that_is_no_token_is_named(tmp_path):
+    write_log(tmp_path / "run", [(0, ANSWERS[0]), (1, [5, -3])])
+    with pytest.raises(e.EvaluationError, match="sample 1 has the id -3, which is no token"):
+        e.evaluate(tmp_path / "run")
+
+
+def test_scoring_process_that_is_killed_ends_the_evaluation():
+    """As the kernel does when memory runs out."""
+
+    def progress(done, of):
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    text, many = "word " * 200, 3200  # half a minute's work
+    with pytest.raises(e.EvaluationError, match="a scoring process was killed"):
+        e.evaluate_answers(
+            [[1]] * many, [text] * many, ["rouge"] * many, lambda ids: [text] * many, 1, progress
+        )
 
 
 def test_int64_ids_are_refused_and_odd_counts_are_noted(tmp_path):
@@ -248,6 +277,7 @@ def test_pickle_is_not_opened_unless_known_or_trusted(run, pickle, tokenizer_dir
     [
         (REFERENCES.rename(columns={"metric": "kind"}), "no column metric"),
         (REFERENCES[:2], "2 samples, but the log answers sample 2"),
+        (REFERENCES.assign(gt_output=["a", None, "b"]), "sample 1: gt_output is (nan|None), needed is text"),
         (REFERENCES.assign(metric="bleu"), "metric bleu: known are rouge, niah_em, qa_em"),
     ],
 )
