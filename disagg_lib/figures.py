@@ -229,8 +229,8 @@ def _draw_phases(axis, phases: list[dict], start: float, end: float) -> None:
 def figure_search(run_dir: Path | str) -> Figure:
     """The trials of find_target_qps: worst allowed TTFT and TPOT as shares of their limits against the offered QPS.
 
-    Filled marks are VALID trials, hollow ones INVALID; larger marks are longer trials. A trial whose requests failed has no shares:
-    it is a cross on the upper edge.
+    Filled marks are VALID trials, hollow ones INVALID; larger marks are longer trials. A trial in which requests failed has a
+    cross on the upper edge, and no shares if they were many.
 
     Raises
     ------
@@ -263,7 +263,7 @@ def figure_search(run_dir: Path | str) -> Figure:
                 zorder=3,
                 label=f"{name.upper()}, {word} ({len(shown)})",
             )
-    failed = [row["qps"] for row in trials if row["ttft_share"] is None]
+    failed = [row["qps"] for row in trials if row.get("failed") or row["ttft_share"] is None]
     if failed:
         axis.scatter(
             failed, [top] * len(failed), marker="x", color=INK, label=f"requests failed ({len(failed)})"

@@ -3,6 +3,8 @@
 Each trial is a Server run of the measuring client at one target QPS. Its margin is a share: the value that early
 stopping lets be the worst (of TTFT, of TPOT) over its limit; at most 1 is VALID. Close to the edge the logarithm of
 that share is nearly linear in the logarithm of the QPS, so the margins, not only the verdicts, choose the next point.
+A share near 1 may also be a level, as CUDA-graph padding makes them: alone it places no edge. Where a few requests
+fail, the trial is INVALID, and the others' latencies lead on.
 
 Short trials bracket, longer ones place, full-length ones decide. Seen from the same seed, the edge of 459 queries lies
 within 10 % (one sigma) of the edge of 8313, that of 1496 within 7 %; what short trials say bounds what longer ones may be
@@ -28,7 +30,7 @@ import sys
 import time
 import urllib.parse
 from pathlib import Path
-from signal import SIGTERM, signal
+from signal import SIGHUP, SIGTERM, signal
 
 import numpy as np
 
@@ -36,17 +38,23 @@ FULL_QUERIES = 8313
 Stage = collections.namedtuple("Stage", "share width near most trust")
 # share of a full-length run; a bracket is narrow enough at `width`, an estimate at `near` to a trial (shares of the QPS);
 # trials at the most; how far beyond this stage's verdicts the next may be led. The last stage's follow from `resolution`.
-STAGES = (Stage(459.0 / FULL_QUERIES, 0.25, 0.10, 4, 0.18), Stage(0.18, 0.15, 0.05, 2, 0.06))
-STEEPNESS = (
-    2.7  # d log share / d log QPS at the edge, where no two trials tell it, and the range that it is kept in
-)
+STAGES = (Stage(459.0 / FULL_QUERIES, 0.25, 0.10, 4, 0.18), Stage(0.18, 0.15, 0.07, 2, 0.06))
+# d log share / d log QPS at the edge, where no two trials tell it, and the range that it is kept in
+STEEPNESS = 2.7
 FLATTEST, STEEPEST = 1.0, 40.0
 FAR = 0.9  # beyond this |log share| the share no longer tells how far the edge is
 MAX_STEP = 1.6  # of one trial to the next, as a factor, outside a bracket
 MAX_TRIALS = 8  # of full length
+MAX_SHORT = 16  # of a shorter one, while nothing is known on one side of the edge
+# A share near 1 may be a level: it places the edge only with the other verdict within this factor, and
+# the next trial goes further off, by the second.
+PLATEAU, OFF_IT = 1.4, 1.1
+MOST_FAILED = (
+    0.01  # share of a trial's requests; if more failed, the latencies of the others tell of another load
+)
 LOOSE = 2.7  # an edge further than this many resolutions from the nearest full-length trial wants one more than two
 
-Edge = collections.namedtuple("Edge", "estimate low high near steepness")
+Edge = collections.namedtuple("Edge", "estimate low high near steepness rises")
 
 
 class SearchError(Exception):
@@ -71,11 +79,17 @@ def share_of_limit(values, limit):
     return float(np.sort(values)[len(values) - 1 - allowed]) / limit if allowed >= 0 else None
 
 
+def passes(row):
+    """Return whether a trial kept its limits. Some failed requests make it INVALID, but tell nothing of the QPS."""
+    shares = row["ttft_share"], row["tpot_share"]
+    return row["valid"] or bool(row.get("failed")) and None not in shares and max(shares) <= 1
+
+
 def log_share(row):
     """Return the logarithm of a trial's worse share, inside +-FAR."""
     shares = row["ttft_share"], row["tpot_share"]
-    if None in shares or max(shares) > 1 and row["valid"] or max(shares) <= 1 and not row["valid"]:
-        return -0.01 if row["valid"] else FAR  # failed requests, or a verdict that the shares do not explain
+    if None in shares or (max(shares) <= 1) != passes(row):
+        return -0.01 if passes(row) else FAR  # many failed, or a verdict that the shares do not explain
     return min(max(math.log(max(shares)), -FAR), FAR)
 
 
@@ -83,7 +97,9 @@ class Rows:
     """The trials so far, as JSON lines in a file: a search that was interrupted repeats none of them."""
 
     def __init__(self, path=None):
-        self.path, self.rows, self.spent_s = path and Path(path), [], 0.0  # s of the trials that ran here
+        self.path, self.rows = path and Path(path), []
+        # s of the trials that ran here; s that the VALID ones took beyond their queries at their QPS, at the most
+        self.spent_s = self.overhead_s = 0.0
         if self.path and self.path.exists():
             text = self.path.read_text()
             if text and not text.endswith("\n"):  # killed while writing: that trial runs again
@@ -107,7 +123,7 @@ class Rows:
 
     def best(self):
         """Return the VALID row of the highest QPS that no INVALID trial, at least as long, contradicts; or None."""
-        fails = [row for row in self.rows if not row["valid"]]
+        fails = [row for row in self.rows if not passes(row)]
 
         def stands(row):
             return not any(f["qps"] <= row["qps"] and f["queries"] >= row["queries"] for f in fails)
@@ -119,10 +135,13 @@ class Rows:
         """Run a trial and return its row."""
         start = time.monotonic()
         result = trial(qps, queries)
-        row = dict({"seconds": round(time.monotonic() - start, 3)}, **result)
+        took_s = time.monotonic() - start
+        row = dict({"seconds": round(took_s, 3)}, **result)
         row = dict(row, qps=qps, queries=queries)
         self.rows.append(row)
-        self.spent_s += row["seconds"]
+        took_s = max(took_s, row["seconds"])  # a client prepares its requests before its own seconds begin
+        self.spent_s += took_s
+        self.overhead_s = max(self.overhead_s, took_s - queries / qps if passes(row) else 0.0)
         if self.path:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -133,35 +152,45 @@ def edge_of(rows, steepness=STEEPNESS):
     """Return the Edge that trials of one length tell of.
 
     low, high: the rows on both sides of it, or None; near: of these the one that is nearer to the limit; steepness as
-    given where no two rows tell it.
+    given where no two rows tell it; rises: whether two rows on one side say that the share is no level.
     """
     rows = sorted(rows, key=lambda row: row["qps"])
-    fails = [row for row in rows if not row["valid"]]
-    passes = [row for row in rows if row["valid"] and (not fails or row["qps"] < fails[0]["qps"])]
-    low, high = passes[-1] if passes else None, fails[0] if fails else None
+    fails = [row for row in rows if not passes(row)]
+    below = [row for row in rows if passes(row) and (not fails or row["qps"] < fails[0]["qps"])]
+    low, high = below[-1] if below else None, fails[0] if fails else None
     pair = [row for row in (low, high) if row]
     near = min(pair, key=lambda row: abs(log_share(row)))
     if len(pair) < 2:  # one side only: its two nearest trials, if they tell apart
-        pair = [row for row in (passes[-2:] if passes else fails[:2]) if abs(log_share(row)) < FAR]
+        pair = [row for row in (below[-2:] if below else fails[:2]) if abs(log_share(row)) < FAR]
+    rises = False
     if len(pair) == 2:
-        rise = log_share(pair[1]) - log_share(pair[0])
-        steepness = min(max(rise / math.log(pair[1]["qps"] / pair[0]["qps"]), FLATTEST), STEEPEST)
+        slope = (log_share(pair[1]) - log_share(pair[0])) / math.log(pair[1]["qps"] / pair[0]["qps"])
+        steepness, rises = min(max(slope, FLATTEST), STEEPEST), slope > FLATTEST / 2 and not (low and high)
     step = min(max(math.exp(-log_share(near) / steepness), 1 / MAX_STEP), MAX_STEP)
+    if not (low and high) and abs(log_share(near)) >= FAR:  # the shares do not tell how far it is
+        step = MAX_STEP if low else 1 / MAX_STEP
     estimate = near["qps"] * step
     if low and high:
         room = (high["qps"] / low["qps"]) ** 0.1
         estimate = min(max(estimate, low["qps"] * room), high["qps"] / room)
-    return Edge(estimate, low, high, near, steepness)
+    return Edge(estimate, low, high, near, steepness, rises)
 
 
-def seconds_of(runs, qps):
-    """Return how long runs, (queries, least seconds) each, take one after the other at that QPS."""
-    return sum(max(queries / qps, least_s) for queries, least_s in runs)
+def seconds_of(runs, qps, overhead_s=0.0):
+    """Return how long runs, (queries, least seconds) each, take one after the other at that QPS, each with its overhead."""
+    return sum(max(queries / qps, least_s) + overhead_s for queries, least_s in runs)
+
+
+def has_other_verdict_near(rows, near):
+    """Return whether a trial of any length, a factor of PLATEAU at most beyond the edge from this one, ended otherwise."""
+    factor = PLATEAU if passes(near) else 1 / PLATEAU
+    low, high = sorted((near["qps"], near["qps"] * factor))
+    return any(passes(row) != passes(near) and low <= row["qps"] <= high for row in rows)
 
 
 def stages(full_queries, resolution=0.03):
     """Return [(queries, Stage)]; a full length of less than 918 queries is the only one."""
-    last = Stage(1.0, 4 * resolution, resolution, 2, 0.0)
+    last = Stage(1.0, 4 * resolution, 1.3 * resolution, 2, 0.0)
     shorter = STAGES if full_queries >= 2 * 459 else ()
     found = {}
     for stage in shorter + (last,):
@@ -186,7 +215,7 @@ def find_target_qps(
     Parameters
     ----------
     trial : called as trial(qps, queries); returns a mapping with valid (bool), ttft_share, tpot_share (see above; None
-        where unknown) and whatever else the row should keep, such as seconds.
+        where unknown) and whatever else the row should keep, such as seconds, and failed, the number of failed requests.
     low_qps, high_qps : where to begin, and the highest QPS to try; low_qps may turn out INVALID.
     rows_path : file of JSON lines that keeps each trial and resumes the search, or None.
     resolution : share of the QPS at which a full-length trial is near enough to the edge. Two such trials are mostly
@@ -205,51 +234,63 @@ def find_target_qps(
 
     Raises
     ------
-    SearchError : bounds that make no sense, nothing VALID down to a 16th of low_qps, or nothing seen VALID in the time.
+    SearchError : bounds that make no sense, nothing VALID (down to a 16th of low_qps), or nothing seen VALID in the time.
     """
     if not 0 < low_qps < high_qps:
         raise SearchError(f"low_qps {low_qps!r}, high_qps {high_qps!r}: needed is 0 < low_qps < high_qps")
     rows, point, steepness, ended = Rows(rows_path), low_qps, STEEPNESS, "resolution reached"
-    edge, placed_by, least, most = None, None, 0.0, math.inf
+    edge, edge_qps, placed_by, least, most = None, low_qps, None, 0.0, math.inf
+    seen = []  # in this search: what an earlier one ran later must not change the way
     for queries, stage in stages(full_queries, resolution):
-        used, unresolved, loose = [], math.inf, LOOSE * resolution
-        while len(used) < stage.most or stage.share == 1.0 and len(used) < MAX_TRIALS and unresolved > loose:
+        used, counted, unresolved, loose = [], 0, math.inf, LOOSE * resolution
+        is_last = stage.share == 1.0
+        while len(used) < MAX_SHORT and (
+            counted < stage.most or is_last and len(used) < MAX_TRIALS and unresolved > loose
+        ):
             point = min(float(f"{max(point, low_qps / 16):.4g}"), high_qps)
             if any(row["qps"] == point for row in used):
                 break
-            row, over_s = rows.known(point, queries), rows.spent_s + queries / point
-            best = rows.best()
-            after_s = seconds_of(runs_after, min(point, best["qps"] if best else low_qps))
+            row, best = rows.known(point, queries), rows.best()
+            over_s = rows.spent_s + queries / point + rows.overhead_s
+            after_s = seconds_of(runs_after, min(point, best["qps"] if best else low_qps), rows.overhead_s)
             out_of_budget = budget_s is not None and over_s > budget_s
             if not row and (out_of_budget or time_s is not None and over_s + after_s > time_s):
                 ended = "time budget"
                 break
             used.append(row or rows.run(trial, point, queries))
+            seen.append(used[-1])
             edge, placed_by = edge_of(used, steepness), queries
             # A verdict of this length that contradicts what shorter trials said frees that side.
             least = 0.0 if edge.high and edge.high["qps"] < 1.03 * least else least
             most = math.inf if edge.low and edge.low["qps"] > 0.97 * most else most
-            point = min(max(edge.estimate, least), most)
+            # Short trials are cheap: until both sides are known they go on.
+            counted += stage is not STAGES[0] or bool((edge.low or least) and (edge.high or most < math.inf))
+            point = edge_qps = min(max(edge.estimate, least), most)
             if log:
-                log(f"{used[-1]!r}: edge near {point:.4g}")
-            unresolved = abs(math.log(point / edge.near["qps"]))
+                log(f"{used[-1]!r}: edge near {edge_qps:.4g}")
+            unresolved = abs(math.log(edge_qps / edge.near["qps"]))
             loose = LOOSE * resolution
+            narrow, is_near = False, unresolved < stage.near
             if edge.low and edge.high:
                 steepness = edge.steepness
                 # A cliff: verdicts alone tell.
-                blind = stage.share == 1.0 and abs(log_share(edge.near)) >= FAR
+                blind = is_last and abs(log_share(edge.near)) >= FAR
                 width, loose = (2 * resolution, resolution) if blind else (stage.width, loose)
-                enough = unresolved < stage.near or edge.high["qps"] / edge.low["qps"] < 1 + width
-            else:  # one side only: enough at the end of the range, or where even the flattest curve leads no further
-                enough = abs(log_share(edge.near)) / FLATTEST < stage.near
-                enough = enough or bool(edge.low and edge.low["qps"] >= high_qps)
+                narrow = edge.high["qps"] / edge.low["qps"] < 1 + width
+            else:  # one side only: near, if even the flattest curve leads no further
+                is_near = abs(log_share(edge.near)) / FLATTEST < stage.near
+                narrow = bool(edge.low and edge.low["qps"] >= high_qps)
                 if len(used) > 1:
                     steepness = edge.steepness
                 else:
                     unresolved = math.inf
-            if enough:
+            if narrow or is_near and (edge.rises or has_other_verdict_near(seen, edge.near)):
                 unresolved = 0.0
                 break
+            if is_near:
+                unresolved = math.inf
+                point = edge.near["qps"] * (OFF_IT if passes(edge.near) else 1 / OFF_IT)
+        point = edge_qps
         if ended == "time budget":
             break
         if edge.high and not edge.low and edge.high["qps"] <= low_qps / 15.9:
@@ -262,17 +303,28 @@ def find_target_qps(
         found = f"{len(rows.rows)} trials fitted into the time, none VALID (or a longer one was INVALID there); the next, "
         found += f"{queries} queries at {point:g}/s, and the runs after it take {queries / point + after_s:.0f} s more"
         raise SearchError(f"{found}. Raise time_limit (and search_budget_s), or lower target_qps_min")
-    edge_qps = min(point, high_qps)
+    failing = sum(bool(row.get("failed")) for row in rows.rows)
+    if not any(row["valid"] for row in rows.rows):
+        lowest = min(row["qps"] for row in rows.rows)
+        found = f"{len(rows.rows)} trials, down to {lowest:g} queries/s, none VALID; in {failing} of them requests failed"
+        raise SearchError(f"{found}: look at the trials' logs, or lower target_qps_min")
+    edge_qps = min(edge_qps, high_qps)
     full = [row["qps"] for row in rows.rows if row["valid"] and row["queries"] == full_queries]
     highest = max((qps for qps in full if qps <= edge_qps), default=0.0)
     seen_valid = highest >= 0.96 * edge_qps
     target = highest if seen_valid else float("%.4g" % (0.98 * edge_qps))
     if ended == "time budget" and not seen_valid:
-        target = min(target, best["qps"])
-    elif highest == high_qps:
+        after_s = seconds_of(runs_after, target, rows.overhead_s)
+        in_time = time_s is None or rows.spent_s + after_s <= time_s
+        target = min(target, best["qps"]) if in_time else best["qps"]
+    elif ended != "time budget" and highest == high_qps:
         ended = "high_qps is VALID"
-    elif unresolved > loose:
+    elif ended != "time budget" and unresolved > loose:
         ended = f"no nearer after {len(used)} full-length trials"
+    if failing:
+        ended += (
+            f"; requests failed in {failing} trials, which makes a run INVALID at any QPS: see job/trials"
+        )
     return {
         "target_qps": target,
         "seen_valid": seen_valid,
@@ -314,14 +366,15 @@ def accepts_connections(url):
 def read_trial(folder, url):
     """Return the row of a finished trial; SearchError if the servers are gone, which says nothing about the QPS."""
     result = json.loads((folder / "job" / "client_performance.json").read_text())
-    if result["status"] != "finished" or result["kinds"]["refused"] and not accepts_connections(url):
-        raise SearchError(f"{folder}: {'; '.join(result['reasons'])}: are the servers up?")
+    gone = result["kinds"]["refused"] and not accepts_connections(url)
+    if result["status"] != "finished" or gone or not result["done"]:
+        raise SearchError(f"{folder}: {'; '.join(result['reasons'])}: are the servers up and well?")
     with open(folder / "job" / "queries_performance.csv", newline="") as file:
         served = [row for row in csv.DictReader(file) if row["status"] == "ok"]
     ttft_ms = np.array([float(row["ttft_ms"]) + float(row["late_ms"]) for row in served])
     streamed_ms = np.array([float(row["latency_ms"]) - float(row["ttft_ms"]) for row in served])
     tpot_ms = streamed_ms / (np.array([int(row["output_tokens"]) for row in served]) - 1)
-    failed = result["failed"] > 0
+    failed = result["failed"] > MOST_FAILED * result["issued"]
     return {
         "valid": result["valid_client"] and result["loadgen_validity"] == "VALID",
         "ttft_share": None if failed else share_of_limit(ttft_ms, result["ttft_limit_ms"]),
@@ -337,7 +390,9 @@ def run_trial(run_dir, client, url, qps, queries):
     """Run the measuring client once, in a folder of its own below job/trials, and return its row."""
     trials = run_dir / "job" / "trials"
     numbers = [int(path.name) for path in trials.glob("*") if path.name.isdecimal()]
-    folder = trials / f"{1 + max(numbers, default=0):02d}"
+    kept = run_dir / "job" / "find_target_qps.jsonl"  # an earlier job's rows tell of folders of its own
+    numbers.append(kept.read_text().count("\n") if kept.exists() else 0)
+    folder = trials / f"{1 + max(numbers):02d}"
     write_trial(run_dir, folder, client, qps, queries)
     command = [sys.executable, str(Path(__file__).with_name("loadgen_client.py")), "--run-dir", str(folder)]
     command += ["--test-mode", "performance", "--url", url, "--progress-mode", "find_target_qps"]
@@ -361,7 +416,8 @@ def main(arguments=None):
     parser.add_argument("--url", required=True)
     options = parser.parse_args(arguments)
     run_dir = options.run_dir.resolve()
-    signal(SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for number in (SIGTERM, SIGHUP):  # run_trial ends the client then
+        signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         settings = json.loads((run_dir / "job" / "settings.json").read_text())
         client, search = settings["client"], settings["find_target_qps"]

@@ -535,14 +535,12 @@ def progress_line(state: JobState, tokens_per_s: float | None = None) -> str:
 
 def trial_line(row: dict) -> str:
     """One line for people: what a trial of find_target_qps found."""
-    shares = [
-        f"{name.upper()} {row[f'{name}_share']:.2f}"
-        for name in ("ttft", "tpot")
-        if row[f"{name}_share"] is not None
-    ]
-    why = f"{' and '.join(shares)} of the limit" if shares else f"{row['failed']} requests failed"
-    word = "VALID" if row["valid"] else "INVALID"
-    return f"trial: {row['queries']} queries at {row['qps']:g} queries/s: {word}, {why}"
+    words = ["VALID" if row["valid"] else "INVALID"]
+    if None not in (row["ttft_share"], row["tpot_share"]):
+        words.append(f"TTFT {row['ttft_share']:.2f} and TPOT {row['tpot_share']:.2f} of the limit")
+    if row.get("failed"):
+        words.append(f"{row['failed']} requests failed")
+    return f"trial: {row['queries']} queries at {row['qps']:g} queries/s: {', '.join(words)}"
 
 
 def watch(run_dir: Path, every_s: float = 5.0, out=print) -> JobState:
