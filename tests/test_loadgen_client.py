@@ -460,17 +460,22 @@ async def client_here(url):
     return loadgen_client.Client(loop, MagicMock(), target, options, samples, "performance", print)
 
 
+async def send_in_turn(client, count):
+    """Send requests one after the other, and close all connections."""
+    for number in range(count):
+        client.begin([(number, 0)], time.perf_counter())
+        while client.active:
+            await asyncio.sleep(0.01)
+    for connection in client.connections:
+        connection.abort()
+    await asyncio.sleep(0.01)
+
+
 def test_connections_are_reused():
     async def main(url):
         client = await client_here(url)
         await client.open_connections(2)
-        for number in range(1, 6):
-            client.begin([(number, 0)], time.perf_counter())
-            while client.active:
-                await asyncio.sleep(0.01)
-        for connection in client.connections:
-            connection.abort()
-        await asyncio.sleep(0.01)
+        await send_in_turn(client, 5)
         return client.done, client.resent
 
     with Server() as server:
@@ -489,12 +494,7 @@ def test_connection_that_the_server_has_ended_is_not_taken():
         for writer in server.writers[1:]:
             server.loop.call_soon_threadsafe(writer.close)
         time.sleep(0.2)
-        client.begin([(1, 0)], time.perf_counter())
-        while client.active:
-            await asyncio.sleep(0.01)
-        for connection in client.connections:
-            connection.abort()
-        await asyncio.sleep(0.01)
+        await send_in_turn(client, 1)
         return client.done, client.kinds
 
     with Server() as server:
@@ -516,13 +516,7 @@ def test_request_that_met_the_end_of_an_idle_connection_is_sent_once_more(plan, 
     async def main(url):
         client = await client_here(url)
         await client.open_connections(1)
-        for number in range(1, 3 if plan[0] == "ok" else 2):
-            client.begin([(number, 0)], time.perf_counter())
-            while client.active:
-                await asyncio.sleep(0.01)
-        for connection in client.connections:
-            connection.abort()
-        await asyncio.sleep(0.01)
+        await send_in_turn(client, 2 if plan[0] == "ok" else 1)
         return client
 
     with Server(lambda n: plan[n]) as server:
