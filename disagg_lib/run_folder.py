@@ -138,7 +138,8 @@ def settings_of(e: Experiment) -> dict:
             "request_timeout_s": e.request_timeout_s,
             # Of one request; where all are silent the job's watchdog speaks first.
             "stall_timeout_s": e.stall_timeout_s + 60,
-            "connections": 64,
+            # Opened before the run. Somebody else's server may keep a thread for each.
+            "connections": 8 if e.engine == "external" else 64,
         },
     }
 
