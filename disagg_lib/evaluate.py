@@ -145,7 +145,7 @@ def evaluate_answers(
                 if progress:
                     progress(done + 1, len(items))
     except BrokenProcessPool:
-        fix = "Was there memory for them? Run it again with fewer processes, or elsewhere"
+        fix = "Run it again where there is more memory"
         raise EvaluationError(f"a scoring process was killed. {fix}") from None
     is_rouge = np.array([metric == "rouge" for metric in metrics])
     result = {}

@@ -229,8 +229,8 @@ def _draw_phases(axis, phases: list[dict], start: float, end: float) -> None:
 def figure_search(run_dir: Path | str) -> Figure:
     """The trials of find_target_qps: worst allowed TTFT and TPOT as shares of their limits against the offered QPS.
 
-    Filled marks are VALID trials, hollow ones INVALID; larger marks are longer trials. A trial in which requests failed has a
-    cross on the upper edge, and no shares if they were many.
+    Filled marks are VALID trials, hollow ones INVALID; larger marks are longer trials, and a line joins those of one length. A
+    share above 4 is drawn at 4. A trial in which requests failed has a cross on the upper edge, and no shares if they were many.
 
     Raises
     ------
@@ -244,18 +244,24 @@ def figure_search(run_dir: Path | str) -> Figure:
         needed, todo = "the rows of a search", "Set find_target_qps: true in 03_configuration."
         raise LogError("missing_file", job / "find_target_qps.jsonl", "no trials", needed, todo)
     figure, axis = new_figure(8.0, 4.4)
-    longest, top = max(row["queries"] for row in trials), 1.2
+    lengths = sorted({row["queries"] for row in trials})
+    shares = [row[f"{name}_share"] or 0 for row in trials for name in ("ttft", "tpot")]
+    top = min(max(1.2, *shares), 4)  # far above the limit the size says nothing
     for name, colour, marker, dash in (("ttft", BLUE, "o", "-"), ("tpot", ORANGE, "s", "--")):
         rows = [row for row in trials if row[f"{name}_share"] is not None]
-        x, y = [row["qps"] for row in rows], [row[f"{name}_share"] for row in rows]
-        top = max([top, *y])
-        axis.plot(x, y, color=colour, linestyle=dash, linewidth=1.2, zorder=2)
+        x, y = [row["qps"] for row in rows], [min(row[f"{name}_share"], top) for row in rows]
+        for length in lengths:
+            of_it = [i for i, row in enumerate(rows) if row["queries"] == length]
+            line = [x[i] for i in of_it], [y[i] for i in of_it]
+            axis.plot(
+                *line, color=colour, linestyle=dash, linewidth=0.6 + 0.9 * length / lengths[-1], zorder=2
+            )
         for valid, word in ((True, "VALID"), (False, "INVALID")):
             shown = [i for i, row in enumerate(rows) if row["valid"] == valid]
             axis.scatter(
                 [x[i] for i in shown],
                 [y[i] for i in shown],
-                s=[30 + 60 * rows[i]["queries"] / longest for i in shown],
+                s=[30 + 60 * rows[i]["queries"] / lengths[-1] for i in shown],
                 marker=marker,
                 facecolors=colour if valid else "white",
                 edgecolors=colour,
@@ -263,7 +269,7 @@ def figure_search(run_dir: Path | str) -> Figure:
                 zorder=3,
                 label=f"{name.upper()}, {word} ({len(shown)})",
             )
-    failed = [row["qps"] for row in trials if row.get("failed") or row["ttft_share"] is None]
+    failed = [row["qps"] for row in trials if row.get("failed")]
     if failed:
         axis.scatter(
             failed, [top] * len(failed), marker="x", color=INK, label=f"requests failed ({len(failed)})"
@@ -276,10 +282,10 @@ def figure_search(run_dir: Path | str) -> Figure:
         axis.axvline(result["target_qps"], color=MID, linestyle="-.", linewidth=1.2, label=label)
     axis.set_xlabel("offered load (queries/s)")
     axis.set_ylabel("worst allowed value / limit")
-    axis.set_ylim(0, 1.08 * min(top, 4))  # far above the limit the size says nothing
+    axis.set_ylim(0, 1.08 * top)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=7.5)
     queries = sum(row["queries"] for row in trials)
-    ended = result.get("ended", "not ended")
+    ended = result.get("ended", "not ended").partition(";")[0]
     set_title(
         figure,
         f"Search for the target QPS: {len(trials)} trials, {queries} queries, {ended}",

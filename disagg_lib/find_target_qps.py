@@ -43,6 +43,7 @@ STAGES = (Stage(459.0 / FULL_QUERIES, 0.25, 0.10, 4, 0.18), Stage(0.18, 0.15, 0.
 STEEPNESS = 2.7
 FLATTEST, STEEPEST = 1.0, 40.0
 FAR = 0.9  # beyond this |log share| the share no longer tells how far the edge is
+APART = 1.3  # trials so far apart that fail alike do not fail because of their QPS
 MAX_STEP = 1.6  # of one trial to the next, as a factor, outside a bracket
 MAX_TRIALS = 8  # of full length
 MAX_SHORT = 16  # of a shorter one, while nothing is known on one side of the edge
@@ -73,16 +74,45 @@ def allowed_over_limit(count):
     return allowed
 
 
-def share_of_limit(values, limit):
-    """Return the value that must not pass the limit for early stopping to hold, over the limit; None for too few."""
-    allowed = allowed_over_limit(len(values))
+def share_of_limit(values, limit, count=None):
+    """Return the value that must not pass the limit for early stopping to hold, over the limit; None for too few.
+
+    count : queries of the trial, if not every one of them has a value.
+    """
+    allowed = allowed_over_limit(count or len(values))
     return float(np.sort(values)[len(values) - 1 - allowed]) / limit if allowed >= 0 else None
 
 
 def passes(row):
-    """Return whether a trial kept its limits. Some failed requests make it INVALID, but tell nothing of the QPS."""
+    """Return whether a trial counts as one below the edge, which `judge` may have said."""
+    return row.get("passes", row["valid"])
+
+
+def keeps_limits(row):
+    """Return whether the latencies of a trial's served requests kept the limits, whatever failed."""
     shares = row["ttft_share"], row["tpot_share"]
-    return row["valid"] or bool(row.get("failed")) and None not in shares and max(shares) <= 1
+    return bool(row.get("failed")) and None not in shares and max(shares) <= 1
+
+
+def judge(rows):
+    """Set each row's `passes`: VALID, or INVALID for failed requests alone that do not tell of too high a QPS.
+
+    They do not if a trial at quite another QPS saw about as many of its own fail, and the others' latencies kept the limits.
+    """
+
+    def alike(one, other):
+        (few, of_few), (many, of_many) = ((row.get("failed", 0), row["queries"]) for row in (one, other))
+        apart = abs(math.log(one["qps"] / other["qps"])) > math.log(0.99 * APART)
+        return (
+            apart
+            and few
+            and many
+            and few <= 3 + 3 * many * of_few / of_many
+            and many <= 3 + 3 * few * of_many / of_few
+        )
+
+    for row in rows:
+        row["passes"] = row["valid"] or keeps_limits(row) and any(alike(row, other) for other in rows)
 
 
 def log_share(row):
@@ -168,7 +198,7 @@ def edge_of(rows, steepness=STEEPNESS):
         steepness, rises = min(max(slope, FLATTEST), STEEPEST), slope > FLATTEST / 2 and not (low and high)
     step = min(max(math.exp(-log_share(near) / steepness), 1 / MAX_STEP), MAX_STEP)
     if not (low and high) and abs(log_share(near)) >= FAR:  # the shares do not tell how far it is
-        step = MAX_STEP if low else 1 / MAX_STEP
+        step = MAX_STEP if low else 1 / APART if keeps_limits(high) else 1 / MAX_STEP
     estimate = near["qps"] * step
     if low and high:
         room = (high["qps"] / low["qps"]) ** 0.1
@@ -177,8 +207,14 @@ def edge_of(rows, steepness=STEEPNESS):
 
 
 def seconds_of(runs, qps, overhead_s=0.0):
-    """Return how long runs, (queries, least seconds) each, take one after the other at that QPS, each with its overhead."""
-    return sum(max(queries / qps, least_s) + overhead_s for queries, least_s in runs)
+    """Return how long runs, (queries, least seconds) each, take one after the other at that QPS, each with its overhead.
+
+    LoadGen issues all samples once more until the least time is over.
+    """
+    seconds = 0.0
+    for queries, least_s in runs:
+        seconds += max(1, math.ceil(least_s * qps / queries)) * queries / qps + overhead_s
+    return seconds
 
 
 def has_other_verdict_near(rows, near):
@@ -209,6 +245,7 @@ def find_target_qps(
     log=None,
     time_s=None,
     runs_after=(),
+    full_s=0.0,
 ):
     """Search the edge between VALID and INVALID.
 
@@ -224,6 +261,7 @@ def find_target_qps(
     full_queries : queries of the trials that decide.
     time_s, runs_after : nor one after which less than time_s would not be enough for these runs, (queries, least seconds)
         each, at the highest QPS seen VALID by then.
+    full_s : least seconds of a full-length trial, as of the run that it speaks for.
 
     Returns
     -------
@@ -245,13 +283,17 @@ def find_target_qps(
         used, counted, unresolved, loose = [], 0, math.inf, LOOSE * resolution
         is_last = stage.share == 1.0
         while len(used) < MAX_SHORT and (
-            counted < stage.most or is_last and len(used) < MAX_TRIALS and unresolved > loose
+            counted < stage.most
+            or is_last
+            and len(used) < MAX_TRIALS
+            and (unresolved > loose or not any(map(passes, seen)))
         ):
             point = min(float(f"{max(point, low_qps / 16):.4g}"), high_qps)
             if any(row["qps"] == point for row in used):
                 break
             row, best = rows.known(point, queries), rows.best()
-            over_s = rows.spent_s + queries / point + rows.overhead_s
+            next_s = seconds_of([(queries, full_s * is_last)], point, rows.overhead_s)
+            over_s = rows.spent_s + next_s
             after_s = seconds_of(runs_after, min(point, best["qps"] if best else low_qps), rows.overhead_s)
             out_of_budget = budget_s is not None and over_s > budget_s
             if not row and (out_of_budget or time_s is not None and over_s + after_s > time_s):
@@ -259,6 +301,7 @@ def find_target_qps(
                 break
             used.append(row or rows.run(trial, point, queries))
             seen.append(used[-1])
+            judge(seen)
             edge, placed_by = edge_of(used, steepness), queries
             # A verdict of this length that contradicts what shorter trials said frees that side.
             least = 0.0 if edge.high and edge.high["qps"] < 1.03 * least else least
@@ -270,12 +313,12 @@ def find_target_qps(
                 log(f"{used[-1]!r}: edge near {edge_qps:.4g}")
             unresolved = abs(math.log(edge_qps / edge.near["qps"]))
             loose = LOOSE * resolution
-            narrow, is_near = False, unresolved < stage.near
+            blind = abs(log_share(edge.near)) >= FAR
+            narrow, is_near = False, unresolved < stage.near and not blind
             if edge.low and edge.high:
                 steepness = edge.steepness
-                # A cliff: verdicts alone tell.
-                blind = is_last and abs(log_share(edge.near)) >= FAR
-                width, loose = (2 * resolution, resolution) if blind else (stage.width, loose)
+                # A cliff, or failures: verdicts alone tell.
+                width, loose = (2 * resolution, resolution) if is_last and blind else (stage.width, loose)
                 narrow = edge.high["qps"] / edge.low["qps"] < 1 + width
             else:  # one side only: near, if even the flattest curve leads no further
                 is_near = abs(log_share(edge.near)) / FLATTEST < stage.near
@@ -284,7 +327,8 @@ def find_target_qps(
                     steepness = edge.steepness
                 else:
                     unresolved = math.inf
-            if narrow or is_near and (edge.rises or has_other_verdict_near(seen, edge.near)):
+            placed = narrow or is_near and (edge.rises or has_other_verdict_near(seen, edge.near))
+            if placed and (not is_last or any(map(passes, seen))):
                 unresolved = 0.0
                 break
             if is_near:
@@ -301,7 +345,7 @@ def find_target_qps(
     best = rows.best()
     if ended == "time budget" and not best:
         found = f"{len(rows.rows)} trials fitted into the time, none VALID (or a longer one was INVALID there); the next, "
-        found += f"{queries} queries at {point:g}/s, and the runs after it take {queries / point + after_s:.0f} s more"
+        found += f"{queries} queries at {point:g}/s, and the runs after it take {next_s + after_s:.0f} s more"
         raise SearchError(f"{found}. Raise time_limit (and search_budget_s), or lower target_qps_min")
     failing = sum(bool(row.get("failed")) for row in rows.rows)
     if not any(row["valid"] for row in rows.rows):
@@ -313,6 +357,9 @@ def find_target_qps(
     highest = max((qps for qps in full if qps <= edge_qps), default=0.0)
     seen_valid = highest >= 0.96 * edge_qps
     target = highest if seen_valid else float("%.4g" % (0.98 * edge_qps))
+    if not seen_valid:  # nor above what another search, with other bounds, saw INVALID
+        fails = (row["qps"] for row in rows.rows if not passes(row) and row["queries"] == full_queries)
+        target = min([target, *(0.98 * qps for qps in fails if qps <= target)])
     if ended == "time budget" and not seen_valid:
         after_s = seconds_of(runs_after, target, rows.overhead_s)
         in_time = time_s is None or rows.spent_s + after_s <= time_s
@@ -322,22 +369,20 @@ def find_target_qps(
     elif ended != "time budget" and unresolved > loose:
         ended = f"no nearer after {len(used)} full-length trials"
     if failing:
-        ended += (
-            f"; requests failed in {failing} trials, which makes a run INVALID at any QPS: see job/trials"
-        )
+        ended += f"; requests failed in {failing} trials, which makes any run INVALID: see job/trials"
     return {
         "target_qps": target,
         "seen_valid": seen_valid,
         "edge_qps": edge_qps,
         "queries": placed_by,
         "trials": len(rows.rows),
-        "total_queries": sum(row["queries"] for row in rows.rows),
+        "total_queries": sum(row.get("issued", row["queries"]) for row in rows.rows),
         "seconds": round(sum(row["seconds"] for row in rows.rows), 3),
         "ended": ended,
     }
 
 
-def write_trial(run_dir, folder, client, qps, queries):
+def write_trial(run_dir, folder, client, qps, queries, full_s):
     """Make the run folder of one trial: the job's client settings, its own user.conf."""
     (folder / "job").mkdir(parents=True)
     data_set = dict(client["data_set"])
@@ -345,9 +390,10 @@ def write_trial(run_dir, folder, client, qps, queries):
         data_set["lengths"] = str(run_dir / data_set["lengths"])
     settings = {"client": dict(client, data_set=data_set, user_conf="user.conf")}
     (folder / "job" / "settings.json").write_text(json.dumps(settings, indent=1) + "\n")
-    values = {"target_qps": f"{qps:.10g}", "min_duration": 1, "min_query_count": queries}
-    # A full-length trial issues every sample once, as the run does that it speaks for.
-    values["sample_concatenate_permutation"] = int(queries == client["total_sample_count"])
+    # A full-length trial lasts as long as the run that it speaks for, and issues every sample equally often.
+    is_full = queries == client["total_sample_count"]
+    values = {"target_qps": f"{qps:.10g}", "min_duration": max(1, round(1000 * full_s)) if is_full else 1}
+    values.update(min_query_count=queries, sample_concatenate_permutation=int(is_full))
     lines = [f"*.Server.{key} = {value}\n" for key, value in values.items()]
     (folder / "user.conf").write_text("".join(lines))
 
@@ -375,25 +421,27 @@ def read_trial(folder, url):
     streamed_ms = np.array([float(row["latency_ms"]) - float(row["ttft_ms"]) for row in served])
     tpot_ms = streamed_ms / (np.array([int(row["output_tokens"]) for row in served]) - 1)
     failed = result["failed"] > MOST_FAILED * result["issued"]
+    issued = result["issued"]
     return {
         "valid": result["valid_client"] and result["loadgen_validity"] == "VALID",
-        "ttft_share": None if failed else share_of_limit(ttft_ms, result["ttft_limit_ms"]),
-        "tpot_share": None if failed else share_of_limit(tpot_ms, result["tpot_limit_ms"]),
+        "ttft_share": None if failed else share_of_limit(ttft_ms, result["ttft_limit_ms"], issued),
+        "tpot_share": None if failed else share_of_limit(tpot_ms, result["tpot_limit_ms"], issued),
         "seconds": result["wall_s"],
+        "issued": issued,
         "failed": result["failed"],
         "client_was_late": result["client_was_late"],
         "folder": folder.name,
     }
 
 
-def run_trial(run_dir, client, url, qps, queries):
+def run_trial(run_dir, client, url, qps, queries, full_s=0.0):
     """Run the measuring client once, in a folder of its own below job/trials, and return its row."""
     trials = run_dir / "job" / "trials"
     numbers = [int(path.name) for path in trials.glob("*") if path.name.isdecimal()]
     kept = run_dir / "job" / "find_target_qps.jsonl"  # an earlier job's rows tell of folders of its own
     numbers.append(kept.read_text().count("\n") if kept.exists() else 0)
     folder = trials / f"{1 + max(numbers):02d}"
-    write_trial(run_dir, folder, client, qps, queries)
+    write_trial(run_dir, folder, client, qps, queries, full_s)
     command = [sys.executable, str(Path(__file__).with_name("loadgen_client.py")), "--run-dir", str(folder)]
     command += ["--test-mode", "performance", "--url", url, "--progress-mode", "find_target_qps"]
     command += ["--progress", str(run_dir / "job" / "progress.jsonl")]
@@ -421,11 +469,12 @@ def main(arguments=None):
     try:
         settings = json.loads((run_dir / "job" / "settings.json").read_text())
         client, search = settings["client"], settings["find_target_qps"]
+        full_s = search.get("full_s", 0.0)
         phases, time_s = run_dir / "job" / "phases.jsonl", search.get("end_s")
         if time_s is not None and phases.exists():
             time_s -= time.time() - json.loads(phases.read_text().partition("\n")[0])["time_s"]
         result = find_target_qps(
-            lambda qps, queries: run_trial(run_dir, client, options.url, qps, queries),
+            lambda qps, queries: run_trial(run_dir, client, options.url, qps, queries, full_s),
             search["low_qps"],
             search["high_qps"],
             rows_path=run_dir / "job" / "find_target_qps.jsonl",
@@ -435,6 +484,7 @@ def main(arguments=None):
             log=lambda text: print("find_target_qps: " + text, flush=True),
             time_s=time_s,
             runs_after=search.get("runs_after", ()),
+            full_s=full_s,
         )
     except (SearchError, OSError, ValueError, KeyError, TypeError) as error:
         print(f"find_target_qps: {type(error).__name__}: {error}", file=sys.stderr)

@@ -340,7 +340,7 @@ def http_status(host, port, path="/health", timeout_s=5.0):
     except ssl.SSLError as error:
         fix = "Needed: a certificate that this machine trusts; SSL_CERT_FILE names a file of those to trust"
         raise Failed(f"endpoint_url: no TLS with {host}:{port}: {error}. {fix}") from None
-    except (OSError, http.client.HTTPException):
+    except (OSError, http.client.HTTPException, ValueError):  # of a name that is none
         return None
     finally:
         connection.close()
@@ -355,6 +355,8 @@ def complete(host, port, timeout_s):
     )
     headers = {"Content-Type": "application/json"}
     key = os.environ.get("OPENAI_API_KEY")  # as the client does: external endpoints
+    if key and not (key.isascii() and key.isprintable()):
+        return "OPENAI_API_KEY holds what no HTTP header may, a line end, say"
     if key:
         headers["Authorization"] = "Bearer " + key
     connection = connect(host, port, timeout_s)
@@ -363,10 +365,8 @@ def complete(host, port, timeout_s):
         answer = connection.getresponse()
         text = answer.read().decode(errors="replace")
         text = re.sub(r"\\*".join(map(re.escape, key)), "***", text) if key else text  # some echo it
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    except ValueError:  # of http.client, which says the header's value: the key
-        return "OPENAI_API_KEY holds what no HTTP header may, a line end, say"
     finally:
         connection.close()
     if answer.status != 200:
@@ -507,7 +507,7 @@ def watch(mode):
                 moved, seen = time.monotonic(), counts
         still_s = time.monotonic() - moved
         # Before the first query a client prepares its requests, in a search before each trial.
-        prepares = not seen or mode == "find_target_qps" and not progress["outstanding"]
+        prepares = not seen or mode == "find_target_qps" and not (progress and progress["outstanding"])
         if still_s > (max(stall_s, 600) if prepares else stall_s):
             what = f"{progress['outstanding']} queries open" if seen else "the client has not begun"
             done = f"{progress['done']} done, {progress['tokens']} tokens" if seen else "no query"

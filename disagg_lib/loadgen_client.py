@@ -562,7 +562,8 @@ class Client:
     def _take_idle(self, now_s):
         """Return a free connection or None. One that idled long may be closing at the server's side right now."""
         while self.idle:
-            connection = self.idle.pop()
+            # Unused ones first, the oldest: a server may keep a thread for each, and look at no more than it has threads.
+            connection = self.idle.pop() if self.idle[-1].used else self.idle.popleft()
             fresh = not connection.used or now_s - connection.idle_since_s < self.settings["keep_alive_s"]
             if fresh and not connection.is_closing():
                 return connection
@@ -1029,9 +1030,11 @@ class Run:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # Offline may open thousands of connections
         offline = self.settings["scenario"] == "Offline"
-        needed = FILES_BESIDE + (self.settings["max_in_flight"] or self.count if offline else 0)
+        needed = FILES_BESIDE + (
+            min(self.settings["max_in_flight"] or self.count, self.count) if offline else 0
+        )
         if most != resource.RLIM_INFINITY and most < needed:
-            fix = "Raise `ulimit -Hn`, or lower max_in_flight"
+            fix = "Raise `ulimit -Hn`" + ", or lower max_in_flight" * offline
             raise ClientError(f"{most} files may be open (ulimit -Hn), needed are {needed}. {fix}")
         await client.open_connections(self.settings["connections"])
         for number in (signal.SIGTERM, signal.SIGINT):

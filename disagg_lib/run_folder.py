@@ -82,10 +82,19 @@ def full_queries(e: Experiment) -> int:
     return e.rehearsal_queries if e.shortened else SAMPLE_COUNT
 
 
+def full_s(e: Experiment) -> int:
+    """Least seconds of that run."""
+    return 0 if e.shortened else 600
+
+
 def search_seconds(e: Experiment) -> float:
     """How long find_target_qps mostly takes: the trials of each length at the target; 0 if it is not asked for."""
-    queries = sum(length * stage.most for length, stage in search_stages(full_queries(e)))
-    return e.find_target_qps * queries / e.server_target_qps
+    runs = [
+        (n, full_s(e) * (stage.share == 1))
+        for n, stage in search_stages(full_queries(e))
+        for _ in range(stage.most)
+    ]
+    return e.find_target_qps * seconds_of(runs, e.server_target_qps)
 
 
 _OF_A_SERVER = ("name", "role", "ranks", "nodes", "node", "port", "gpus")
@@ -117,6 +126,7 @@ def settings_of(e: Experiment) -> dict:
             "end_s": e.time_limit_s - TEARDOWN_S,
             "runs_after": runs_of(e),
             "full_queries": full_queries(e),
+            "full_s": full_s(e),
         },
         "client": {
             "kind": e.client,

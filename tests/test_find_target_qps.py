@@ -323,7 +323,47 @@ def test_requests_that_fail_at_any_qps_do_not_lead_the_search_astray(failing):
 
     found = find_target_qps(trial, 2.31, 6.16)
     assert found["edge_qps"] == pytest.approx(3.85, rel=0.02) and not found["seen_valid"]
-    assert " trials, which makes a run INVALID at any QPS" in found["ended"]
+    assert "trials, which makes any run INVALID" in found["ended"]
+
+
+def test_requests_that_fail_with_the_load_end_the_search_below_it():
+    """A server that turns requests away, and serves the others as fast as ever."""
+
+    def failures(qps, queries):
+        return min(queries, round(0.01 * (qps / 4) ** 20 * queries))
+
+    def trial(qps, queries):
+        failed, row = failures(qps, queries), line(6.0)(qps, queries)
+        return {**row, "failed": failed, "valid": row["valid"] and not failed}
+
+    found = find_target_qps(trial, 2.31, 6.16)
+    assert found["seen_valid"] and failures(found["target_qps"], 8313) == 0
+    assert failures(1.1 * found["target_qps"], 8313) > 0
+
+
+@pytest.mark.parametrize("full_queries", [459, 1500, 8313])
+@pytest.mark.parametrize("steepness", [1.5, 2.7, 5.0])
+def test_edge_below_the_bounds_is_reached_from_above(full_queries, steepness):
+    for edge in np.geomspace(0.7, 2.2, 25):
+        found = find_target_qps(line(edge, steepness), 2.31, 6.16, full_queries=full_queries)
+        assert found["edge_qps"] == pytest.approx(edge, rel=0.08) and found["target_qps"] < 1.02 * edge
+
+
+def test_full_length_trial_lasts_as_long_as_its_run(tmp_path):
+    """LoadGen issues all samples again until 600 s are over: 72 GPUs at 17 queries/s do so twice."""
+    client = {"data_set": {"kind": "synthetic"}, "total_sample_count": 8313}
+    for name, queries in (("full", 8313), ("short", 1496)):
+        search.write_trial(tmp_path, tmp_path / name, client, 17.0, queries, 600)
+    lines = [(tmp_path / name / "user.conf").read_text().splitlines() for name in ("full", "short")]
+    assert "*.Server.min_duration = 600000" in lines[0] and "*.Server.min_duration = 1" in lines[1]
+    assert (
+        search.seconds_of([(8313, 600)], 17.0) == 2 * 8313 / 17
+        and search.seconds_of([(8313, 600)], 2.0) == 8313 / 2
+    )
+    whole = find_target_qps(line(17.0), 10.0, 30.0)
+    assert whole["ended"] == "resolution reached"
+    cut = find_target_qps(line(17.0), 10.0, 30.0, full_s=600, budget_s=whole["seconds"] + 1)
+    assert cut["ended"] == "time budget"
 
 
 @pytest.mark.parametrize("full_queries", [459, 917, 918, 8313])
@@ -386,6 +426,8 @@ def test_figure_of_a_search_shows_its_trials_and_its_end(tmp_path):
     passed = sum(json.loads(row)["valid"] for row in rows.read_text().splitlines())
     assert f"TTFT, VALID ({passed})" in labels and f"TTFT, INVALID ({found['trials'] - passed})" in labels
     assert {"requests failed (1)", "limit", f"target {found['target_qps']:g} queries/s"} <= set(labels)
+    (crosses,) = (c for c in axis.collections if c.get_label() == "requests failed (1)")
+    assert crosses.get_offsets()[0][1] < axis.get_ylim()[1]
     assert "source: measured" in figure.get_suptitle() and figure.get_facecolor()[3] == 1.0
     grounds = [mark.get_facecolor()[0].tolist() for mark in axis.collections[:2]]
     assert grounds[0] != grounds[1]  # valid and invalid differ without their hue, too
@@ -464,6 +506,13 @@ def test_failed_requests_make_a_trial_invalid(job):
             job, json.loads((job / "job/settings.json").read_text())["client"], server.url, 300, 459
         )
     assert not row["valid"] and row["ttft_share"] is None and row["failed"] == 10
+
+
+def test_one_failed_request_leaves_the_shares_of_the_others(job):
+    client = json.loads((job / "job/settings.json").read_text())["client"]
+    with Server(lambda n: "500" if n == 7 else "ok", step_s=0.001) as server:
+        row = search.run_trial(job, client, server.url, 300, 459)
+    assert (row["failed"], row["valid"]) == (1, False) and 0 < row["ttft_share"] < 1
 
 
 def test_refused_connections_make_a_trial_invalid_and_end_the_search_if_the_server_is_gone(job):

@@ -483,6 +483,27 @@ def test_connections_are_reused():
     assert server.connections == 2
 
 
+def test_oldest_unused_connection_is_taken_first_and_a_used_one_before_it():
+    """A server with a thread for each connection may not look at more of them than it has threads."""
+
+    async def main(url):
+        client = await client_here(url)
+        await client.open_connections(3)
+        oldest, taken = client.idle[0], []
+        for number in range(2):
+            client.begin([(number, 0)], time.perf_counter())
+            taken.append(next(iter(client.active.values())).connection)
+            while client.active:
+                await asyncio.sleep(0.01)
+        for connection in client.connections:
+            connection.abort()
+        await asyncio.sleep(0.01)
+        return taken == [oldest, oldest]
+
+    with Server() as server:
+        assert asyncio.run(main(server.url))
+
+
 def test_connection_that_the_server_has_ended_is_not_taken():
     """The end is there to be read, but the event loop has not come to it: a request sent now would be lost."""
 
@@ -771,7 +792,12 @@ def test_fewer_open_files_than_requests_in_flight_are_refused(tmp_path):
     with Server() as server:
         words = ["bash", "-c", 'ulimit -n 300; exec "$@"', "bash", *command(run, server.url)]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "300 files may be open (ulimit -Hn), needed are 500" in done.stderr
+        assert done.returncode == 2 and "300 files may be open (ulimit -Hn), needed are 500" in done.stderr
+        settings = json.loads((run / "job/settings.json").read_text())
+        settings["client"]["total_sample_count"] = 60  # no more are ever open
+        (run / "job/settings.json").write_text(json.dumps(settings))
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_https_endpoint_is_measured_once_its_certificate_is_trusted(tmp_path, tls):
