@@ -280,7 +280,7 @@ def find_target_qps(
     edge, edge_qps, placed_by, least, most = None, low_qps, None, 0.0, math.inf
     seen = []  # in this search: what an earlier one ran later must not change the way
     for queries, stage in stages(full_queries, resolution):
-        used, counted, unresolved, loose = [], 0, math.inf, LOOSE * resolution
+        used, counted, off, unresolved, loose = [], 0, 0, math.inf, LOOSE * resolution
         is_last = stage.share == 1.0
         while len(used) < MAX_SHORT and (
             counted < stage.most
@@ -327,13 +327,20 @@ def find_target_qps(
                     steepness = edge.steepness
                 else:
                     unresolved = math.inf
-            placed = narrow or is_near and (edge.rises or has_other_verdict_near(seen, edge.near))
+            # Below the limit, shorter trials' word will do; above it, the target would never have been seen VALID.
+            others = used if is_last and not passes(edge.near) else seen
+            placed = narrow or is_near and (edge.rises or has_other_verdict_near(others, edge.near))
             if placed and (not is_last or any(map(passes, seen))):
                 unresolved = 0.0
                 break
             if is_near:
                 unresolved = math.inf
-                point = edge.near["qps"] * (OFF_IT if passes(edge.near) else 1 / OFF_IT)
+                if passes(edge.near):
+                    point = edge.near["qps"] * OFF_IT
+                elif not is_last:
+                    point = edge_qps / OFF_IT
+                else:  # the target, then ever further below
+                    point, off = edge_qps * 0.98 ** (2**off), off + 1
         point = edge_qps
         if ended == "time budget":
             break
