@@ -50,9 +50,7 @@ MAX_SHORT = 16  # of a shorter one, while nothing is known on one side of the ed
 # A share near 1 may be a level: it places the edge only with the other verdict within this factor, and
 # the next trial goes further off, by the second.
 PLATEAU, OFF_IT = 1.4, 1.1
-MOST_FAILED = (
-    0.01  # share of a trial's requests; if more failed, the latencies of the others tell of another load
-)
+MOST_FAILED = 0.01  # share of a trial's requests: if more failed, the others' latencies tell of another load
 LOOSE = 2.7  # an edge further than this many resolutions from the nearest full-length trial wants one more than two
 
 Edge = collections.namedtuple("Edge", "estimate low high near steepness rises")
@@ -97,19 +95,15 @@ def keeps_limits(row):
 def judge(rows):
     """Set each row's `passes`: VALID, or INVALID for failed requests alone that do not tell of too high a QPS.
 
-    They do not if a trial at quite another QPS saw about as many of its own fail, and the others' latencies kept the limits.
+    They do not if a trial at quite another QPS saw about as large a share of its own fail, and latencies kept the limits.
     """
 
     def alike(one, other):
-        (few, of_few), (many, of_many) = ((row.get("failed", 0), row["queries"]) for row in (one, other))
         apart = abs(math.log(one["qps"] / other["qps"])) > math.log(0.99 * APART)
-        return (
-            apart
-            and few
-            and many
-            and few <= 3 + 3 * many * of_few / of_many
-            and many <= 3 + 3 * few * of_many / of_few
+        (a, of_a), (b, of_b) = (
+            (row.get("failed", 0), row.get("issued", row["queries"])) for row in (one, other)
         )
+        return apart and a and b and a <= 3 + 3 * b * of_a / of_b and b <= 3 + 3 * a * of_b / of_a
 
     for row in rows:
         row["passes"] = row["valid"] or keeps_limits(row) and any(alike(row, other) for other in rows)

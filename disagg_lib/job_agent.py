@@ -423,9 +423,8 @@ def ready():
             if problem is None:
                 print(f"ready: {waves} completions came back through {len(targets)} servers", flush=True)
                 return
-            if external and re.match(
-                r"OPENAI_API_KEY|status 4(?!08|25|29)", problem
-            ):  # the next would be refused, too
+            # The next completion would be refused, too.
+            if external and re.match(r"OPENAI_API_KEY|status 4(?!08|25|29)", problem):
                 fix = "Check endpoint_url, endpoint and served_model"
                 if problem[:10] in ("status 401", "status 403", "OPENAI_API"):
                     fix = "Set OPENAI_API_KEY to a key that it accepts"
