@@ -284,7 +284,7 @@ def figure_search(run_dir: Path | str) -> Figure:
     axis.set_ylabel("worst allowed value / limit")
     axis.set_ylim(0, 1.08 * top)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False, fontsize=7.5)
-    queries = sum(row["queries"] for row in trials)
+    queries = sum(row.get("issued", row["queries"]) for row in trials)
     ended = result.get("ended", "not ended").partition(";")[0]
     set_title(
         figure,
