@@ -83,10 +83,6 @@ trap 'signalled TERM' TERM
 trap 'signalled INT' INT
 trap 'signalled HUP' HUP
 
-# node I: the name of the job's I-th node.  port NAME: the port of a server.  Both known after `bind`.
-node() { sed -n "$(($1 + 1))p" job/nodes.txt; }
-port() { awk -v name="$1" '$1 == name { print $3 }' job/addresses.txt; }
-
 # step NODES TASKS FIRST_RANK COMMAND...: TASKS copies of the command, on these nodes (comma separated), in
 # node order. Lines are labelled with the rank, counted from FIRST_RANK; FIRST_RANK - means no label.
 step() {
@@ -99,15 +95,20 @@ agent phase container
 
 agent phase bind
 agent bind || exit
+# There is no command substitution from the traps on: in bash 5.2 a signal that comes in one may lose its trap.
+mapfile -t NODES <job/nodes.txt # in order
+declare -A PORT # of each server, and the orchestrator
+while read -r name _ port; do PORT[$name]=$port; done <job/addresses.txt
 
 agent phase workers
 # One MPI world: ranks follow the nodes in order, context servers first.
-ALL_NODES=$(paste -sd, job/nodes.txt)
+printf -v ALL_NODES '%s,' "${NODES[@]}"
+ALL_NODES=${ALL_NODES%,}
 start workers logs/output_workers.log step "$ALL_NODES" 20 0 \
   "$PYTHON" -m disagg_lib.serving.rehearsal disaggregated_mpi_worker -c "$RUN/job/config.bound.yaml" --log_level info
 
 agent phase orchestrator
-start orchestrator logs/output_server.log step "$(node 0)" 1 - \
+start orchestrator logs/output_server.log step "${NODES[0]}" 1 - \
   "$PYTHON" -m disagg_lib.serving.rehearsal disaggregated -c "$RUN/job/config.bound.yaml" \
   -t 3600 -r 1800
 
@@ -116,13 +117,13 @@ agent phase ready
 attend agent ready || exit
 
 agent phase performance
-start client_performance logs/mlperf_benchmark_performance.log step "$(node 0)" 1 - \
-  REDACTED_path3/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode performance --url "http://$(node 0):$(port orchestrator)"
+start client_performance logs/mlperf_benchmark_performance.log step "${NODES[0]}" 1 - \
+  REDACTED_path3/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode performance --url "http://${NODES[0]}:${PORT[orchestrator]}"
 attend agent watch performance || exit
 
 agent phase accuracy
-start client_accuracy logs/mlperf_benchmark_accuracy.log step "$(node 0)" 1 - \
-  REDACTED_path3/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode accuracy --url "http://$(node 0):$(port orchestrator)"
+start client_accuracy logs/mlperf_benchmark_accuracy.log step "${NODES[0]}" 1 - \
+  REDACTED_path3/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode accuracy --url "http://${NODES[0]}:${PORT[orchestrator]}"
 attend agent watch accuracy || exit
 
 exit 0
