@@ -212,7 +212,7 @@ def seconds_of(runs, qps, overhead_s=0.0):
 
 
 def has_other_verdict_near(rows, near):
-    """Return whether a trial of any length, a factor of PLATEAU at most beyond the edge from this one, ended otherwise."""
+    """Return whether one of rows, at most a factor of PLATEAU beyond the edge from this trial, ended otherwise."""
     factor = PLATEAU if passes(near) else 1 / PLATEAU
     low, high = sorted((near["qps"], near["qps"] * factor))
     return any(passes(row) != passes(near) and low <= row["qps"] <= high for row in rows)
@@ -308,15 +308,15 @@ def find_target_qps(
             unresolved = abs(math.log(edge_qps / edge.near["qps"]))
             loose = LOOSE * resolution
             blind = abs(log_share(edge.near)) >= FAR
-            narrow, is_near = False, unresolved < stage.near and not blind
             if edge.low and edge.high:
                 steepness = edge.steepness
                 # A cliff, or failures: verdicts alone tell.
                 width, loose = (2 * resolution, resolution) if is_last and blind else (stage.width, loose)
                 narrow = edge.high["qps"] / edge.low["qps"] < 1 + width
+                is_near = unresolved < stage.near and not blind
             else:  # one side only: near, if even the flattest curve leads no further
-                is_near = abs(log_share(edge.near)) / FLATTEST < stage.near
                 narrow = bool(edge.low and edge.low["qps"] >= high_qps)
+                is_near = abs(log_share(edge.near)) / FLATTEST < stage.near
                 if len(used) > 1:
                     steepness = edge.steepness
                 else:
@@ -360,14 +360,15 @@ def find_target_qps(
     target = highest if seen_valid else float("%.4g" % (0.98 * edge_qps))
     if not seen_valid:  # nor above what another search, with other bounds, saw INVALID
         fails = (row["qps"] for row in rows.rows if not passes(row) and row["queries"] == full_queries)
-        target = min([target, *(0.98 * qps for qps in fails if qps <= target)])
-    if ended == "time budget" and not seen_valid:
-        after_s = seconds_of(runs_after, target, rows.overhead_s)
-        in_time = time_s is None or rows.spent_s + after_s <= time_s
-        target = min(target, best["qps"]) if in_time else best["qps"]
-    elif ended != "time budget" and highest == high_qps:
+        target = min((0.98 * qps for qps in fails if qps <= target), default=target)
+    if ended == "time budget":
+        if not seen_valid:
+            after_s = seconds_of(runs_after, target, rows.overhead_s)
+            in_time = time_s is None or rows.spent_s + after_s <= time_s
+            target = min(target, best["qps"]) if in_time else best["qps"]
+    elif highest == high_qps:
         ended = "high_qps is VALID"
-    elif ended != "time budget" and unresolved > loose:
+    elif unresolved > loose:
         ended = f"no nearer after {len(used)} full-length trials"
     if failing:
         ended += f"; requests failed in {failing} trials, which makes any run INVALID: see job/trials"
@@ -421,12 +422,12 @@ def read_trial(folder, url):
     ttft_ms = np.array([float(row["ttft_ms"]) + float(row["late_ms"]) for row in served])
     streamed_ms = np.array([float(row["latency_ms"]) - float(row["ttft_ms"]) for row in served])
     tpot_ms = streamed_ms / (np.array([int(row["output_tokens"]) for row in served]) - 1)
-    failed = result["failed"] > MOST_FAILED * result["issued"]
     issued = result["issued"]
+    many_failed = result["failed"] > MOST_FAILED * issued
     return {
         "valid": result["valid_client"] and result["loadgen_validity"] == "VALID",
-        "ttft_share": None if failed else share_of_limit(ttft_ms, result["ttft_limit_ms"], issued),
-        "tpot_share": None if failed else share_of_limit(tpot_ms, result["tpot_limit_ms"], issued),
+        "ttft_share": None if many_failed else share_of_limit(ttft_ms, result["ttft_limit_ms"], issued),
+        "tpot_share": None if many_failed else share_of_limit(tpot_ms, result["tpot_limit_ms"], issued),
         "seconds": result["wall_s"],
         "issued": issued,
         "failed": result["failed"],

@@ -1030,9 +1030,8 @@ class Run:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # Offline may open thousands of connections
         offline = self.settings["scenario"] == "Offline"
-        needed = FILES_BESIDE + (
-            min(self.settings["max_in_flight"] or self.count, self.count) if offline else 0
-        )
+        most_open = min(self.settings["max_in_flight"] or self.count, self.count) if offline else 0
+        needed = FILES_BESIDE + most_open
         if most != resource.RLIM_INFINITY and most < needed:
             fix = "Raise `ulimit -Hn`" + ", or lower max_in_flight" * offline
             raise ClientError(f"{most} files may be open (ulimit -Hn), needed are {needed}. {fix}")

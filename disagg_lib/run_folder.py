@@ -50,7 +50,7 @@ def user_conf_text(e: Experiment) -> str:
     drawn from all samples. LoadGen's equal issue is off for that, so such a run can claim no round.
     """
     short = {"min_duration": 1, "min_query_count": e.rehearsal_queries, "sample_concatenate_permutation": 0}
-    whole = {"min_duration": 600000, "performance_sample_count_override": SAMPLE_COUNT}
+    whole = {"min_duration": 1000 * MIN_DURATION_S, "performance_sample_count_override": SAMPLE_COUNT}
     settings = {"target_qps": e.server_target_qps, **(short if e.shortened else whole)}
     return "".join(f"*.{loadgen_scenario(e)}.{name} = {value}\n" for name, value in settings.items())
 
@@ -60,15 +60,20 @@ def loadgen_scenario(e: Experiment) -> str:
     return "Offline" if e.scenario == "Offline" else "Server"
 
 
+MIN_DURATION_S = 600  # of a performance run, by the rules
 TEARDOWN_S = 120  # before the time limit, Slurm's TERM to the job
 LOAD_S = 600  # a fair guess for loading 230 GB of weights on every server
 
 
+def performance_run(e: Experiment) -> tuple[int, int]:
+    """Queries and least seconds of the performance run, and so of the search's full-length trials."""
+    return (e.rehearsal_queries, 0) if e.shortened else (SAMPLE_COUNT, MIN_DURATION_S)
+
+
 def runs_of(e: Experiment) -> list[tuple[int, int]]:
     """(queries, least seconds) of each test mode."""
-    runs = {"performance": (SAMPLE_COUNT, 600), "accuracy": (SAMPLE_COUNT, 0), "test06": (100, 0)}
-    if e.engine == "rehearsal":
-        runs |= {"performance": (e.rehearsal_queries, 0), "accuracy": (e.rehearsal_accuracy_samples, 0)}
+    samples = e.rehearsal_accuracy_samples if e.shortened else SAMPLE_COUNT
+    runs = {"performance": performance_run(e), "accuracy": (samples, 0), "test06": (100, 0)}
     return [runs[mode] for mode in e.test_modes]
 
 
@@ -77,23 +82,12 @@ def job_seconds(e: Experiment) -> float:
     return seconds_of(runs_of(e), e.server_target_qps) + (30 if e.engine == "rehearsal" else LOAD_S)
 
 
-def full_queries(e: Experiment) -> int:
-    """Queries of a full-length trial: those of the run that it speaks for, at least."""
-    return e.rehearsal_queries if e.shortened else SAMPLE_COUNT
-
-
-def full_s(e: Experiment) -> int:
-    """Least seconds of that run."""
-    return 0 if e.shortened else 600
-
-
 def search_seconds(e: Experiment) -> float:
     """How long find_target_qps mostly takes: the trials of each length at the target; 0 if it is not asked for."""
-    runs = [
-        (n, full_s(e) * (stage.share == 1))
-        for n, stage in search_stages(full_queries(e))
-        for _ in range(stage.most)
-    ]
+    full_queries, full_s = performance_run(e)
+    runs = []
+    for queries, stage in search_stages(full_queries):
+        runs += [(queries, full_s if queries == full_queries else 0)] * stage.most
     return e.find_target_qps * seconds_of(runs, e.server_target_qps)
 
 
@@ -106,6 +100,7 @@ def settings_of(e: Experiment) -> dict:
         data_set = {"kind": "pickle", "path": e.dataset_path, "sha256": None, "trust": e.trust_dataset}
     else:
         data_set = {"kind": "synthetic", "lengths": "job/lengths.csv"}
+    full_queries, full_s = performance_run(e)
     # Servers that send text alone: the client makes ids of it after an accuracy or TEST06 run.
     has_model = e.engine == "trtllm" or (e.engine == "external" and e.model_dir)
     return {
@@ -125,8 +120,8 @@ def settings_of(e: Experiment) -> dict:
             "budget_s": e.search_budget_s,
             "end_s": e.time_limit_s - TEARDOWN_S,
             "runs_after": runs_of(e),
-            "full_queries": full_queries(e),
-            "full_s": full_s(e),
+            "full_queries": full_queries,
+            "full_s": full_s,
         },
         "client": {
             "kind": e.client,

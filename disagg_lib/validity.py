@@ -358,7 +358,7 @@ def _client_words(client: Mapping) -> str:
     if client.get("resent"):
         words.append(
             f"The client sent {client['resent']} requests twice, because the server ended their idle connections as they "
-            "were written. TTFT includes that. Compare the server's keep-alive time with the client's keep_alive_s."
+            "were written. TTFT includes that. Raise the server's keep-alive time above the client's keep_alive_s (3 s)."
         )
     if not client.get("client_was_late"):
         return " ".join(words)

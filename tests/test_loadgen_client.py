@@ -461,14 +461,17 @@ async def client_here(url):
 
 
 async def send_in_turn(client, count):
-    """Send requests one after the other, and close all connections."""
+    """Send requests one after the other, and close all connections; return the connection that each one took."""
+    taken = []
     for number in range(count):
         client.begin([(number, 0)], time.perf_counter())
+        taken.append(client.active[number].connection)
         while client.active:
             await asyncio.sleep(0.01)
     for connection in client.connections:
         connection.abort()
     await asyncio.sleep(0.01)
+    return taken
 
 
 def test_connections_are_reused():
@@ -489,16 +492,8 @@ def test_oldest_unused_connection_is_taken_first_and_a_used_one_before_it():
     async def main(url):
         client = await client_here(url)
         await client.open_connections(3)
-        oldest, taken = client.idle[0], []
-        for number in range(2):
-            client.begin([(number, 0)], time.perf_counter())
-            taken.append(next(iter(client.active.values())).connection)
-            while client.active:
-                await asyncio.sleep(0.01)
-        for connection in client.connections:
-            connection.abort()
-        await asyncio.sleep(0.01)
-        return taken == [oldest, oldest]
+        oldest = client.idle[0]
+        return await send_in_turn(client, 2) == [oldest, oldest]
 
     with Server() as server:
         assert asyncio.run(main(server.url))
