@@ -73,9 +73,7 @@ LAST_BYTES = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 STATUSES = ("ok",) + KINDS
 FIRST_ID, END_ID = 10000, 99999  # synthetic prompts: all ids have five digits, inside Llama 3's 128256
 LAG_PERIOD_S = 0.02
-RESEND_S = (
-    1.0  # a connection that ends so soon after a request's last byte, and without a word, was not asked
-)
+RESEND_S = 1.0  # an end so soon after a request was written, and without a word, is no answer to it
 CONNECT_S = 30  # for each connection that is opened before the run
 NO_IDS = array.array("i")
 OK = b"HTTP/1.1 200 "
