@@ -1,0 +1,476 @@
+"""Rules that are checked before the queue, each with what was found and what to do."""
+
+import contextlib
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from . import launch
+from .errors import DisaggError
+from .experiment import REPOSITORY, Experiment, topology_arithmetic
+from .job_script import make_job_script
+from .run_folder import TEARDOWN_S, Table, existing_parent, job_seconds, search_seconds
+from .serving import latency
+from .serving.lengths import INPUT_MEAN, MAX_INPUT_TOKENS, MAX_OUTPUT_TOKENS
+
+REHEARSAL_GB, CHECKPOINT_GB = 1, 250  # free space; the real checkpoint is about 230 GB
+
+
+@dataclass(frozen=True)
+class Check:
+    """One requirement: what was found, whether it will do, and what to do if not.
+
+    `rule` is its short name and `prevents` what goes wrong without it; an `error` stops a submission.
+    """
+
+    requirement: str
+    found: str
+    ok: bool
+    fix: str = ""
+    rule: str = ""
+    prevents: str = ""
+    level: str = "error"  # error | warning
+
+
+class PreflightError(DisaggError):
+    """A requirement is not met."""
+
+
+def require(checks: Iterable[Check]) -> None:
+    """Raise PreflightError with every error that is not met, what was found and what to do."""
+    unmet = [check for check in checks if not check.ok and check.level == "error"]
+    if unmet:
+        raise PreflightError("\n".join(f"{c.requirement}: found {c.found}. To do: {c.fix}" for c in unmet))
+
+
+def checks_table(checks: Iterable[Check]) -> Table:
+    """One row a check: requirement, found, ok ('warning' where it stops nothing), fix (empty where nothing is to be done)."""
+    rows = [
+        asdict(check) | ({"fix": ""} if check.ok else {"ok": False if check.level == "error" else "warning"})
+        for check in checks
+    ]
+    return Table(rows, columns=["requirement", "found", "ok", "fix"])
+
+
+def checks_text(checks: Iterable[Check]) -> str:
+    """For a terminal: a line a check, and below what is not met what it prevents and what to do."""
+    lines = []
+    for check in checks:
+        word = "ok" if check.ok else check.level
+        lines.append(
+            f"{word:7}  {check.rule or check.requirement}: {check.found}"
+            + ("" if check.ok else f" (needed: {check.requirement})")
+        )
+        if not check.ok:
+            lines += [f"         prevents: {check.prevents}"] if check.prevents else []
+            lines.append(f"         to do:    {check.fix}")
+    return "\n".join(lines)
+
+
+def pinned_versions() -> dict[str, str]:
+    lines = (REPOSITORY / "requirements.lock").read_text().splitlines()
+    pins = (line.split(";")[0].strip().split("==") for line in lines if "==" in line)
+    return {name: version for name, version in pins}
+
+
+def _package(name: str, pin: str) -> Check:
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        found = "absent"
+    return Check(
+        f"{name} {pin}", found, found == pin, "run `make demo` once: it installs requirements.lock into .venv"
+    )
+
+
+def machine_checks(e: Experiment) -> list[Check]:
+    """What this machine, and with `launcher: slurm` the cluster, has against what the run needs (not the compute nodes)."""
+    python, pins = platform.python_version(), pinned_versions()
+    known = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    checks = [Check("Python 3.11 to 3.13", python, known, "install one of these")]
+    packages = ("mlcommons-loadgen", "jupyterlab", "papermill", "ipywidgets", "pandas", "huggingface-hub")
+    checks += [_package(name, pins[name]) for name in packages]
+    checks.append(_room(e))
+    if e.launcher == "slurm":
+        checks += [*_slurm_tools(e), *cluster_checks(e, make_job_script(e))]
+    if e.engine == "rehearsal":
+        cores, memory_gb = os.cpu_count() or 1, psutil.virtual_memory().total / 1e9
+        fix = "raise rehearsal_time_scale to slow the rehearsal down"
+        checks.append(Check("2 CPU cores", str(cores), cores >= 2, fix))
+        checks.append(Check("4 GB of memory", f"{memory_gb:.0f} GB", memory_gb >= 4, "close other programs"))
+    return checks
+
+
+def _room(e: Experiment) -> Check:
+    """Free space where the checkpoint belongs, less what of it has come."""
+    model, needed_gb = Path(e.model_path), REHEARSAL_GB
+    if e.engine == "trtllm":
+        come = [*model.glob("*.safetensors"), *model.with_name(f".{model.name}.parts").glob("*")]
+        needed_gb = max(needed_gb, round(CHECKPOINT_GB - sum(path.stat().st_size for path in come) / 1e9))
+    free_gb = shutil.disk_usage(existing_parent(model)).free / 1e9
+    where = "in model_dir" if e.model_dir else "below scratch_dir"
+    fix = f"free some, or set {where.split()[1]}"
+    return Check(f"{needed_gb} GB free {where}", f"{free_gb:.0f} GB", free_gb >= needed_gb, fix)
+
+
+def _slurm_tools(e: Experiment) -> list[Check]:
+    """Versions of Slurm and, for pyxis, whether its plugin and enroot are on this login node."""
+    checks = []
+    with contextlib.suppress(launch.JobError):  # cluster_checks says that Slurm does not answer, and why
+        if shutil.which("sinfo"):
+            version = launch.slurm("sinfo", "--version").strip().removeprefix("slurm ")
+            release = re.search(r"(\d+)\.\d", version)  # Debian says slurm-wlm 22.05.8
+            new = bool(release) and int(release[1]) >= 22
+            checks.append(
+                Check("Slurm 22 or newer", version, new, "untried with older ones", level="warning")
+            )
+        if e.container == "pyxis":
+            pyxis = bool(shutil.which("srun")) and "--container-image" in launch.slurm("srun", "--help")
+            found = "yes" if pyxis else "no"
+            fix = "ask for pyxis and enroot, or set container: none"
+            checks.append(Check("srun knows --container-image (pyxis)", found, pyxis, fix))
+    return checks
+
+
+# -- the experiment, before the queue
+
+
+# rule: (requirement, what goes wrong without it, what to do, level); {} is filled in by the rule's own words
+RULES = {
+    "gpu_arithmetic": (
+        "no idle GPU in the allocation",
+        "{idle} GPUs held and idle for the whole job",
+        "choose server counts and sizes that fill the nodes",
+        "warning",
+    ),
+    "tp_over_nodes": (
+        "servers over several nodes share one NVLink domain",
+        "tensor parallelism over the slow network, if Slurm picks nodes of two racks",
+        "set segment in params/site.yaml to the nodes of one domain, at least those of the widest server",
+        "warning",
+    ),
+    "context_memory": (
+        "weights and one request of {longest} tokens fit",
+        "an engine that cannot start, or never finishes its longest request",
+        "use TP 2 to 16 for the context servers, or raise ctx_gpu_memory_fraction",
+    ),
+    "generation_memory": (
+        "weights and one request of {longest} tokens fit",
+        "an engine that cannot start, or never finishes its longest request",
+        "use TP 2 to 16 for the generation servers, or raise gen_gpu_memory_fraction",
+    ),
+    "gen_max_num_tokens": (
+        "gen_max_num_tokens not below gen_batch_size",
+        "a batch that can never fill: each request needs one token a step",
+        "set gen_max_num_tokens: {batch}",
+    ),
+    "max_seq_len": (
+        "at least {in_} in + {out} out = {needed} tokens",
+        "requests that are refused or cut short, which make a run INVALID",
+        "set max_seq_len: 22016",
+    ),
+    "transfer_buffer": (
+        "the KV transfer buffer (as long as max_seq_len) holds the longest prompt, {longest}",
+        "transfers that stall under load",
+        "set max_seq_len: 22016",
+    ),
+    "walltime": (
+        "time_limit covers loading and all test modes at server_target_qps",
+        "a job that is ended in the middle of its last test mode",
+        "set time_limit to at least {enough}",
+    ),
+    "teardown_time": (
+        "a time_limit of 0:04:00 or more",
+        "teardown that begins with the job: Slurm signals it 120 s before the limit",
+        "raise time_limit",
+        "warning",
+    ),
+    "free_space": (
+        "1 GB free for the run folder",
+        "logs cut short",
+        "free some space, or give run_dir elsewhere",
+    ),
+    "secrets": (
+        "no token in any parameter",
+        "a secret in experiment.yaml, the job script and every notebook that is shared",
+        "take it out and revoke it; log in to the hub instead (`hf auth login`), or set HF_TOKEN",
+    ),
+    "model_folder": (
+        "the checkpoint of 126 layers is readable here",
+        "servers that die while loading, after the queue",
+        "run 01_model_download, or set scratch_dir or model_dir (params/site.yaml)",
+    ),
+    "data_set": (
+        "the benchmark's data set, readable and trusted",
+        "{prevents}",
+        "set dataset_path, and trust_dataset: true, in params/site.yaml (opening a pickle can run code)",
+    ),
+    "container_image": (
+        "the container image is there",
+        "a job that ends in its first phase",
+        "set container_image in params/site.yaml, see 00_setup",
+    ),
+    "container_mounts": (
+        "each mount is an existing host path, a colon, an absolute path",
+        "containers that do not start",
+        "correct container_mounts in params/site.yaml",
+    ),
+    "harness_dir": (
+        "harness_dir holds the harness's Makefile (closed/NVIDIA)",
+        "a client that cannot start",
+        "set harness_dir",
+    ),
+    "harness_config": (
+        "the system's configuration file exists",
+        "the harness running on with an empty configuration: it only logs a line",
+        "set system_name to a folder of the harness's configurations, or add the file",
+    ),
+    "slurm": (
+        "a controller that answers, and Slurm's commands on PATH",
+        "a submission that nobody answers",
+        "go to a login node of the cluster, or set launcher: local for a rehearsal here",
+    ),
+    "partition": (
+        "a partition of this cluster that is up: {names}",
+        "a submission that is refused",
+        "set partition in params/site.yaml",
+    ),
+    "partition_nodes": (
+        "{nodes} nodes",
+        "a job that never starts",
+        "choose a larger partition or a smaller topology",
+    ),
+    "partition_time": (
+        "time_limit {limit}",
+        "a job that is refused, or waits for ever",
+        "set time_limit to at most {allowed}, or choose another partition",
+    ),
+    "account": (
+        "one of your accounts: {names}",
+        "a submission that is refused",
+        "set account in params/site.yaml",
+    ),
+    "segment": (
+        "an sbatch that knows --segment",
+        "nodes of two NVLink domains in one server",
+        "ask for a reservation within one rack; --segment is left out",
+        "warning",
+    ),
+    "sbatch": (
+        "sbatch --test-only takes the job script",
+        "a submission that is refused",
+        "do what the message says",
+    ),
+}
+
+
+def _rule(rule: str, ok: bool, found: object, level: str = "", **words: object) -> Check:
+    requirement, prevents, fix, *stated = RULES[rule]
+    texts = (text.format(**words) for text in (requirement, fix, prevents))
+    requirement, fix, prevents = texts
+    return Check(requirement, str(found), ok, fix, rule, prevents, level or (stated or ["error"])[0])
+
+
+def experiment_checks(e: Experiment) -> list[Check]:
+    """Every rule that needs no cluster: arithmetic, memory, time, paths, secrets."""
+    checks = [_secrets(e), *_times(e), _free_space()]
+    if e.servers:
+        checks += [*_topology(e), *_memory(e), *_lengths(e)]
+        if e.engine == "trtllm":
+            checks += [_model_folder(e), *_container(e)]
+    if e.engine != "rehearsal" and e.client == "loadgen":
+        checks.append(_data_set(e))
+    return checks + (_harness(e) if e.client == "nvidia_harness" else [])
+
+
+def _topology(e: Experiment) -> list[Check]:
+    held, used = e.node_count * e.gpus_per_node, e.gpu_count
+    found = f"{topology_arithmetic(e)}; {e.node_count} nodes x {e.gpus_per_node} = {held}"
+    wide = [server.name for server in e.servers if len(server.nodes) > 1]
+    spread = (
+        f"{', '.join(wide)} on several nodes, segment {e.segment}" if wide else "every server on one node"
+    )
+    return [
+        _rule("gpu_arithmetic", held == used, found, idle=held - used),
+        _rule("tp_over_nodes", not wide or e.segment is not None, spread),
+    ]
+
+
+MEAN_ANSWER_TOKENS = 653  # of the published runs; the built-in shapes have 646
+
+
+def _memory(e: Experiment) -> Iterator[Check]:
+    """Weights and KV cache against GPU memory, with NVFP4 weights and an FP8 KV cache."""
+    for role, short, pp_size in (("context", "ctx", e.ctx_pp_size), ("generation", "gen", 1)):
+        tp_size, batch = getattr(e, f"{short}_tp_size"), getattr(e, f"{short}_batch_size")
+        fraction, tokens = getattr(e, f"{short}_gpu_memory_fraction"), getattr(e, f"{short}_max_num_tokens")
+        rule, of = f"{role}_memory", f"TP{tp_size} PP{pp_size}"
+        try:
+            capacity = latency.read_table(e.gpu_system, tp_size, pp_size).kv_capacity_tokens(fraction, tokens)
+        except latency.LatencyTableError as error:
+            one_gpu = tp_size * pp_size == 1
+            found = f"{of}: 216 GiB of weights on one GPU of 186" if one_gpu else error
+            yield _rule(rule, False, found, "error" if one_gpu else "warning", longest=e.max_seq_len)
+            continue
+        mean = INPUT_MEAN + (MEAN_ANSWER_TOKENS if role == "generation" else 0)
+        found = f"{of}: {capacity:,} KV tokens hold about {capacity // mean} of {batch} mean requests"
+        yield _rule(rule, capacity >= e.max_seq_len, found, longest=e.max_seq_len)
+
+
+def _lengths(e: Experiment) -> list[Check]:
+    batch, length = e.gen_batch_size, e.max_seq_len
+    longest, out = MAX_INPUT_TOKENS, MAX_OUTPUT_TOKENS
+    found = f"{e.gen_max_num_tokens} tokens a step for {batch} requests"
+    words = {"in_": longest, "out": out, "needed": longest + out}
+    return [
+        _rule("gen_max_num_tokens", e.gen_max_num_tokens >= batch, found, batch=batch),
+        _rule("max_seq_len", length >= longest + out, f"{length} tokens", **words),
+        _rule("transfer_buffer", length >= longest, f"{length} tokens", longest=longest),
+    ]
+
+
+def _times(e: Experiment) -> list[Check]:
+    needed_s = job_seconds(e) + search_seconds(e)
+    modes = ["find_target_qps"] * e.find_target_qps + list(e.test_modes)
+    half_hours = math.ceil((needed_s + TEARDOWN_S) / 1800)
+    found = (
+        f"{e.time_limit} = {e.time_limit_s} s, of which teardown keeps {TEARDOWN_S} s; loading and "
+        f"{' and '.join(modes)} take about {needed_s:.0f} s"
+    )
+    enough = f"{half_hours // 2}:{half_hours % 2 * 30:02d}:00"
+    return [
+        _rule("walltime", e.time_limit_s - TEARDOWN_S >= needed_s, found, enough=enough),
+        _rule("teardown_time", e.time_limit_s >= 240 or e.launcher == "local", e.time_limit),
+    ]
+
+
+def _free_space() -> Check:
+    free_gb = shutil.disk_usage(existing_parent(REPOSITORY / "results")).free / 1e9
+    return _rule("free_space", free_gb >= 1, f"{free_gb:.1f} GB")
+
+
+SECRET = re.compile(
+    r"hf_[A-Za-z0-9]{16,}|(?i:(?:api[_-]?key|token|password|secret)\s*[=:]\s*\S{8,})|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{20,}"
+)
+
+
+def _secrets(e: Experiment) -> Check:
+    values = e.model_dump().items()
+    holders = [name for name, value in values if isinstance(value, str) and SECRET.search(value)]
+    return _rule(
+        "secrets", not holders, f"something like a token in {', '.join(holders)}" if holders else "none"
+    )
+
+
+def _model_folder(e: Experiment) -> Check:
+    config = Path(e.model_path) / "config.json"
+    if not os.access(config, os.R_OK):
+        return _rule("model_folder", False, f"no readable config.json in {e.model_path}")
+    # A rehearsal's two-layer checkpoint may stand in the same place below the default scratch_dir.
+    layers = re.search(r'"num_hidden_layers":\s*(\d+)', config.read_text(errors="replace"))
+    found = layers[1] if layers else "unknown"
+    return _rule("model_folder", found == "126", f"{e.model_path}, {found} layers")
+
+
+def _data_set(e: Experiment) -> Check:
+    path, level = e.dataset_path, "error"
+    if path is None:
+        found, level = "synthetic prompts", "warning"
+        prevents = "a measured run that can claim no round: its prompts are made up"
+    elif not os.access(path, os.R_OK):
+        found, prevents = f"{path} is not readable here", "a client that ends after the servers have loaded"
+    else:
+        found = f"{path}, trust_dataset: {str(e.trust_dataset).lower()}"
+        prevents = "a client that refuses the pickle after the servers have loaded (a pickle can run code)"
+    ok = path is not None and os.access(path, os.R_OK) and e.trust_dataset
+    return _rule("data_set", ok, found, level, prevents=prevents)
+
+
+def _container(e: Experiment) -> Iterator[Check]:
+    if e.container == "none":
+        return
+    image = e.container_image
+    readable = bool(image) and os.access(image, os.R_OK)
+    if image and not image.endswith(".sqsh"):
+        yield _rule("container_image", True, f"{image} (a registry's name: pulled on the nodes)")
+    else:
+        found = image if readable else f"{image} is not readable here" if image else "not given"
+        yield _rule("container_image", readable, found)
+    for mount in (e.container_mounts or "").split(",") if e.container_mounts else []:
+        host, colon, inside = mount.partition(":")
+        good = bool(colon) and inside.startswith("/") and os.path.exists(host)
+        why = f"{host} does not exist here" if colon else f"{mount}: no host:container pair"
+        yield _rule("container_mounts", good, mount if good else why)
+
+
+def _harness(e: Experiment) -> list[Check]:
+    where = Path(e.harness_dir) if e.harness_dir else None
+    makefile = where is not None and (where / "Makefile").is_file()
+    pattern = f"{e.system_name}/Interactive/llama3_1-405b.py"
+    configs = sorted(where.glob(f"**/{pattern}")) if makefile and e.system_name else []
+    found = configs[0] if configs else f"no {pattern} below {where}"
+    return [_rule("harness_dir", makefile, where), _rule("harness_config", bool(configs), found)]
+
+
+# -- the cluster, before the queue
+
+
+def cluster_checks(e: Experiment, script: str) -> list[Check]:
+    """What Slurm itself says of partition, limits, account and the job script."""
+    commands = ("sbatch", "srun", "squeue", "scontrol", "sinfo")
+    missing = [command for command in commands if shutil.which(command) is None]
+    if missing:
+        return [_rule("slurm", False, f"{', '.join(missing)} not on PATH")]
+    try:
+        return list(_cluster_rules(e, script))
+    except launch.JobError as error:
+        return [_rule("slurm", False, error)]
+
+
+def _cluster_rules(e: Experiment, script: str) -> Iterator[Check]:
+    known = launch.partitions()
+    chosen = next((p for p in known if (p.name == e.partition if e.partition else p.is_default)), None)
+    checks = []
+    up = "" if chosen is None else f", {'up' if chosen.is_up else 'down'}"
+    names = ", ".join(p.name for p in known)
+    found = f"{e.partition or 'the default'}{up}"
+    checks.append(_rule("partition", chosen is not None and chosen.is_up, found, names=names))
+    if chosen is not None:
+        enough = chosen.nodes >= e.node_count
+        checks.append(
+            _rule("partition_nodes", enough, f"{chosen.name} has {chosen.nodes} nodes", nodes=e.node_count)
+        )
+        allowed, limit = f"{chosen.time_limit_s:.0f} s", f"{e.time_limit} = {e.time_limit_s} s"
+        enough = chosen.time_limit_s >= e.time_limit_s
+        found = f"{chosen.name} allows {allowed}"
+        checks.append(_rule("partition_time", enough, found, limit=limit, allowed=allowed))
+    mine = launch.accounts()
+    if e.account and mine:
+        checks.append(_rule("account", e.account in mine, e.account, names=", ".join(mine)))
+    if e.segment:
+        checks.append(_rule("segment", launch.knows_segment(), e.segment))
+    yield from checks
+    if all(check.ok or check.level == "warning" for check in checks):
+        refusal = ""
+        try:
+            launch.test_submission(script)
+        except launch.NoAnswer:
+            raise
+        except launch.JobError as error:
+            refusal = str(error)
+        yield _rule("sbatch", not refusal, refusal or "would take it")
+
+
+def check_experiment(e: Experiment) -> list[Check]:
+    """Every rule that can be checked from here, before anything is submitted."""
+    checks = experiment_checks(e)
+    return checks + (cluster_checks(e, make_job_script(e)) if e.launcher == "slurm" else [])

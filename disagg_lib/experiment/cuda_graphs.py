@@ -1,0 +1,143 @@
+"""Experiment -> config.yaml text, per TensorRT-LLM dialect.
+
+Node names are placeholders (NODE_0, NODE_1, ...) until the job knows its nodes: the agent's `bind` puts them in.
+Which key stands where in which release: TensorRT-LLM `tensorrt_llm/llmapi/disagg_utils.py` and the engine
+arguments of the releases; what the MLPerf v5.1 original sets: `closed/CoreWeave/.../run_disagg_405B` of
+mlcommons/inference_results_v5.1.
+"""
+
+from typing import Any
+
+import yaml
+
+from .experiment import Experiment
+
+# The original's captured batch sizes; from 288 on every 64 (its list ends at 992).
+GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 150, 180, 192, 224, 256, *range(288, 993, 64))
+
+
+def node_placeholder(index: int) -> str:
+    return f"NODE_{index}"
+
+
+def cuda_graph_sizes(batch_size: int) -> list[int]:
+    """Batch sizes to capture as CUDA graphs: sorted, none above the batch, the batch itself the last."""
+    return [size for size in GRAPH_SIZES if size < batch_size] + [batch_size]
+
+
+def _engine_arguments(e: Experiment, role: str) -> dict[str, Any]:
+    """The engine arguments of one group of servers, in the dialect's own keys and places."""
+    context = role == "context"
+    flat = e.trtllm_dialect == "v5.1"
+    tp_size, pp_size = (e.ctx_tp_size, e.ctx_pp_size) if context else (e.gen_tp_size, 1)
+    batch_size = e.ctx_batch_size if context else e.gen_batch_size
+    spans_nodes = any(len(s.nodes) > 1 for s in e.servers if s.role == role)
+    arguments = {
+        "tensor_parallel_size": tp_size,
+        "pipeline_parallel_size": pp_size,
+        "moe_expert_parallel_size": tp_size,
+        "enable_attention_dp": False,
+        "max_batch_size": batch_size,
+        "max_num_tokens": e.ctx_max_num_tokens if context else e.gen_max_num_tokens,
+        "max_seq_len": e.max_seq_len,
+        "print_iter_log": True,
+    }
+    # The fraction belongs inside kv_cache_config in every release: beside it, it is lost (up to 1.1) or refused.
+    kv_cache: dict[str, Any] = {
+        "free_gpu_memory_fraction": e.ctx_gpu_memory_fraction if context else e.gen_gpu_memory_fraction,
+        "enable_block_reuse": False,
+    }
+    if flat:
+        arguments |= {
+            "kv_cache_dtype": "fp8",
+            "kv_cache_config": kv_cache,
+            "cache_transceiver_config": {"max_num_tokens": e.max_seq_len},
+        }
+    else:
+        arguments |= {
+            "kv_cache_config": kv_cache | {"dtype": "fp8"},
+            "cache_transceiver_config": {
+                "backend": e.transfer_backend,
+                "max_tokens_in_buffer": e.max_seq_len,
+            },
+        }
+        if spans_nodes:
+            arguments["allreduce_strategy"] = "MNNVL"
+    if context:
+        arguments |= {
+            "disable_overlap_scheduler": True,
+            "enable_chunked_prefill": True,
+            "scheduler_config": {
+                "capacity_scheduler_policy": "MAX_UTILIZATION",
+                "context_chunking_policy": "FIRST_COME_FIRST_SERVED",
+            },
+        }
+        # From 1.0 CUDA graphs are on by default, for context servers, too.
+        return arguments if flat else arguments | {"cuda_graph_config": None}
+    sizes = cuda_graph_sizes(batch_size)
+    if flat:
+        return arguments | {
+            "use_cuda_graph": True,
+            "cuda_graph_padding_enabled": True,
+            "cuda_graph_batch_sizes": sizes,
+            "moe_backend": "TRTLLM",
+        }
+    return arguments | {
+        "cuda_graph_config": {"enable_padding": True, "batch_sizes": sizes},
+        "moe_config": {"backend": "TRTLLM"},
+    }
+
+
+def _group(e: Experiment, role: str) -> dict[str, Any]:
+    servers = [s for s in e.servers if s.role == role]
+    return {
+        "num_instances": len(servers),
+        "urls": [f"{node_placeholder(s.node)}:{s.port}" for s in servers],
+        **_engine_arguments(e, role),
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line (the agent's `bind` counts on it), block style elsewhere; no anchors."""
+
+    def ignore_aliases(self, data):
+        return True
+
+    def represent_list(self, data):
+        return self.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+
+
+_Dumper.add_representer(list, _Dumper.represent_list)
+
+
+def _text(header: str, values: dict[str, Any]) -> str:
+    body = yaml.dump(
+        values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=False
+    )
+    return f"# {header}\n{body}"
+
+
+def config_files(e: Experiment) -> dict[str, str]:
+    """File name -> text of everything that the servers read; the same text for the same experiment, always.
+
+    `config.yaml` holds the whole deployment. In dialect 1.x each worker reads its engine arguments from
+    `config.ctx.yaml` or `config.gen.yaml`, and the orchestrator only the urls of `config.yaml`.
+    """
+    if not e.servers:
+        return {}
+    head = f"TensorRT-LLM disaggregated serving, dialect {e.trtllm_dialect}"
+    whole = {
+        "model": e.model_path,
+        "hostname": node_placeholder(0),
+        "port": e.server_port,
+        "backend": "pytorch",
+        "context_servers": _group(e, "context"),
+        "generation_servers": _group(e, "generation"),
+    }
+    files = {"config.yaml": _text(f"{head}. NODE_n: the n-th node of the job, put in when it starts.", whole)}
+    if e.trtllm_dialect == "1.x":
+        for short, role in (("ctx", "context"), ("gen", "generation")):
+            files[f"config.{short}.yaml"] = _text(
+                f"{head}: engine arguments of the {role} servers", _engine_arguments(e, role)
+            )
+    return files

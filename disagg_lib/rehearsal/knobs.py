@@ -1,0 +1,204 @@
+"""The rehearsal server: stands in for `trtllm-serve` on a machine without GPUs, with the same argv, files and HTTP.
+
+  python -m disagg_lib.serving.rehearsal disaggregated -c FILE [-t START_TIMEOUT] [-r REQUEST_TIMEOUT]
+  python -m disagg_lib.serving.rehearsal disaggregated_mpi_worker -c FILE      one process per rank, rank in SLURM_PROCID
+  python -m disagg_lib.serving.rehearsal MODEL --host H --port P [...]         one server of dialect 1.x
+
+How it differs from TensorRT-LLM:
+  - No model: tokens are invented from a checksum of the prompt, so no answer means anything. If min_tokens = max_tokens the answer
+    has exactly that length; otherwise its length is drawn (from the same checksum) out of the built-in shape.
+  - Each choice carries `token_ids`, the ids behind its text, so that a client needs no tokenizer. Text prompts count one token for
+    four characters.
+  - Time passes as the serving model says: step times from a latency table x REHEARSAL_TIME_SCALE, the same rules as `simulate`.
+    Loading takes 1.5 s x the scale. No GPU, no MPI: a rank that leads no server only sleeps.
+  - The KV cache is not moved, only its time is spent. Stream interval, beams, several choices, conditional disaggregation
+    and service discovery are not rehearsed. Plain requests are refused by workers: each serves one
+    phase, and a MODEL needs its --server_role. Workers have no /metrics.
+  - Workers listen on the host named for them in urls and nowhere else.
+
+Environment:
+  REHEARSAL_TIME_SCALE   seconds that pass for each second of the model (default 1.0)
+  REHEARSAL_SYSTEM       latency table (default gb200)
+  REHEARSAL_SERVER_NAME  the name in messages and faults of a server started as MODEL (default: role@port)
+  REHEARSAL_FAULT        none | crash_loading[:SERVER] | crash_midrun[:SERVER[:AFTER_N_REQUESTS]] | health_503 |
+                         no_tokens | slow_tokens | truncated_stream[:EVERY_N]; SERVER is ctx0, ctx1, gen0 ... (default gen0)
+"""
+
+import argparse
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from disagg_lib.errors import DisaggError
+from disagg_lib.serving import serve_config
+from disagg_lib.serving.serve_config import ServeConfigError
+
+# What may follow each fault's name.
+FAULTS = {"none": "", "crash_loading": "server", "crash_midrun": "server count", "health_503": "", "no_tokens": "",
+          "slow_tokens": "", "truncated_stream": "count"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What the environment asks of a rehearsal."""
+
+    time_scale: float
+    system: str
+    fault: str
+    fault_server: str
+    fault_count: int
+
+
+def read_knobs(environment) -> Knobs:
+    """Read and check the REHEARSAL_* variables."""
+    text = environment.get("REHEARSAL_TIME_SCALE", "1.0")
+    try:
+        scale = float(text)
+    except ValueError:
+        scale = 0.0
+    if not 0 < scale < 1e4:
+        raise ServeConfigError(f"REHEARSAL_TIME_SCALE is {text!r}; a number above 0 is needed.")
+    fault = environment.get("REHEARSAL_FAULT") or "none"
+    match = re.fullmatch(r"(?P<name>\w+)(:(?P<server>[^:\d][^:]*))?(:(?P<count>\d+))?", fault)
+    found = match.groupdict() if match else {"name": fault, "server": None, "count": None}
+    name, server, count = found["name"], found["server"], found["count"]
+    extra = {key for key in ("server", "count") if found[key]} - set(FAULTS.get(name, "").split())
+    if not match or name not in FAULTS or extra or (name == "truncated_stream" and count == "0"):
+        raise ServeConfigError(
+            f"REHEARSAL_FAULT is {fault!r}; one of {', '.join(FAULTS)}, see --help for what may follow."
+        )
+    count = int(count or {"crash_midrun": 20}.get(name, 7))
+    return Knobs(scale, environment.get("REHEARSAL_SYSTEM", "gb200"), name, server or "gen0", count)
+
+
+def log(name: str, text: str) -> None:
+    """One line of a server's log, at once."""
+    print(f"[{time.strftime('%m/%d/%Y-%H:%M:%S')}] [REHEARSAL] [{name}] {text}", flush=True)
+
+
+def _sleep_until_signalled() -> None:
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    signal.sigwait(signals)
+
+
+def _slurm_number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdigit():
+        raise ServeConfigError(
+            f"{name} is {text!r}; an MPI worker is one rank of an srun step, which sets it."
+        )
+    return int(text)
+
+
+# The HTTP side is imported where it is needed: a rank that only sleeps must stay small.
+
+
+def run_mpi_worker(options, knobs: Knobs) -> None:
+    """One rank: the leader of a server serves, the others sleep."""
+    rank, tasks = _slurm_number("SLURM_PROCID"), _slurm_number("SLURM_NTASKS")
+    file = serve_config.read_serve_file(options.config_file)
+    world = sum(instance.ranks for instance in file.instances)
+    if tasks != world or rank >= world:
+        parts = " + ".join(f"{i.name} {i.ranks}" for i in file.instances)
+        raise ServeConfigError(
+            f"{options.config_file}: rank {rank} of {tasks}, but the servers need exactly {parts} = {world} ranks."
+            f" Start {world} tasks."
+        )
+    leader = next((i for i in file.instances if i.first_rank == rank), None)
+    if leader is None:
+        return _sleep_until_signalled()
+    where = f"{options.config_file}: {leader.name} ({leader.role}_servers)"
+    args = serve_config.engine_args(where, leader.engine, file.dialect, leader.role)
+    from disagg_lib.serving.rehearsal_http import Worker, run_server
+
+    worker = Worker(leader.name, leader.role, str(leader.engine.get("model", "model")), args, knobs)
+    run_server(worker, leader.host, leader.port, file.dialect)
+
+
+def run_orchestrator(options, knobs: Knobs) -> None:
+    """Wait for every worker, then take requests."""
+    file = serve_config.read_serve_file(options.config_file)
+    from disagg_lib.serving.rehearsal_http import run_orchestrator as run
+
+    run(file, options.server_start_timeout, options.request_timeout)
+
+
+def run_worker(options, knobs: Knobs) -> None:
+    """A server of dialect 1.x: rank 0 of its step serves."""
+    if os.environ.get("SLURM_PROCID", "0") != "0":
+        return _sleep_until_signalled()
+    role = (options.server_role or "").lower()
+    if role not in ("context", "generation"):
+        raise ServeConfigError(f"--server_role is {options.server_role}; context or generation is needed.")
+    file = options.extra_llm_api_options
+    known = serve_config.known_keys("engine", "both")
+    engine = {key: value for key, value in vars(options).items() if key in known and value is not None}
+    engine |= serve_config.load_yaml(file) if file else {}
+    fraction = options.kv_cache_free_gpu_memory_fraction
+    if fraction is not None:
+        engine["kv_cache_config"] = {
+            "free_gpu_memory_fraction": fraction,
+            **(engine.get("kv_cache_config") or {}),
+        }
+    args = serve_config.engine_args(str(file or "command line"), engine, "1.x", role, per_worker=True)
+    name = os.environ.get("REHEARSAL_SERVER_NAME") or f"{role}@{options.port}"
+    from disagg_lib.serving.rehearsal_http import Worker, run_server
+
+    run_server(Worker(name, role, options.model, args, knobs), options.host, options.port, "1.x")
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m disagg_lib.serving.rehearsal {command}".rstrip(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("-l", "--log_level", default="info")
+    if command:
+        add("-c", "--config_file", type=Path, required=True)
+    if command == "disaggregated":
+        waits = "s to wait for every worker's /health"
+        add("-t", "--server_start_timeout", type=float, default=180, help=waits)
+        lasts = "s for one forwarded request, stream included"
+        add("-r", "--request_timeout", type=float, default=180, help=lasts)
+        add("--metrics-log-interval", type=int, default=0)
+    elif command == "disaggregated_mpi_worker":
+        add("--disable_gc", action="store_true")
+    else:
+        add("model")
+        add("--host", default="localhost")
+        add("--port", type=int, default=8000)
+        for short, key in (("tp", "tensor"), ("pp", "pipeline"), ("ep", "moe_expert")):
+            add(f"--{short}_size", dest=f"{key}_parallel_size", type=int)
+        for key in ("max_batch_size", "max_num_tokens", "max_seq_len"):
+            add(f"--{key}", type=int)
+        add("--kv_cache_free_gpu_memory_fraction", type=float)
+        add("--backend")
+        add("--extra_llm_api_options", "--config", type=Path)
+        add("--server_role")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; the exit status is 1, with a message on stderr, for what `trtllm-serve` would refuse."""
+    commands = {"disaggregated": run_orchestrator, "disaggregated_mpi_worker": run_mpi_worker}
+    command = arguments[0] if arguments and arguments[0] in commands else ""
+    options = _parser(command).parse_args(arguments[1:] if command else arguments)
+    try:
+        commands.get(command, run_worker)(options, read_knobs(os.environ))
+    except DisaggError as error:
+        rank = f"rank {os.environ['SLURM_PROCID']}: " if "SLURM_PROCID" in os.environ else ""
+        print(f"{rank}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
