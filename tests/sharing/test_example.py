@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from example import EXAMPLE
 from test_export import make_site_run, site, survivors
-from test_results import make_run
+from test_rows import make_run
 
 from disagg_lib import results
 from disagg_lib.experiment import REPOSITORY

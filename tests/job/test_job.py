@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_loadgen_client import Server
+from test_client import Server
 
 from disagg_lib import job_agent, launch, mlperf_logs, results
 from disagg_lib.evaluate import evaluate

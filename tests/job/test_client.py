@@ -22,7 +22,7 @@ import pytest
 
 from disagg_lib import evaluate, loadgen_client, results
 
-CLIENT = Path(__file__).parents[1] / "disagg_lib" / "loadgen_client.py"
+CLIENT = Path(__file__).parents[2] / "disagg_lib" / "loadgen_client.py"
 LENGTHS = [(20 + index % 7, 5 + index % 4) for index in range(600)]
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from disagg_lib import results
 
-DATA = Path(__file__).parent / "data"
-SHARED = Path(__file__).resolve().parents[1] / "../shared/data"
+DATA = Path(__file__).parents[1] / "data"
+SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 
 
 def make_run(folder, kind="logs_short", engine="rehearsal", client=None):

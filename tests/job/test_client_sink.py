@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_loadgen_client import error_lines, make_run, run_client, value
+from test_client import error_lines, make_run, run_client, value
 
-SOURCE = Path(__file__).parents[1] / "benchmarks" / "sse_sink.c"
+SOURCE = Path(__file__).parents[2] / "benchmarks" / "sse_sink.c"
 ATTEMPTS = 3
 
 

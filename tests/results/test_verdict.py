@@ -14,8 +14,8 @@ from disagg_lib import results
 from disagg_lib.mlperf_logs import DETAIL, SUMMARY, LogError, read_accuracy_txt, read_run
 from disagg_lib.validity import Claim, ClaimError, allowed_over_limit, judge, limits_ms, load_rules, model_of
 
-DATA = Path(__file__).parent / "data"
-SHARED = Path(__file__).resolve().parents[1] / "../shared/data/mlperf_logs"
+DATA = Path(__file__).parents[1] / "data"
+SHARED = Path(__file__).resolve().parents[2] / "../shared/data/mlperf_logs"
 GOOD = "{'exact_match': 90.06786234281932, 'rougeL': 21.994593737625706, 'gen_len': 23159918, 'gen_num': 8313, 'gen_tok_len': 5436366, 'tokens_per_sample': 654.0}"
 
 

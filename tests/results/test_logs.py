@@ -20,8 +20,8 @@ from disagg_lib.mlperf_logs import (
     read_run,
 )
 
-DATA = Path(__file__).parent / "data"
-PUBLISHED = Path(__file__).resolve().parents[1] / "../shared/data/mlperf_logs"
+DATA = Path(__file__).parents[1] / "data"
+PUBLISHED = Path(__file__).resolve().parents[2] / "../shared/data/mlperf_logs"
 
 
 def published_runs():

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_results import make_run
-from test_validity import make_valid
+from test_rows import make_run
+from test_verdict import make_valid
 
 from disagg_lib import export, results
 from disagg_lib.export import ExportError, export_crate, export_html, export_submission, recompute
@@ -21,8 +21,8 @@ from disagg_lib.redaction import SecretError
 from disagg_lib.run_folder import repeat_command
 from disagg_lib.validity import load_rules
 
-DATA = Path(__file__).parent / "data"
-REPOSITORY = Path(__file__).resolve().parents[1]
+DATA = Path(__file__).parents[1] / "data"
+REPOSITORY = Path(__file__).resolve().parents[2]
 NOTEBOOK = {"cells": [{"cell_type": "code", "execution_count": 1, "id": "a", "metadata": {}, "source": "print(run_dir)",
             "outputs": [{"name": "stdout", "output_type": "stream", "text": "OUTPUT"}]}],
             "metadata": {"papermill": {"input_path": "PATH"}}, "nbformat": 4, "nbformat_minor": 5}  # fmt: skip

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_loadgen_client import Server, make_run
+from test_client import Server, make_run
 from test_rehearsal import v51_job
 
 from disagg_lib import figures, launch
