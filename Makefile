@@ -14,11 +14,12 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m disagg_lib run params/rehearsal.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/browser
+	$(BIN)/python -m pytest -n 2 --ignore=tests/slurm --ignore=tests/browser
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/python -m pytest -q tests/test_environment.py tests/test_sources.py tests/run/test_golden.py
 
 # The server's root is the repository, so that run folders can be opened, too; JUPYTER_PATH's first entry wins over a user's

@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from disagg_lib import loadgen_client
+from disagg_lib.job import client, client_settings, prompts, sender
 
 HERE = Path(__file__).parent
 SINK_CORE, CLIENT_CORE = 1, 0
@@ -144,17 +144,15 @@ def run_ours(load, mode="performance"):
     async def main():
         loop, finished = asyncio.get_running_loop(), asyncio.Event()
         settings = {"endpoint": "/v1/completions", "model": "m", "connections": 64, "total_sample_count": 0}
-        settings = {**loadgen_client.DEFAULTS, **settings}
-        target = loadgen_client.Target(f"http://127.0.0.1:{load.port}", settings["endpoint"])
-        samples = loadgen_client.Samples(target, settings)
+        settings = {**client_settings.DEFAULTS, **settings}
+        target = prompts.Target(f"http://127.0.0.1:{load.port}", settings["endpoint"])
+        samples = prompts.Samples(target, settings)
         ids = memoryview(load.ids)
         for number in range(len(load.at_s)):
             if not load.same_ids:
                 ids = memoryview(b"%d,%s" % (number, load.ids))
             samples.add(number, ids, 9400, load.tokens, load.tokens)
-        client = loadgen_client.Client(
-            loop, FakeLoadGen(load, finished), target, settings, samples, mode, print
-        )
+        client = sender.Client(loop, FakeLoadGen(load, finished), target, settings, samples, mode, print)
         await client.open_connections(64)
         gc.freeze()
         gc.disable()
@@ -166,7 +164,7 @@ def run_ours(load, mode="performance"):
         watching.cancel()
         assert not client.kinds, client.kinds
 
-    loop = loadgen_client.new_event_loop()
+    loop = client.new_event_loop()
     loop.run_until_complete(main())
 
 
@@ -209,7 +207,7 @@ def run_floor(load):
         await start_on_time(load, lambda number: idle.pop().start(number))
         await finished.wait()
 
-    loop = loadgen_client.new_event_loop()
+    loop = client.new_event_loop()
     loop.run_until_complete(main())
 
 
@@ -264,7 +262,7 @@ def run_aiohttp(load):
         begin_cpu()
         await start_on_time(load, start)
 
-    loop = loadgen_client.new_event_loop()
+    loop = client.new_event_loop()
     loop.run_until_complete(aiohttp_requests(start_all, load.first, load.done, load.url, bodies.__getitem__))
 
 
@@ -293,7 +291,7 @@ def run_httpx(load):
             await start_on_time(load, lambda number: tasks.append(asyncio.create_task(one(number))))
             await asyncio.gather(*tasks)
 
-    loop = loadgen_client.new_event_loop()
+    loop = client.new_event_loop()
     loop.run_until_complete(main())
 
 
@@ -357,7 +355,7 @@ def worker(url, tasks_at, answers_at, tokens, ids):
         )
         context.destroy(linger=1000)
 
-    loop = loadgen_client.new_event_loop()
+    loop = client.new_event_loop()
     loop.run_until_complete(main())
 
 

@@ -63,7 +63,7 @@ def peak_gib() -> float:
 
 def child(what: str, path: str) -> None:
     """One accuracy log in a process of its own, so that its peak memory is its own; prints JSON."""
-    from disagg_lib.mlperf_logs import read_accuracy_log
+    from disagg_lib.results.accuracy_log import read_accuracy_log
 
     start = time.perf_counter()
     if what == "plain":
@@ -85,7 +85,7 @@ def measure(what: str, path: Path) -> dict:
 
 
 def main(count: int) -> int:
-    from disagg_lib import results
+    from disagg_lib.results import rows
 
     missed = []
     with tempfile.TemporaryDirectory() as name:
@@ -93,7 +93,7 @@ def main(count: int) -> int:
         runs = write_runs(folder / "runs", count)
         size_kb = sum(p.stat().st_size for p in runs[0].rglob("*") if p.is_file()) / 1e3
         start = time.perf_counter()
-        table = results.runs_table(runs)
+        table = rows.runs_table(runs)
         took = time.perf_counter() - start
         assert len(table) == count and (table["error"] == "").all()
         limit = LIMITS_S["folders"] * count / 1000

@@ -19,7 +19,7 @@ from pathlib import Path
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from disagg_lib.model_store import manifest_path, verify_digests
+from disagg_lib.checkpoint.digests import manifest_path, verify_digests
 
 
 def make_files(folder: Path, count: int, total: int) -> None:

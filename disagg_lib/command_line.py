@@ -8,17 +8,10 @@ from typing import Any
 import click
 import yaml
 
-from .errors import DisaggError
-from .experiment import (
-    DEFAULT_PARAMS_FILES,
-    REPOSITORY,
-    Experiment,
-    ParameterError,
-    expand,
-    load_experiment,
-    parameter_names,
-    refuse_unknown,
-)
+from .errors import DisaggError, ParameterError
+from .experiment.loading import DEFAULT_PARAMS_FILES, load_experiment, refuse_unknown
+from .experiment.parameters import Experiment, parameter_names
+from .files import REPOSITORY, expand
 
 
 class _Group(click.Group):
@@ -69,7 +62,7 @@ def _write_csv(table, path: str | None) -> None:
 
 
 def _run_folder(run_dir: str) -> Path:
-    from .run_folder import find_run
+    from .run.folder import find_run
 
     return find_run(str(Path(run_dir).absolute()) if run_dir and Path(run_dir).exists() else run_dir)
 
@@ -93,7 +86,7 @@ def main():
 @click.option("--plan", "with_plan", is_flag=True, help="Run 02_plan, too.")
 def run(params, given, run_dir, with_plan):
     """Run all notebooks, headless, with the params files PARAMS (default: params/rehearsal.yaml)."""
-    from .pipeline import run_chain
+    from .notebook.run_all import run_chain
 
     run_chain(
         _files(params),
@@ -109,10 +102,11 @@ def run(params, given, run_dir, with_plan):
 @given_option
 def check(params, given):
     """Check PARAMS against every rule before the queue; exit status 1 if an error is found."""
-    from . import preflight
+    from .checks import checks_text
+    from .cluster.preflight import check_experiment
 
-    checks = preflight.check_experiment(load_experiment(_files(params), _given(given)))
-    click.echo(preflight.checks_text(checks))
+    checks = check_experiment(load_experiment(_files(params), _given(given)))
+    click.echo(checks_text(checks))
     errors = sum(not c.ok and c.level == "error" for c in checks)
     warnings = sum(not c.ok and c.level == "warning" for c in checks)
     click.echo(f"{len(checks)} rules: {errors} errors, {warnings} warnings")
@@ -178,18 +172,18 @@ def calibrate(runs, out):
 )
 def results(folders, csv_file, recompute):
     """Print one row for each run folder (its path, or its name in results/) or LoadGen log folder."""
-    from . import results as tables
-    from .run_folder import RESULTS
+    from .results.rows import format_table, runs_table
+    from .run.folder import RESULTS
 
     folders = [
         name if Path(name).exists() or not (RESULTS / name).is_dir() else RESULTS / name for name in folders
     ]
-    table = tables.runs_table(folders)
+    table = runs_table(folders)
     _write_csv(table, csv_file)
-    click.echo(tables.format_table(table))
+    click.echo(format_table(table))
     wrong = bool((table["error"].fillna("") != "").any())
     if recompute:
-        from .export import recompute as rebuild
+        from .sharing.recompute import recompute as rebuild
 
         for folder in folders:
             try:
@@ -220,13 +214,13 @@ def results(folders, csv_file, recompute):
 )
 def evaluate(run_dir, dataset, tokenizer, trust_dataset):
     """Score a run's accuracy log as the reference evaluation does, and write accuracy.txt."""
-    from . import evaluate as scoring
-    from .experiment import load_recorded
+    from .experiment.loading import load_recorded
+    from .results.accuracy import evaluate
 
     folder = _run_folder(run_dir)
     e = load_recorded(folder)
     chosen = dataset or e.dataset_path
-    result = scoring.evaluate(
+    result = evaluate(
         folder,
         Path(chosen) if chosen else None,
         Path(tokenizer or e.model_path) if chosen else None,
@@ -259,24 +253,26 @@ def evaluate(run_dir, dataset, tokenizer, trust_dataset):
 )
 def export(run_dir, html, crate, submission, system):
     """Share a run: as pages, as a crate, or as a submission."""
-    from . import export as sharing
+    from .sharing.crate import export_crate
+    from .sharing.pages import export_html
+    from .sharing.submission import export_submission
 
     folder = _run_folder(run_dir)
     if not (html or crate or submission):
         raise click.UsageError("say what to export: --html DEST, --crate DEST or --submission DEST")
     if html:
-        click.echo(sharing.export_html(folder, html).text())
+        click.echo(export_html(folder, html).text())
     if crate:
-        click.echo(sharing.export_crate(folder, crate).text())
+        click.echo(export_crate(folder, crate).text())
     if submission:
-        click.echo(sharing.export_submission(folder, submission, REPOSITORY / system).text())
+        click.echo(export_submission(folder, submission, REPOSITORY / system).text())
 
 
 @main.command()
 @click.argument("run_dir", default="")
 def attach(run_dir):
     """Follow the job of a run folder (default: the newest) to its end."""
-    from .launch import watch
+    from .cluster.follow import watch
 
     watch(_run_folder(run_dir), out=click.echo)
 
@@ -285,7 +281,7 @@ def attach(run_dir):
 @click.argument("run_dir", default="")
 def cancel(run_dir):
     """End the job of a run folder (default: the newest); its servers are ended, too."""
-    from . import launch
+    from .cluster import launch
 
     state = launch.cancel(_run_folder(run_dir))
     click.echo(f"{state.run_dir.name}: {state.phase or state.state}")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from disagg_lib import run_folder
-from disagg_lib.experiment import load_experiment
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.run import folder
 
 PROJECT = Path("/project")  # golden files must not depend on where the repository lies
 
@@ -31,7 +31,7 @@ def odd_dir(tmp_path):
 def results_dir(tmp_path, monkeypatch):
     """An empty results folder in place of the repository's."""
     path = tmp_path / "results"
-    monkeypatch.setattr(run_folder, "RESULTS", path)
+    monkeypatch.setattr(folder, "RESULTS", path)
     return path
 
 

@@ -4,9 +4,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from disagg_lib.experiment import REPOSITORY
-from disagg_lib.export import export_example, refuse_foreign
-from disagg_lib.pipeline import run_chain
+from disagg_lib.files import REPOSITORY
+from disagg_lib.notebook.run_all import run_chain
+from disagg_lib.sharing.example import export_example, refuse_foreign
 
 EXAMPLE = REPOSITORY / "results/example_rehearsal"
 

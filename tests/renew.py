@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-from disagg_lib.experiment import load_experiment
-from disagg_lib.job_script import make_job_script
-from disagg_lib.pipeline import NOTEBOOKS, parameters_cell
-from disagg_lib.run_folder import user_conf_text
-from disagg_lib.trtllm_config import config_files
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.notebook.parameters import parameters_cell
+from disagg_lib.notebook.run_all import NOTEBOOKS
+from disagg_lib.run.config import config_files
+from disagg_lib.run.job_script import make_job_script
+from disagg_lib.run.settings import user_conf_text
 
 GOLDEN = Path(__file__).parent / "golden"
 REHEARSAL = {"engine": "rehearsal", "launcher": "local", "container": "none"}

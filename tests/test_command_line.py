@@ -6,7 +6,7 @@ import sys
 import pandas as pd
 import pytest
 
-from disagg_lib.experiment import REPOSITORY
+from disagg_lib.files import REPOSITORY
 
 
 def command(*words, cwd=REPOSITORY):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from disagg_lib.experiment import REPOSITORY
+from disagg_lib.files import REPOSITORY
 
 
 def pins(lines):

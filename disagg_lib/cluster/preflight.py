@@ -1,148 +1,22 @@
 """Rules that are checked before the queue, each with what was found and what to do."""
 
-import contextlib
-import importlib.metadata
 import math
 import os
-import platform
 import re
 import shutil
-import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
-from . import launch
-from .errors import DisaggError
-from .experiment import REPOSITORY, Experiment, topology_arithmetic
-from .job_script import make_job_script
-from .run_folder import TEARDOWN_S, Table, existing_parent, job_seconds, search_seconds
-from .serving import latency
-from .serving.lengths import INPUT_MEAN, MAX_INPUT_TOKENS, MAX_OUTPUT_TOKENS
-
-REHEARSAL_GB, CHECKPOINT_GB = 1, 250  # free space; the real checkpoint is about 230 GB
-
-
-@dataclass(frozen=True)
-class Check:
-    """One requirement: what was found, whether it will do, and what to do if not.
-
-    `rule` is its short name and `prevents` what goes wrong without it; an `error` stops a submission.
-    """
-
-    requirement: str
-    found: str
-    ok: bool
-    fix: str = ""
-    rule: str = ""
-    prevents: str = ""
-    level: str = "error"  # error | warning
-
-
-class PreflightError(DisaggError):
-    """A requirement is not met."""
-
-
-def require(checks: Iterable[Check]) -> None:
-    """Raise PreflightError with every error that is not met, what was found and what to do."""
-    unmet = [check for check in checks if not check.ok and check.level == "error"]
-    if unmet:
-        raise PreflightError("\n".join(f"{c.requirement}: found {c.found}. To do: {c.fix}" for c in unmet))
-
-
-def checks_table(checks: Iterable[Check]) -> Table:
-    """One row a check: requirement, found, ok ('warning' where it stops nothing), fix (empty where nothing is to be done)."""
-    rows = [
-        asdict(check) | ({"fix": ""} if check.ok else {"ok": False if check.level == "error" else "warning"})
-        for check in checks
-    ]
-    return Table(rows, columns=["requirement", "found", "ok", "fix"])
-
-
-def checks_text(checks: Iterable[Check]) -> str:
-    """For a terminal: a line a check, and below what is not met what it prevents and what to do."""
-    lines = []
-    for check in checks:
-        word = "ok" if check.ok else check.level
-        lines.append(
-            f"{word:7}  {check.rule or check.requirement}: {check.found}"
-            + ("" if check.ok else f" (needed: {check.requirement})")
-        )
-        if not check.ok:
-            lines += [f"         prevents: {check.prevents}"] if check.prevents else []
-            lines.append(f"         to do:    {check.fix}")
-    return "\n".join(lines)
-
-
-def pinned_versions() -> dict[str, str]:
-    lines = (REPOSITORY / "requirements.lock").read_text().splitlines()
-    pins = (line.split(";")[0].strip().split("==") for line in lines if "==" in line)
-    return {name: version for name, version in pins}
-
-
-def _package(name: str, pin: str) -> Check:
-    try:
-        found = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        found = "absent"
-    return Check(
-        f"{name} {pin}", found, found == pin, "run `make demo` once: it installs requirements.lock into .venv"
-    )
-
-
-def machine_checks(e: Experiment) -> list[Check]:
-    """What this machine, and with `launcher: slurm` the cluster, has against what the run needs (not the compute nodes)."""
-    python, pins = platform.python_version(), pinned_versions()
-    known = (3, 11) <= sys.version_info[:2] <= (3, 13)
-    checks = [Check("Python 3.11 to 3.13", python, known, "install one of these")]
-    packages = ("mlcommons-loadgen", "jupyterlab", "papermill", "ipywidgets", "pandas", "huggingface-hub")
-    checks += [_package(name, pins[name]) for name in packages]
-    checks.append(_room(e))
-    if e.launcher == "slurm":
-        checks += [*_slurm_tools(e), *cluster_checks(e, make_job_script(e))]
-    if e.engine == "rehearsal":
-        cores, memory_gb = os.cpu_count() or 1, psutil.virtual_memory().total / 1e9
-        fix = "raise rehearsal_time_scale to slow the rehearsal down"
-        checks.append(Check("2 CPU cores", str(cores), cores >= 2, fix))
-        checks.append(Check("4 GB of memory", f"{memory_gb:.0f} GB", memory_gb >= 4, "close other programs"))
-    return checks
-
-
-def _room(e: Experiment) -> Check:
-    """Free space where the checkpoint belongs, less what of it has come."""
-    model, needed_gb = Path(e.model_path), REHEARSAL_GB
-    if e.engine == "trtllm":
-        come = [*model.glob("*.safetensors"), *model.with_name(f".{model.name}.parts").glob("*")]
-        needed_gb = max(needed_gb, round(CHECKPOINT_GB - sum(path.stat().st_size for path in come) / 1e9))
-    free_gb = shutil.disk_usage(existing_parent(model)).free / 1e9
-    where = "in model_dir" if e.model_dir else "below scratch_dir"
-    fix = f"free some, or set {where.split()[1]}"
-    return Check(f"{needed_gb} GB free {where}", f"{free_gb:.0f} GB", free_gb >= needed_gb, fix)
-
-
-def _slurm_tools(e: Experiment) -> list[Check]:
-    """Versions of Slurm and, for pyxis, whether its plugin and enroot are on this login node."""
-    checks = []
-    with contextlib.suppress(launch.JobError):  # cluster_checks says that Slurm does not answer, and why
-        if shutil.which("sinfo"):
-            version = launch.slurm("sinfo", "--version").strip().removeprefix("slurm ")
-            release = re.search(r"(\d+)\.\d", version)  # Debian says slurm-wlm 22.05.8
-            new = bool(release) and int(release[1]) >= 22
-            checks.append(
-                Check("Slurm 22 or newer", version, new, "untried with older ones", level="warning")
-            )
-        if e.container == "pyxis":
-            pyxis = bool(shutil.which("srun")) and "--container-image" in launch.slurm("srun", "--help")
-            found = "yes" if pyxis else "no"
-            fix = "ask for pyxis and enroot, or set container: none"
-            checks.append(Check("srun knows --container-image (pyxis)", found, pyxis, fix))
-    return checks
-
-
-# -- the experiment, before the queue
-
+from ..checks import Check
+from ..errors import JobError, LatencyTableError, NoAnswer
+from ..experiment.parameters import Experiment
+from ..experiment.topology import topology_arithmetic
+from ..files import REPOSITORY, existing_parent
+from ..run.durations import TEARDOWN_S, job_seconds, search_seconds
+from ..run.job_script import make_job_script
+from ..serving import latency
+from ..serving.lengths import INPUT_MEAN, MAX_INPUT_TOKENS, MAX_OUTPUT_TOKENS
+from . import slurm
 
 # rule: (requirement, what goes wrong without it, what to do, level); {} is filled in by the rule's own words
 RULES = {
@@ -316,7 +190,7 @@ def _memory(e: Experiment) -> Iterator[Check]:
         rule, of = f"{role}_memory", f"TP{tp_size} PP{pp_size}"
         try:
             capacity = latency.read_table(e.gpu_system, tp_size, pp_size).kv_capacity_tokens(fraction, tokens)
-        except latency.LatencyTableError as error:
+        except LatencyTableError as error:
             one_gpu = tp_size * pp_size == 1
             found = f"{of}: 216 GiB of weights on one GPU of 186" if one_gpu else error
             yield _rule(rule, False, found, "error" if one_gpu else "warning", longest=e.max_seq_len)
@@ -421,9 +295,6 @@ def _harness(e: Experiment) -> list[Check]:
     return [_rule("harness_dir", makefile, where), _rule("harness_config", bool(configs), found)]
 
 
-# -- the cluster, before the queue
-
-
 def cluster_checks(e: Experiment, script: str) -> list[Check]:
     """What Slurm itself says of partition, limits, account and the job script."""
     commands = ("sbatch", "srun", "squeue", "scontrol", "sinfo")
@@ -432,12 +303,12 @@ def cluster_checks(e: Experiment, script: str) -> list[Check]:
         return [_rule("slurm", False, f"{', '.join(missing)} not on PATH")]
     try:
         return list(_cluster_rules(e, script))
-    except launch.JobError as error:
+    except JobError as error:
         return [_rule("slurm", False, error)]
 
 
 def _cluster_rules(e: Experiment, script: str) -> Iterator[Check]:
-    known = launch.partitions()
+    known = slurm.partitions()
     chosen = next((p for p in known if (p.name == e.partition if e.partition else p.is_default)), None)
     checks = []
     up = "" if chosen is None else f", {'up' if chosen.is_up else 'down'}"
@@ -453,19 +324,19 @@ def _cluster_rules(e: Experiment, script: str) -> Iterator[Check]:
         enough = chosen.time_limit_s >= e.time_limit_s
         found = f"{chosen.name} allows {allowed}"
         checks.append(_rule("partition_time", enough, found, limit=limit, allowed=allowed))
-    mine = launch.accounts()
+    mine = slurm.accounts()
     if e.account and mine:
         checks.append(_rule("account", e.account in mine, e.account, names=", ".join(mine)))
     if e.segment:
-        checks.append(_rule("segment", launch.knows_segment(), e.segment))
+        checks.append(_rule("segment", slurm.knows_segment(), e.segment))
     yield from checks
     if all(check.ok or check.level == "warning" for check in checks):
         refusal = ""
         try:
-            launch.test_submission(script)
-        except launch.NoAnswer:
+            slurm.test_submission(script)
+        except NoAnswer:
             raise
-        except launch.JobError as error:
+        except JobError as error:
             refusal = str(error)
         yield _rule("sbatch", not refusal, refusal or "would take it")
 

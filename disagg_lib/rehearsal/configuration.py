@@ -11,17 +11,14 @@ from pathlib import Path
 
 import yaml
 
-from disagg_lib.errors import DisaggError
+from ..errors import ServeConfigError
+from ..files import DATA
 
 GROUPS = {
     "context_servers": "ctx",
     "generation_servers": "gen",
 }  # how servers of a group are called in messages
 TRANSPORTS = ("DEFAULT", "UCX", "NIXL", "MPI", "MOONCAKE")
-
-
-class ServeConfigError(DisaggError):
-    """A file or command line that `trtllm-serve` would refuse."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ def load_yaml(path: Path) -> dict:
 
 @cache
 def _key_file() -> dict:
-    return load_yaml(Path(__file__).resolve().parent.parent / "data" / "trtllm_keys.yaml")
+    return load_yaml(DATA / "trtllm_keys.yaml")
 
 
 @cache

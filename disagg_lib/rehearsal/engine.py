@@ -8,9 +8,9 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-from disagg_lib.serving import rules
-from disagg_lib.serving.latency import LatencyTable
-from disagg_lib.serving.serve_config import EngineArgs
+from ..serving import rules
+from ..serving.latency import LatencyTable
+from .configuration import EngineArgs
 
 
 @dataclass(eq=False)

@@ -1,8 +1,8 @@
 """The rehearsal server: stands in for `trtllm-serve` on a machine without GPUs, with the same argv, files and HTTP.
 
-  python -m disagg_lib.serving.rehearsal disaggregated -c FILE [-t START_TIMEOUT] [-r REQUEST_TIMEOUT]
-  python -m disagg_lib.serving.rehearsal disaggregated_mpi_worker -c FILE      one process per rank, rank in SLURM_PROCID
-  python -m disagg_lib.serving.rehearsal MODEL --host H --port P [...]         one server of dialect 1.x
+  python -m disagg_lib.rehearsal disaggregated -c FILE [-t START_TIMEOUT] [-r REQUEST_TIMEOUT]
+  python -m disagg_lib.rehearsal disaggregated_mpi_worker -c FILE      one process per rank, rank in SLURM_PROCID
+  python -m disagg_lib.rehearsal MODEL --host H --port P [...]         one server of dialect 1.x
 
 How it differs from TensorRT-LLM:
   - No model: tokens are invented from a checksum of the prompt, so no answer means anything. If min_tokens = max_tokens the answer
@@ -26,58 +26,15 @@ Environment:
 
 import argparse
 import os
-import re
 import signal
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from disagg_lib.errors import DisaggError
-from disagg_lib.serving import serve_config
-from disagg_lib.serving.serve_config import ServeConfigError
+from ..errors import DisaggError, ServeConfigError
+from . import configuration
+from .knobs import Knobs, read_knobs
 
-# What may follow each fault's name.
-FAULTS = {"none": "", "crash_loading": "server", "crash_midrun": "server count", "health_503": "", "no_tokens": "",
-          "slow_tokens": "", "truncated_stream": "count"}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Knobs:
-    """What the environment asks of a rehearsal."""
-
-    time_scale: float
-    system: str
-    fault: str
-    fault_server: str
-    fault_count: int
-
-
-def read_knobs(environment) -> Knobs:
-    """Read and check the REHEARSAL_* variables."""
-    text = environment.get("REHEARSAL_TIME_SCALE", "1.0")
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = 0.0
-    if not 0 < scale < 1e4:
-        raise ServeConfigError(f"REHEARSAL_TIME_SCALE is {text!r}; a number above 0 is needed.")
-    fault = environment.get("REHEARSAL_FAULT") or "none"
-    match = re.fullmatch(r"(?P<name>\w+)(:(?P<server>[^:\d][^:]*))?(:(?P<count>\d+))?", fault)
-    found = match.groupdict() if match else {"name": fault, "server": None, "count": None}
-    name, server, count = found["name"], found["server"], found["count"]
-    extra = {key for key in ("server", "count") if found[key]} - set(FAULTS.get(name, "").split())
-    if not match or name not in FAULTS or extra or (name == "truncated_stream" and count == "0"):
-        raise ServeConfigError(
-            f"REHEARSAL_FAULT is {fault!r}; one of {', '.join(FAULTS)}, see --help for what may follow."
-        )
-    count = int(count or {"crash_midrun": 20}.get(name, 7))
-    return Knobs(scale, environment.get("REHEARSAL_SYSTEM", "gb200"), name, server or "gen0", count)
-
-
-def log(name: str, text: str) -> None:
-    """One line of a server's log, at once."""
-    print(f"[{time.strftime('%m/%d/%Y-%H:%M:%S')}] [REHEARSAL] [{name}] {text}", flush=True)
+# The HTTP side is imported where it is needed: a rank that only sleeps must stay small.
 
 
 def _sleep_until_signalled() -> None:
@@ -95,13 +52,10 @@ def _slurm_number(name: str) -> int:
     return int(text)
 
 
-# The HTTP side is imported where it is needed: a rank that only sleeps must stay small.
-
-
 def run_mpi_worker(options, knobs: Knobs) -> None:
     """One rank: the leader of a server serves, the others sleep."""
     rank, tasks = _slurm_number("SLURM_PROCID"), _slurm_number("SLURM_NTASKS")
-    file = serve_config.read_serve_file(options.config_file)
+    file = configuration.read_serve_file(options.config_file)
     world = sum(instance.ranks for instance in file.instances)
     if tasks != world or rank >= world:
         parts = " + ".join(f"{i.name} {i.ranks}" for i in file.instances)
@@ -113,8 +67,9 @@ def run_mpi_worker(options, knobs: Knobs) -> None:
     if leader is None:
         return _sleep_until_signalled()
     where = f"{options.config_file}: {leader.name} ({leader.role}_servers)"
-    args = serve_config.engine_args(where, leader.engine, file.dialect, leader.role)
-    from disagg_lib.serving.rehearsal_http import Worker, run_server
+    args = configuration.engine_args(where, leader.engine, file.dialect, leader.role)
+    from .http import run_server
+    from .worker import Worker
 
     worker = Worker(leader.name, leader.role, str(leader.engine.get("model", "model")), args, knobs)
     run_server(worker, leader.host, leader.port, file.dialect)
@@ -122,8 +77,8 @@ def run_mpi_worker(options, knobs: Knobs) -> None:
 
 def run_orchestrator(options, knobs: Knobs) -> None:
     """Wait for every worker, then take requests."""
-    file = serve_config.read_serve_file(options.config_file)
-    from disagg_lib.serving.rehearsal_http import run_orchestrator as run
+    file = configuration.read_serve_file(options.config_file)
+    from .http import run_orchestrator as run
 
     run(file, options.server_start_timeout, options.request_timeout)
 
@@ -136,25 +91,26 @@ def run_worker(options, knobs: Knobs) -> None:
     if role not in ("context", "generation"):
         raise ServeConfigError(f"--server_role is {options.server_role}; context or generation is needed.")
     file = options.extra_llm_api_options
-    known = serve_config.known_keys("engine", "both")
+    known = configuration.known_keys("engine", "both")
     engine = {key: value for key, value in vars(options).items() if key in known and value is not None}
-    engine |= serve_config.load_yaml(file) if file else {}
+    engine |= configuration.load_yaml(file) if file else {}
     fraction = options.kv_cache_free_gpu_memory_fraction
     if fraction is not None:
         engine["kv_cache_config"] = {
             "free_gpu_memory_fraction": fraction,
             **(engine.get("kv_cache_config") or {}),
         }
-    args = serve_config.engine_args(str(file or "command line"), engine, "1.x", role, per_worker=True)
+    args = configuration.engine_args(str(file or "command line"), engine, "1.x", role, per_worker=True)
     name = os.environ.get("REHEARSAL_SERVER_NAME") or f"{role}@{options.port}"
-    from disagg_lib.serving.rehearsal_http import Worker, run_server
+    from .http import run_server
+    from .worker import Worker
 
     run_server(Worker(name, role, options.model, args, knobs), options.host, options.port, "1.x")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"python -m disagg_lib.serving.rehearsal {command}".rstrip(),
+        prog=f"python -m disagg_lib.rehearsal {command}".rstrip(),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -198,7 +154,3 @@ def main(arguments: list[str]) -> int:
         print(f"{rank}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -12,35 +12,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .mlperf_logs import PERCENTILES, LogError
-from .run_folder import read_json_lines
+from ..files import read_json_lines
+from .logs import PERCENTILES, LogError
+from .style import BLUE, INK, LIGHT, MID, ORANGE, new_figure, server_mark, set_title
 
-INK, MID, LIGHT = "#1a1a1a", "#6b6b6b", "#c9c9c9"
-BLUE, ORANGE = "#1f4e9c", "#e08a1e"  # dark and light when printed in grey
 _CENTRED = {"ha": "center", "va": "center"}
-# Okabe and Ito's colours, which the colour-blind tell apart; all bear black text. Each box says its server, too.
-CONTEXT_COLOURS = ("#56b4e9", "#f0e442", "#009e73")
-GENERATION_COLOURS = ("#e69f00", "#cc79a7", "#d55e00")
-
-
-def server_mark(role: str, name: str) -> tuple[str, str]:
-    """(letter and number, colour) of a server in every picture: ctx3 is C3."""
-    number = name.lstrip("abcdefghijklmnopqrstuvwxyz")
-    letter, colours = ("C", CONTEXT_COLOURS) if role == "context" else ("G", GENERATION_COLOURS)
-    return letter + number, colours[int(number or 0) % len(colours)]
-
-
-def new_figure(width: float, height: float, **grid) -> tuple[Figure, object]:
-    """A white figure and its axes; made without pyplot, so that nothing is drawn twice or kept."""
-    figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
-    axes = figure.subplots(**grid)
-    for axis in np.atleast_1d(axes).flat:
-        axis.set_facecolor("white")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(colors=INK)
-        axis.grid(True, color=LIGHT, linewidth=0.5)
-        axis.set_axisbelow(True)
-    return figure, axes
 
 
 def read_queries(path: Path) -> dict[str, np.ndarray]:
@@ -65,7 +41,7 @@ def figure_latency_distributions(run_dir: Path | str) -> Figure:
     ------
     LogError : the run cannot be read, or it has no token latencies (Offline).
     """
-    from .results import read_result
+    from .rows import read_result
 
     result = read_result(run_dir)
     run, claim = result.run, result.verdict.claim
@@ -85,11 +61,6 @@ def figure_latency_distributions(run_dir: Path | str) -> Figure:
     load = f"{run.query_count:.0f} queries at {run.target_qps:g} queries/s"
     set_title(figure, f"{claim.model or 'run'} {claim.scenario}, {load}", claim.source, kept)
     return figure
-
-
-def set_title(figure: Figure, what: str, source: str, more: str = "") -> None:
-    """Title with the source, so that no figure goes about without it."""
-    figure.suptitle(f"{what}\nsource: {source}" + (f" ({more})" if more else ""), fontsize=10, color=INK)
 
 
 def _draw_distribution(axis, name: str, run, values: np.ndarray | None, limit_ms: float | None) -> None:
@@ -163,7 +134,7 @@ def figure_timeline(run_dir: Path | str) -> Figure:
     ------
     LogError : the folder has neither.
     """
-    from .results import folder_source
+    from .found import folder_source
 
     job = Path(run_dir) / "job"
     phases, progress = read_json_lines(job / "phases.jsonl"), read_json_lines(job / "progress.jsonl")
@@ -236,7 +207,7 @@ def figure_search(run_dir: Path | str) -> Figure:
     ------
     LogError : the run has no trials.
     """
-    from .results import folder_source
+    from .found import folder_source
 
     job = Path(run_dir) / "job"
     trials = sorted(read_json_lines(job / "find_target_qps.jsonl"), key=lambda row: row["qps"])
@@ -301,7 +272,7 @@ def figure_topology(run_dir: Path | str) -> Figure:
     ------
     LogError : no settings.json, or no `servers` in it.
     """
-    from .results import folder_source
+    from .found import folder_source
 
     path = Path(run_dir) / "job/settings.json"
     settings = json.loads(path.read_text()) if path.is_file() else {}

@@ -6,8 +6,6 @@ last digit of the integer. `MlperfRun.detail` keeps LoadGen's own values under L
 
 from __future__ import annotations
 
-import ast
-import binascii
 import contextlib
 import json
 import math
@@ -16,14 +14,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
-import numpy as np
 import yaml
 
-from .errors import DisaggError
+from ..errors import DisaggError
+from ..files import DATA
 
 SUMMARY, DETAIL, ACCURACY = "mlperf_log_summary.txt", "mlperf_log_detail.txt", "mlperf_log_accuracy.json"
 NAN = float("nan")
-
 
 #: the ways in which a log can be bad -> what is needed instead, what to do, unless an error brings better words
 CASES = {
@@ -55,7 +52,7 @@ class LogError(DisaggError):
 
 #: p99 -> 0.99: the percentiles that LoadGen writes
 PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p97": 0.97, "p99": 0.99, "p999": 0.999}
-_TABLE = yaml.safe_load((Path(__file__).parent / "data/loadgen_keys.yaml").read_text())
+_TABLE = yaml.safe_load((DATA / "loadgen_keys.yaml").read_text())
 #: figure -> (detail-log keys in order of preference, divisor: ns into ms); the table names its sources
 FIGURES: dict[str, tuple[tuple[str, ...], float]] = {
     name: (tuple(keys.split()), 1e6 if name.endswith("_ms") and not keys.endswith("_ms") else 1)
@@ -352,157 +349,3 @@ def _why_missing(figures: Mapping, mode: str, scenario: str, token_latencies: bo
         return f"LoadGen does not write it in {scenario}"
 
     return {name: reason(name) for name, value in figures.items() if math.isnan(value)}
-
-
-@dataclass(frozen=True)
-class AccuracyScores:
-    """What the evaluation wrote into accuracy.txt. `scores` are its own names and units; hash is of the whole log."""
-
-    scores: Mapping[str, float]
-    sha256: str
-
-    def get(self, name: str) -> float:
-        """A score by name, NaN if the evaluation has none of that name."""
-        return self.scores.get(name, NAN)
-
-
-def read_accuracy_txt(path: Path | str) -> AccuracyScores:
-    """Read accuracy.txt: a Python dict on one line (not JSON), then `hash=` and a SHA-256; either line end.
-
-    Other models write `name=value` pairs or JSON; those are read too.
-
-    Raises
-    ------
-    LogError : missing_file, or bad_accuracy when no score can be found in it.
-    """
-    text = read_bytes(path, "Evaluate the accuracy log first.").decode("utf-8", "replace")
-    scores: dict[str, float] = {}
-    for line in text.splitlines():
-        scores.update(_scores_of(line.strip()))
-    found = re.search(r"^hash=([0-9a-f]{64})", text, re.MULTILINE)
-    if not scores:
-        needed = "a line such as {'rougeL': 21.9, 'exact_match': 90.1, ...}"
-        todo = "The evaluation failed: read its log, then evaluate again."
-        raise LogError("bad_accuracy", Path(path), f"{len(text)} characters without a score", needed, todo)
-    return AccuracyScores(scores, found[1] if found else "")
-
-
-def _scores_of(line: str) -> dict[str, float]:
-    """Scores on one line of accuracy.txt."""
-    pairs: dict[str, object] = {}
-    if line.startswith("{"):
-        try:
-            pairs = ast.literal_eval(line)
-        except (ValueError, SyntaxError):
-            # numpy's own repr, `np.float64(44.4)`, is no literal
-            pairs = dict(re.findall(r"""['"]([\w-]+)['"]:\s*(?:np\.\w+\()?['"]?([\d.eE+-]+)""", line))
-    elif not line.startswith("hash="):
-        pairs = dict(re.findall(r"([A-Za-z][\w-]*)\s*[=:]\s*([\d.]+)", line))
-    scores = {}
-    for name, value in pairs.items() if isinstance(pairs, dict) else ():
-        try:
-            scores[str(name)] = float(value)  # llama2-70b writes some scores as text
-        except (TypeError, ValueError):
-            continue
-    return scores
-
-
-@dataclass(frozen=True)
-class AccuracyLog:
-    """mlperf_log_accuracy.json as arrays: answer i has ids[offsets[i]:offsets[i + 1]]."""
-
-    qsl_idx: np.ndarray  # (answers,) int64, in completion order
-    offsets: np.ndarray  # (answers + 1,) int64
-    ids: np.ndarray  # (tokens,) int32 or int64
-    token_count: np.ndarray  # (answers,) int64; -1 where LoadGen wrote none
-    truncated: bool  # only head and tail are there: whole answers alone are kept
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens per answer."""
-        return np.diff(self.offsets)
-
-    def tokens(self, answer: int) -> np.ndarray:
-        """Token ids of one answer."""
-        return self.ids[self.offsets[answer] : self.offsets[answer + 1]]
-
-
-_ANSWER = re.compile(rb'"qsl_idx"\s*:\s*(\d+),\s*"data"\s*:\s*"')
-_COUNT = re.compile(rb'"token_count"\s*:\s*(\d+)')
-
-
-def read_accuracy_log(path: Path | str, dtype: str | None = None) -> AccuracyLog:
-    """Read the answers of an accuracy log, whole or truncated.
-
-    Parameters
-    ----------
-    path : mlperf_log_accuracy.json.
-    dtype : int32 or int64, the type of the ids that the system gave to LoadGen. None: found from token_count,
-        else from the zero upper halves of int64 ids.
-
-    Raises
-    ------
-    LogError : missing_file, cut_log (no closing bracket and not a truncated log), bad_accuracy (not hex, wrong length).
-
-    Source: mlcommons/inference, loadgen/logging.cc (LogAccuracy: upper-case hex of the raw bytes).
-    """
-    path = Path(path)
-    raw = read_bytes(path, "Copy it from the accuracy run.")
-    truncated = b"\n\n...\n\n" in raw or b"\r\n...\r\n" in raw
-    if not truncated and not raw.rstrip().endswith(b"]"):
-        raise LogError("cut_log", path, "no closing `]`")
-    qsl_idx, counts, data = _scan_answers(raw, truncated)
-    del raw
-    dtype = dtype or _id_type(data, counts)
-    digits = 2 * np.dtype(dtype).itemsize
-    sizes = np.array([len(part) for part in data], dtype=np.int64)
-    if np.any(sizes % digits):
-        answer = int(np.argmax(sizes % digits != 0))
-        found = f"{sizes[answer]} hex digits for sample {qsl_idx[answer]}"
-        todo = "Give the type of the ids that the system wrote (int32 for llama3.1-405b)."
-        raise LogError("bad_accuracy", path, found, f"a multiple of {digits} ({dtype} ids)", todo)
-    offsets = np.concatenate([[0], np.cumsum(sizes // digits)])
-    ids = np.empty(int(offsets[-1]), dtype=np.dtype(dtype).newbyteorder("<"))
-    for answer, part in enumerate(data):
-        try:
-            words = np.frombuffer(binascii.unhexlify(part), dtype=ids.dtype)
-        except ValueError as error:
-            raise LogError("bad_accuracy", path, f"{error} in sample {qsl_idx[answer]}") from error
-        ids[offsets[answer] : offsets[answer + 1]] = words
-    return AccuracyLog(np.array(qsl_idx, np.int64), offsets, ids, np.array(counts, np.int64), truncated)
-
-
-def _scan_answers(raw: bytes, truncated: bool) -> tuple[list[int], list[int], list[bytes]]:
-    """Sample indices, token counts (-1 without) and hex texts of all whole entries, without decoding JSON.
-
-    One search a sample and no copy of the file: the log of 8313 long answers is 90 MB of hex.
-    """
-    qsl_idx, counts, data = [], [], []
-    at = 0
-    while found := _ANSWER.search(raw, at):
-        end = raw.find(b'"', found.end())
-        close = raw.find(b"}", end) if end >= 0 else -1
-        if close < 0:
-            break
-        cut = raw.find(b"...", found.end(), end) if truncated else -1
-        if cut >= 0:  # the answer in which the file was truncated
-            at = cut
-            continue
-        at = close + 1
-        count = _COUNT.search(raw, end, close)
-        qsl_idx.append(int(found[1]))
-        counts.append(int(count[1]) if count else -1)
-        data.append(raw[found.end() : end])
-    return qsl_idx, counts, data
-
-
-def _id_type(data: list[bytes], counts: list[int]) -> str:
-    """int32 or int64, from the token counts; without any, from the zero upper halves that int64 ids have."""
-    for part, count in zip(data, counts, strict=True):
-        if count > 0 and part:
-            return "int64" if len(part) == 16 * count else "int32"
-    sample = next((part for part in data if part), b"")
-    if len(sample) % 16:
-        return "int32"
-    words = np.frombuffer(binascii.unhexlify(sample), dtype="<i4")
-    return "int64" if words.size and not words[1::2].any() else "int32"

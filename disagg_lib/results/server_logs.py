@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from .experiment import Experiment
-from .mlperf_logs import NAN, LogError
-from .results import folder_source
+from ..experiment.parameters import Experiment
+from .found import folder_source
+from .logs import NAN, LogError
 
 WORKERS_LOG = "logs/output_workers.log"
 

@@ -10,19 +10,12 @@ from typing import Any
 
 import yaml
 
-from .experiment import Experiment
-
-# The original's captured batch sizes; from 288 on every 64 (its list ends at 992).
-GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 150, 180, 192, 224, 256, *range(288, 993, 64))
+from ..experiment.cuda_graphs import cuda_graph_sizes
+from ..experiment.parameters import Experiment
 
 
 def node_placeholder(index: int) -> str:
     return f"NODE_{index}"
-
-
-def cuda_graph_sizes(batch_size: int) -> list[int]:
-    """Batch sizes to capture as CUDA graphs: sorted, none above the batch, the batch itself the last."""
-    return [size for size in GRAPH_SIZES if size < batch_size] + [batch_size]
 
 
 def _engine_arguments(e: Experiment, role: str) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
 import shlex
 import sys
+from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .experiment import Experiment, Server, topology_arithmetic
+from ..experiment.parameters import Experiment
+from ..experiment.topology import Server, topology_arithmetic
 
 
 def _environment_variables(e: Experiment) -> list[tuple[str, str]]:
@@ -62,7 +64,7 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
         the nodes' own `python3`.
     """
     environment = Environment(
-        loader=PackageLoader("disagg_lib"),
+        loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -90,7 +92,7 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
         if e.client_dir
         else "",
         client_python=python if ours else "python3",
-        serve='"$PYTHON" -m disagg_lib.serving.rehearsal' if e.engine == "rehearsal" else "trtllm-serve",
+        serve='"$PYTHON" -m disagg_lib.rehearsal' if e.engine == "rehearsal" else "trtllm-serve",
         launch="trtllm-llmapi-launch " if e.engine == "trtllm" else "",
         tasks_per_node=min(e.gpus_per_node, e.gpu_count),
         gpus=gpus,

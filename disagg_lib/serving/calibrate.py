@@ -12,17 +12,14 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from disagg_lib.errors import DisaggError
-from disagg_lib.serving.lengths import LENGTHS, built_in_lengths
-from disagg_lib.serving.loadgen_rules import Load, draw_load, percentile
-from disagg_lib.serving.simulate import Deployment, simulate, summarise
+from ..errors import CalibrationError
+from ..files import DATA
+from .lengths import LENGTHS, built_in_lengths
+from .loadgen_rules import Load, draw_load, percentile
+from .simulate import Deployment, simulate, summarise
 
 FIGURES = ("ttft_mean_ms", "ttft_p50_ms", "tpot_mean_ms", "tpot_p50_ms")
-SHIPPED = Path(__file__).resolve().parent.parent / "data" / "calibration_aggregated.yaml"
-
-
-class CalibrationError(DisaggError):
-    """Runs that cannot be fitted, or a calibration file that cannot be used."""
+SHIPPED = DATA / "calibration_aggregated.yaml"
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from IPython.display import Image
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from disagg_lib.figures import BLUE, INK, MID, ORANGE, new_figure, set_title
-from disagg_lib.serving import rules
-from disagg_lib.serving.calibrate import Calibration
-from disagg_lib.serving.latency import LatencyTable, read_table, server_shapes
-from disagg_lib.serving.plan import qps_over_seeds
-from disagg_lib.serving.simulate import Deployment, SimulatedRun, queue_lengths
+from ..results.style import BLUE, INK, MID, ORANGE, new_figure, set_title
+from . import rules
+from .calibrate import Calibration
+from .latency import LatencyTable, read_table, server_shapes
+from .plan import qps_over_seeds
+from .simulate import Deployment, SimulatedRun, queue_lengths
 
 DASHES = {2: "-", 4: "--", 8: ":", 16: "-."}  # by TP
 

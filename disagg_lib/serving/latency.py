@@ -10,13 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from disagg_lib.errors import DisaggError
-
-DATA = Path(__file__).resolve().parent.parent / "data"
-
-
-class LatencyTableError(DisaggError):
-    """No table for what was asked, or a table file that cannot be read."""
+from ..errors import LatencyTableError
+from ..files import DATA
 
 
 @dataclass(frozen=True)
@@ -96,8 +91,6 @@ def read_table(system: str, tp: int, pp: int = 1) -> LatencyTable:
     values = {key: tuple(v) if isinstance(v, list) else v for key, v in (content["grid"] | entry).items()}
     return LatencyTable(system=system, tp=tp, pp=pp, **values)
 
-
-# The builder
 
 MODEL = "meta-llama/Meta-Llama-3.1-405B"
 QUANTISATION = {"gemm_quant_mode": "nvfp4", "kvcache_quant_mode": "fp8", "fmha_quant_mode": "fp8"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from disagg_lib.errors import DisaggError
+from ..errors import LengthsError
 
 LENGTHS = np.dtype([("input_tokens", "<i4"), ("output_tokens", "<i4")])
 SAMPLE_COUNT = 8313  # of the benchmark's data set
@@ -22,10 +22,6 @@ MAX_OUTPUT_TOKENS = 2000
 # Percentile -> output tokens of 297 published data-set items; the ends (0, 100) are the smallest and largest medians.
 OUTPUT_PERCENTILES = ((0, 180), (1, 186), (5, 205), (10, 215), (25, 438), (50, 706), (75, 817), (90, 900), (95, 960),
                       (99, 1042), (100, 1097))  # fmt: skip
-
-
-class LengthsError(DisaggError):
-    """A lengths file cannot be used, or lengths were asked for that cannot exist."""
 
 
 def output_tokens_at(quantile):

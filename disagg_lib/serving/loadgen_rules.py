@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from disagg_lib.serving.lengths import SAMPLE_COUNT
-from disagg_lib.validity import allowed_over_limit
+from ..results.rounds import allowed_over_limit
+from .lengths import SAMPLE_COUNT
 
 
 @dataclass(frozen=True)

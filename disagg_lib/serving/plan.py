@@ -13,13 +13,13 @@ from functools import cache
 
 import numpy as np
 
-from disagg_lib.errors import DisaggError
-from disagg_lib.serving import rules
-from disagg_lib.serving.calibrate import UNCALIBRATED, Calibration
-from disagg_lib.serving.latency import read_table, server_shapes
-from disagg_lib.serving.lengths import MAX_OUTPUT_TOKENS, built_in_lengths
-from disagg_lib.serving.loadgen_rules import draw_load
-from disagg_lib.serving.simulate import INTERACTIVE_LIMITS_MS, Deployment, ServerGroup, simulate, summarise
+from ..errors import PlanError
+from . import rules
+from .calibrate import UNCALIBRATED, Calibration
+from .latency import read_table, server_shapes
+from .lengths import MAX_OUTPUT_TOKENS, built_in_lengths
+from .loadgen_rules import draw_load
+from .simulate import INTERACTIVE_LIMITS_MS, Deployment, ServerGroup, simulate, summarise
 
 CONTEXT_TOKENS = (2048, 4096, 8192)
 GENERATION_BATCHES = (256, 512)
@@ -30,10 +30,6 @@ QPS_ERROR, QUICK_QPS_ERROR = 0.008, 0.03
 # move the edge by 15 to 20 % (docs/boundaries.md); the search may go below the lower one.
 SEARCH_BOUNDS = (0.8, 1.3)
 MOST_GPUS = 576
-
-
-class PlanError(DisaggError):
-    """No topology fits, or a QPS is beyond what a topology can serve."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +125,7 @@ def layout_of(d: Deployment) -> str:
 
 def deployment_of(experiment) -> Deployment:
     """The deployment that an Experiment describes."""
-    from disagg_lib.trtllm_config import cuda_graph_sizes
+    from ..experiment.cuda_graphs import cuda_graph_sizes
 
     e = experiment
     context = ServerGroup(
@@ -144,9 +140,6 @@ def deployment_of(experiment) -> Deployment:
     # With the synthetic data set a request's max_tokens is its own length; with MLPerf's it is the cap.
     reserve = MAX_OUTPUT_TOKENS if e.dataset_path or e.engine != "rehearsal" else None
     return Deployment(e.gpu_system, context, generation, reserve_output_tokens=reserve)
-
-
-# Screening
 
 
 @cache
@@ -274,9 +267,6 @@ def screen(budget: Budget) -> list[tuple[float, Deployment]]:
     for qps, d in scored:
         best.setdefault((_shape(d.context), _shape(d.generation)), (qps, d))
     return list(best.values())
-
-
-# Simulation
 
 
 def highest_valid_qps(

@@ -7,22 +7,23 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from disagg_lib.experiment import Experiment, load_experiment, load_recorded
-from disagg_lib.serving import calibrate as fitting
-from disagg_lib.serving import plan as planning
-from disagg_lib.serving.lengths import data_set_lengths, shorten_outputs
-from disagg_lib.serving.loadgen_rules import Load, draw_load
-from disagg_lib.serving.simulate import Deployment, SimulatedRun, simulate, summarise
+from ..errors import CalibrationError
+from ..experiment.loading import load_experiment, load_recorded
+from ..experiment.parameters import Experiment
+from . import calibrate, plan
+from .lengths import data_set_lengths, shorten_outputs
+from .loadgen_rules import Load, draw_load
+from .simulate import Deployment, SimulatedRun, simulate, summarise
 
 PROMPT_CVS = (0.45, 0.35, 0.55)  # the built-in spread of prompt lengths, and the two reported beside it
 
 
-def _calibration(e: Experiment) -> fitting.Calibration:
-    return fitting.read_calibration(e.calibration_file) if e.calibration_file else fitting.UNCALIBRATED
+def _calibration(e: Experiment) -> calibrate.Calibration:
+    return calibrate.read_calibration(e.calibration_file) if e.calibration_file else calibrate.UNCALIBRATED
 
 
 def _deployment(e: Experiment) -> Deployment:
-    return _calibration(e).apply(planning.deployment_of(e))
+    return _calibration(e).apply(plan.deployment_of(e))
 
 
 def spreads(e: Experiment) -> list[tuple[str, np.ndarray]]:
@@ -49,10 +50,10 @@ def simulate_table(e: Experiment, seeds: Sequence[int]) -> pd.DataFrame:
     rows = []
     for name, lengths in spreads(e):
         lengths = shorten_outputs(lengths, e.rehearsal_output_tokens) if e.shortened else lengths
-        planning.check_saturation(deployment, e.server_target_qps, lengths)
+        plan.check_saturation(deployment, e.server_target_qps, lengths)
         for seed in seeds:
             row = summarise(simulate(deployment, _load(e, seed), lengths))
-            settings = {"topology": planning.layout_of(deployment), "prompt_lengths": name, "seed": seed}
+            settings = {"topology": plan.layout_of(deployment), "prompt_lengths": name, "seed": seed}
             verdict = {"loadgen_valid": "VALID" if row["valid"] else "INVALID", "submittable": False}
             rows.append(settings | row | verdict)
     return pd.DataFrame(rows)
@@ -61,9 +62,9 @@ def simulate_table(e: Experiment, seeds: Sequence[int]) -> pd.DataFrame:
 def highest_qps_table(e: Experiment, seeds: Sequence[int] = range(12)) -> pd.DataFrame:
     """One row: the highest QPS that stays VALID (whole runs, median [range] over seeds) for each spread, beside server_target_qps."""
     deployment = _deployment(e)
-    row = {"GPUs": e.gpu_count, "topology": planning.layout_of(deployment)}
+    row = {"GPUs": e.gpu_count, "topology": plan.layout_of(deployment)}
     for name, lengths in spreads(e):
-        row[name] = _range(planning.qps_over_seeds(deployment, lengths, seeds, guess=e.server_target_qps))
+        row[name] = _range(plan.qps_over_seeds(deployment, lengths, seeds, guess=e.server_target_qps))
     return pd.DataFrame([row | {"server_target_qps": e.server_target_qps, "source": "simulated"}])
 
 
@@ -108,15 +109,15 @@ def format_simulation(table: pd.DataFrame) -> str:
     )
 
 
-def budget_of(e: Experiment, gpus: int | None = None) -> planning.Budget:
+def budget_of(e: Experiment, gpus: int | None = None) -> plan.Budget:
     """`gpus` (or plan_gpus, or what the parameters need), with the parameters' system, release, lengths and calibration."""
-    return planning.Budget(
+    return plan.Budget(
         gpus or e.plan_gpus or e.gpu_count, e.gpu_system, e.gpus_per_node, spreads(e)[0][1], calibration=_calibration(e),
         chunks_overlap=e.trtllm_dialect != "v5.1",
     )  # fmt: skip
 
 
-def plan_table(ranked: Sequence[planning.PlanRow]) -> pd.DataFrame:
+def plan_table(ranked: Sequence[plan.PlanRow]) -> pd.DataFrame:
     """One row a topology with all its settings and figures, for a CSV file."""
     rows = []
     for rank, row in enumerate(ranked, 1):
@@ -126,20 +127,20 @@ def plan_table(ranked: Sequence[planning.PlanRow]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def plan_notes(e: Experiment, ranked: Sequence[planning.PlanRow], seeds: Sequence[int] = range(4)) -> str:
+def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], seeds: Sequence[int] = range(4)) -> str:
     """What the ranking depends on (prompt spreads, PP, aggregated servers, calibration), and the choice as a params file."""
     best, notes = ranked[0], []
     gpus = best.gpus + best.gpus_idle
     for name, other in spreads(e)[1:]:
-        qps = planning.qps_over_seeds(best.deployment, other, seeds, guess=best.target_qps)
+        qps = plan.qps_over_seeds(best.deployment, other, seeds, guess=best.target_qps)
         notes.append(f"With {name} of the prompt length instead of 0.45: {_range(qps)} queries/s")
     one_stage = next((row for row in ranked if row.deployment.context.pp == 1), None)
     if best.deployment.context.pp > 1:
         instead = f"{one_stage.layout} gives {one_stage.target_qps:.2f}" if one_stage else "nothing fits"
         notes.append(f"PP of context servers is unproven; measure it first. Without it {instead} queries/s")
     # The two stacks are calibrated apart: these servers keep factors 1.
-    together = planning.aggregated_alternative(
-        replace(budget_of(e, gpus), calibration=fitting.UNCALIBRATED), seeds
+    together = plan.aggregated_alternative(
+        replace(budget_of(e, gpus), calibration=calibrate.UNCALIBRATED), seeds
     )
     ratio = best.target_qps / together.target_qps if together.target_qps else float("inf")
     notes.append(
@@ -152,7 +153,7 @@ def plan_notes(e: Experiment, ranked: Sequence[planning.PlanRow], seeds: Sequenc
     return "\n".join(notes)
 
 
-def ranking(ranked: Sequence[planning.PlanRow]) -> pd.DataFrame:
+def ranking(ranked: Sequence[plan.PlanRow]) -> pd.DataFrame:
     """What a person reads of a plan: queries/s are the highest that stay VALID, median [range] over seeds."""
     rows = [
         {
@@ -183,19 +184,17 @@ def calibrate_runs(runs: Sequence[Path], out: Path) -> str:
     for run in runs:
         e = load_recorded(run)
         scale = e.rehearsal_time_scale if e.engine == "rehearsal" else 1.0
-        observed.append(fitting.observe(run, planning.deployment_of(e), e.server_target_qps * scale, scale))
+        observed.append(calibrate.observe(run, plan.deployment_of(e), e.server_target_qps * scale, scale))
     if out.exists():
-        raise fitting.CalibrationError(
-            f"{out} is there already, and nothing is overwritten. Choose another name."
-        )
-    fitted, rows = fitting.calibrate(observed)
-    fitting.write_calibration(fitted, out)
+        raise CalibrationError(f"{out} is there already, and nothing is overwritten. Choose another name.")
+    fitted, rows = calibrate.calibrate(observed)
+    calibrate.write_calibration(fitted, out)
     lines = [
         f"{out}: context_factor {fitted.context_factor:.4f}, generation_factor {fitted.generation_factor:.4f}"
     ]
     for row in rows:
         used = "fitted on itself: the only run" if row["used_in_fit"] else "predicted from the other runs"
         for word in ("before", "after"):
-            errors = (f"{name[:-3]} {100 * row[f'{word}_{name}']:+.1f} %" for name in fitting.FIGURES)
+            errors = (f"{name[:-3]} {100 * row[f'{word}_{name}']:+.1f} %" for name in calibrate.FIGURES)
             lines.append(f"{row['name']} ({used}) {word}: {', '.join(errors)}")
     return "\n".join(lines)

@@ -16,12 +16,7 @@ import urllib.parse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .errors import DisaggError
-
-
-class SecretError(DisaggError):
-    """Something that must not be shared is still in what would be shared."""
-
+from ..errors import SecretError
 
 #: parameters of experiment.yaml whose whole value is replaced wherever it stands
 _PARAMETERS = {"account": "account", "partition": "partition", "reservation": "account"}

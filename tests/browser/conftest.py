@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from disagg_lib.experiment import REPOSITORY
+from disagg_lib.files import REPOSITORY
 
 CHROMIUM = "/usr/bin/chromium"
 SCREENSHOTS = REPOSITORY / "build/screenshots"  # ignored by git

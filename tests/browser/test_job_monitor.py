@@ -12,9 +12,9 @@ from conftest import SMALL
 
 MAKE = """
 import json, sys
-from disagg_lib.experiment import load_experiment
-from disagg_lib.run_folder import create_run
-from disagg_lib import launch
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.run.writing import create_run
+from disagg_lib.cluster import launch
 given = json.loads(sys.argv[1])
 for _ in range(int(sys.argv[2])):
     run = create_run(load_experiment(given=given))

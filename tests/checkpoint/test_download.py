@@ -16,18 +16,14 @@ import pytest
 import yaml
 from hub_server import Fault, HubServer
 
-from disagg_lib import model_store
-from disagg_lib.experiment import REPOSITORY, load_experiment
-from disagg_lib.model_store import (
-    HubError,
-    ModelError,
-    cite_model,
-    download_checkpoint,
-    hub_listing,
-    make_rehearsal_checkpoint,
-    manifest_path,
-    verify_digests,
-)
+from disagg_lib.checkpoint import digests, download, synthetic
+from disagg_lib.checkpoint.digests import cite_model, manifest_path, verify_digests
+from disagg_lib.checkpoint.download import download_checkpoint, hub_listing
+from disagg_lib.checkpoint.hub import FIXES, HubError
+from disagg_lib.checkpoint.synthetic import make_rehearsal_checkpoint
+from disagg_lib.errors import ModelError
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.files import REPOSITORY
 
 REPO = "nvidia/Llama-3.1-405B-Instruct-FP4"
 SHARD = "model-00001-of-00002.safetensors"
@@ -44,8 +40,8 @@ def contents(tmp_path_factory):
     return files
 
 
-@pytest.fixture
-def hub(contents, monkeypatch):
+@pytest.fixture(name="hub")
+def hub_on_this_machine(contents, monkeypatch):
     for name in (
         "HF_TOKEN",
         "HUGGING_FACE_HUB_TOKEN",
@@ -139,7 +135,7 @@ def test_a_connection_cut_in_the_middle_goes_on_with_no_byte_twice(fetch, hub, c
 CHILD = """
 import sys
 from pathlib import Path
-from disagg_lib.model_store import download_checkpoint
+from disagg_lib.checkpoint.download import download_checkpoint
 download_checkpoint(Path(sys.argv[1]), sys.argv[2], endpoint=sys.argv[3], margin_bytes=0)
 """
 
@@ -344,7 +340,7 @@ def test_each_refusal_has_its_name_and_its_fix(fetch, hub, monkeypatch, kind, pa
     with pytest.raises(HubError) as caught:
         fetch()
     assert caught.value.kind == kind
-    assert str(caught.value).endswith(model_store.FIXES[kind])
+    assert str(caught.value).endswith(FIXES[kind])
 
 
 @pytest.mark.parametrize("path", [API, "/resolve/", "/cdn/"])
@@ -431,25 +427,25 @@ def test_a_checkpoint_brought_by_hand_is_taken_where_there_is_no_network(tmp_pat
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     e = load_experiment((), {"engine": "trtllm", "model_dir": str(tmp_path / "model")})
     with pytest.raises(HubError, match="no network"):
-        model_store.obtain_checkpoint(e)
+        download.obtain_checkpoint(e)
     quantization = make_rehearsal_checkpoint(tmp_path / "model") / "hf_quant_config.json"
-    quantization.write_text(quantization.read_text().replace(model_store.SYNTHETIC, "modelopt"))
-    assert model_store.obtain_checkpoint(e) == tmp_path / "model"
+    quantization.write_text(quantization.read_text().replace(synthetic.SYNTHETIC, "modelopt"))
+    assert download.obtain_checkpoint(e) == tmp_path / "model"
     assert "compared with nothing" in capsys.readouterr().out
-    checks = model_store.checkpoint_checks(e, lambda p: None)
+    checks = digests.checkpoint_checks(e, lambda p: None)
     assert "nothing to compare with" in checks[-1].found and cite_model(tmp_path / "model")["repo"] is None
 
 
 def test_a_rehearsals_checkpoint_and_the_real_one_are_told_apart_in_their_one_place(tmp_path):
     given = {"scratch_dir": str(tmp_path)}
     rehearsal = load_experiment((), {**given, "engine": "rehearsal", "container": "none"})
-    folder = model_store.obtain_checkpoint(rehearsal)
+    folder = download.obtain_checkpoint(rehearsal)
     with pytest.raises(ModelError, match="found a rehearsal's synthetic checkpoint. Set scratch_dir"):
-        model_store.obtain_checkpoint(load_experiment((), given))
-    assert model_store.obtain_checkpoint(rehearsal) == folder
+        download.obtain_checkpoint(load_experiment((), given))
+    assert download.obtain_checkpoint(rehearsal) == folder
     (folder / "hf_quant_config.json").write_text("{}")
     with pytest.raises(ModelError, match="found a checkpoint that is no rehearsal's"):
-        model_store.obtain_checkpoint(rehearsal)
+        download.obtain_checkpoint(rehearsal)
 
 
 def test_a_manifest_that_is_none_says_what_to_do(tmp_path):
@@ -479,7 +475,8 @@ def test_a_disk_that_fills_up_is_named_and_what_came_is_kept(hub, contents, tmp_
     script = textwrap.dedent(f"""
         import os, subprocess, sys
         from pathlib import Path
-        from disagg_lib.model_store import HubError, download_checkpoint
+        from disagg_lib.checkpoint.download import download_checkpoint
+        from disagg_lib.checkpoint.hub import FIXES, HubError
         place = Path({str(place)!r})
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", place], check=True)
         filler = place / "filler"
@@ -526,9 +523,9 @@ def test_a_verification_reads_only_what_changed(fetch, tmp_path, monkeypatch):
     os.utime(tmp_path / "model/config.json")
     hashed = []
     monkeypatch.setattr(
-        model_store,
-        "_hash_file",
-        lambda path, add, git, real=model_store._hash_file: hashed.append(path.name) or real(path, add, git),
+        digests,
+        "hash_file",
+        lambda path, add, git, real=digests.hash_file: hashed.append(path.name) or real(path, add, git),
     )
     verify_digests(tmp_path / "model", lambda p: None)
     assert hashed == ["config.json"]
@@ -540,7 +537,7 @@ def test_a_verification_that_was_interrupted_goes_on(fetch, tmp_path, monkeypatc
     manifest_path(tmp_path / "model").write_text(json.dumps(manifest | {"files": {}}))
     hashed = []
 
-    def slowly(path, add, git, real=model_store._hash_file):
+    def slowly(path, add, git, real=digests.hash_file):
         time.sleep(0.4)
         hashed.append(path.name)
         return real(path, add, git)
@@ -549,7 +546,7 @@ def test_a_verification_that_was_interrupted_goes_on(fetch, tmp_path, monkeypatc
         if p.files_done:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(model_store, "_hash_file", slowly)
+    monkeypatch.setattr(digests, "hash_file", slowly)
     with pytest.raises(KeyboardInterrupt):
         verify_digests(tmp_path / "model", interrupt)
     kept = json.loads(manifest_path(tmp_path / "model").read_text())["files"]

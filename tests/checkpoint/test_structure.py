@@ -10,16 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from disagg_lib import model_store
-from disagg_lib.model_store import (
-    DATA_SET,
-    LLAMA_405B,
-    REHEARSAL,
-    ModelError,
-    data_checks,
-    make_rehearsal_checkpoint,
-    verify_checkpoint,
-)
+from disagg_lib.checkpoint import data_set, download
+from disagg_lib.checkpoint.data_set import DATA_SET, data_checks
+from disagg_lib.checkpoint.structure import LLAMA_405B, REHEARSAL, verify_checkpoint
+from disagg_lib.checkpoint.synthetic import make_rehearsal_checkpoint
+from disagg_lib.errors import ModelError
 
 
 @pytest.fixture
@@ -46,8 +41,8 @@ def test_two_that_write_it_at_once_both_have_it(tmp_path):
 
 
 def test_a_rehearsals_checkpoint_is_not_said_to_come_from_the_hub(experiment):
-    assert "nvidia/" not in model_store.origin(experiment(engine="rehearsal", container="none"))
-    assert "nvidia/Llama" in model_store.origin(experiment(engine="trtllm"))
+    assert "nvidia/" not in download.origin(experiment(engine="rehearsal", container="none"))
+    assert "nvidia/Llama" in download.origin(experiment(engine="trtllm"))
 
 
 def test_it_is_not_the_real_model(folder):
@@ -104,7 +99,7 @@ def test_a_config_that_cannot_be_read_is_an_error_with_the_path(folder, text):
 @pytest.fixture
 def scratch(tmp_path, monkeypatch):
     """The harness's second folder and the data set, whole, but for prompts of 20 tokens."""
-    monkeypatch.setattr(model_store, "MAX_INPUT_TOKENS", 20)
+    monkeypatch.setattr(data_set, "MAX_INPUT_TOKENS", 20)
     second, data = (
         tmp_path / "models/Llama3.1-405B/Meta-Llama-3.1-405B-Instruct",
         tmp_path / "preprocessed_data/llama3.1-405b",

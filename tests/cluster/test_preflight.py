@@ -6,9 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from disagg_lib import model_store, preflight
-from disagg_lib.experiment import REPOSITORY, load_experiment
-from disagg_lib.run_folder import job_seconds, search_seconds, settings_of
+from disagg_lib import checks, errors
+from disagg_lib.checkpoint import synthetic
+from disagg_lib.cluster import machine, preflight
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.files import REPOSITORY
+from disagg_lib.run.durations import job_seconds, search_seconds
+from disagg_lib.run.settings import settings_of
 
 CLUSTER = {"engine": "trtllm", "launcher": "slurm", "container": "pyxis"}
 
@@ -41,7 +45,7 @@ def test_the_twenty_gpu_file_passes_with_a_site(site):
 
 
 def test_a_rehearsals_checkpoint_is_not_taken_for_the_real_one(site):
-    folder = model_store.make_rehearsal_checkpoint(Path(site["model_dir"]) / "two_layers")
+    folder = synthetic.make_rehearsal_checkpoint(Path(site["model_dir"]) / "two_layers")
     found = unmet(load_experiment(["params/gb200_20gpu.yaml"], site | {"model_dir": str(folder)}))
     assert found["model_folder"].found.endswith("two_layers, 2 layers")
 
@@ -92,9 +96,9 @@ def test_a_harness_with_its_configuration_passes(site, tmp_path):
 
 
 def test_warnings_do_not_stop_a_submission_and_errors_do(site):
-    preflight.require(preflight.experiment_checks(load_experiment([], site | {"ctx_tp_size": 8})))
-    with pytest.raises(preflight.PreflightError, match="time_limit covers loading"):
-        preflight.require(preflight.experiment_checks(load_experiment([], site | {"time_limit": "0:10:00"})))
+    checks.require(preflight.experiment_checks(load_experiment([], site | {"ctx_tp_size": 8})))
+    with pytest.raises(errors.PreflightError, match="time_limit covers loading"):
+        checks.require(preflight.experiment_checks(load_experiment([], site | {"time_limit": "0:10:00"})))
 
 
 def test_without_slurm_one_sentence_hints_at_the_local_launcher(site, monkeypatch):
@@ -141,7 +145,7 @@ def test_room_is_wanted_only_for_what_of_the_checkpoint_has_not_come(site, come_
     parts.mkdir()
     with (parts / "a").open("wb") as file:
         file.truncate(come_gb * 10**9)  # takes no room itself
-    (check,) = [c for c in preflight.machine_checks(load_experiment((), site)) if "GB free" in c.requirement]
+    (check,) = [c for c in machine.machine_checks(load_experiment((), site)) if "GB free" in c.requirement]
     assert check.requirement == f"{needed_gb} GB free in model_dir"
 
 
@@ -151,5 +155,5 @@ def test_a_controller_that_is_silent_is_a_row_of_the_machines_table(site, tmp_pa
         (tmp_path / name).write_text("#!/bin/sh\necho 'DNS SRV lookup failed' >&2; exit 1\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    found = {check.rule: check for check in preflight.machine_checks(load_experiment((), site))}
+    found = {check.rule: check for check in machine.machine_checks(load_experiment((), site))}
     assert not found["slurm"].ok and "DNS SRV lookup failed" in found["slurm"].found

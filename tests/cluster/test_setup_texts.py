@@ -13,9 +13,11 @@ import psutil
 import pytest
 import yaml
 
-from disagg_lib import setup_jobs
-from disagg_lib.experiment import REPOSITORY, ParameterError, load_experiment
-from disagg_lib.setup_jobs import SetupError
+from disagg_lib.cluster import client_environment, container_image, probe, setup_job, site_file
+from disagg_lib.errors import ParameterError, SetupError
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.files import REPOSITORY
+from disagg_lib.run import made_with
 
 LOCAL = {"engine": "rehearsal", "launcher": "local", "container": "none"}
 GOOD = {
@@ -62,10 +64,10 @@ def plain(site):
 
 def scripts(given, plain):
     e = load_experiment((), given)
-    yield setup_jobs.probe_script(e)
-    yield setup_jobs.client_script(e)
-    yield setup_jobs.client_script(e, brought=True)
-    yield setup_jobs.image_script(load_experiment((), {**given, **plain, "account": given["account"]}))
+    yield probe.probe_script(e)
+    yield client_environment.client_script(e)
+    yield client_environment.client_script(e, brought=True)
+    yield container_image.image_script(load_experiment((), {**given, **plain, "account": given["account"]}))
 
 
 @pytest.mark.parametrize("given", [{}, {"account": None}, {"container": "none"}, {"launcher": "slurm"}])
@@ -77,16 +79,16 @@ def test_every_script_is_clean_to_shellcheck(site, plain, given):
 
 
 def test_the_image_job_answers_the_makefiles_questions(plain):
-    text = setup_jobs.image_script(load_experiment((), plain))
+    text = container_image.image_script(load_experiment((), plain))
     assert "printf 'y\\n' | make -f Makefile.pyxis build_base_sqsh" in text
-    text = setup_jobs.image_script(load_experiment((), {**plain, "account": None}))
+    text = container_image.image_script(load_experiment((), {**plain, "account": None}))
     assert "printf '\\ny\\n' | make" in text and "SBATCH_ACCOUNT= " in text
 
 
 @pytest.mark.parametrize("key", ["harness_dir", "container_image", "partition"])
 def test_an_image_job_without_what_it_needs_is_refused(site, key):
     with pytest.raises(SetupError, match=f"^{key}: not given"):
-        setup_jobs.image_script(load_experiment((), {**site, key: None}))
+        container_image.image_script(load_experiment((), {**site, key: None}))
 
 
 @pytest.mark.parametrize("path", ["/a b", "/a$b", "/a:b", "/a#b"])
@@ -95,13 +97,13 @@ def test_a_path_that_make_would_split_or_expand_is_refused(plain, path):
         with pytest.raises(
             SetupError, match=f"^{key}: found .*make and its recipes would split or expand it"
         ):
-            setup_jobs.image_script(load_experiment((), {**plain, key: value}))
+            container_image.image_script(load_experiment((), {**plain, key: value}))
 
 
 def test_an_image_is_built_with_all_of_a_nodes_cores_and_a_draft_goes_with_the_job(plain, tmp_path, harness):
     image = tmp_path / "i.sqsh"
     e = load_experiment((), {**plain, "container_image": str(image)})
-    script = setup_jobs.image_script(e)
+    script = container_image.image_script(e)
     assert "\n#SBATCH --exclusive\n" in script
     (harness / "Makefile.pyxis").write_text('build_base_sqsh:\n\tprintf hsq >"$(SBATCH_CONTAINER_SAVE)"\n')
     (tmp_path / "job.sh").write_text(script)
@@ -112,7 +114,7 @@ def test_an_image_is_built_with_all_of_a_nodes_cores_and_a_draft_goes_with_the_j
     assert before == ("1\n", [])
     assert subprocess.run(["bash", "job.sh"], cwd=tmp_path).returncode == 0
     assert sorted(path.name for path in tmp_path.glob("i.*")) == ["i.sqsh", "i.sqsh.sha256"]
-    assert setup_jobs.cite_image(e)["sha256"] == hashlib.sha256(b"hsqs").hexdigest()
+    assert made_with.cite_image(e)["sha256"] == hashlib.sha256(b"hsqs").hexdigest()
 
 
 def test_an_image_that_was_brought_along_is_cited_and_its_folder_left_as_it_is(plain, tmp_path):
@@ -123,21 +125,21 @@ def test_an_image_that_was_brought_along_is_cited_and_its_folder_left_as_it_is(p
     e = load_experiment(
         (), {**plain, "container_image": str(image), "scratch_dir": str(tmp_path / "scratch")}
     )
-    assert setup_jobs.cite_image(e) is None
-    row = setup_jobs.image_rows(e, out=list)[-1]
-    assert row.found == setup_jobs.cite_image(e)["sha256"] == hashlib.sha256(b"hsqs").hexdigest()
+    assert made_with.cite_image(e) is None
+    row = container_image.image_rows(e, out=list)[-1]
+    assert row.found == made_with.cite_image(e)["sha256"] == hashlib.sha256(b"hsqs").hexdigest()
     assert sorted(path.name for path in (tmp_path / "theirs").iterdir()) == ["i.sqsh", "i.sqsh.sha256"]
     image.write_bytes(b"hsqs, newer")
     os.utime(image, (time.time() + 9, time.time() + 9))
-    assert setup_jobs.cite_image(e) is None
-    assert setup_jobs.cite_image(load_experiment((), {**plain, "container_image": "nvcr.io/x:1"})) is None
+    assert made_with.cite_image(e) is None
+    assert made_with.cite_image(load_experiment((), {**plain, "container_image": "nvcr.io/x:1"})) is None
 
 
 def test_packages_brought_along_are_taken_and_nothing_else_is_asked(site):
     e = load_experiment((), site)
-    text = setup_jobs.client_script(e, brought=True)
+    text = client_environment.client_script(e, brought=True)
     assert "--no-index --find-links" in text and "client_wheels" in text
-    install = setup_jobs.client_script(e).split("echo")[0]
+    install = client_environment.client_script(e).split("echo")[0]
     assert "--no-index" not in install and "client_wheels" not in install
 
 
@@ -149,19 +151,19 @@ def test_nodes_without_internet_are_told_how_to_bring_the_packages(tmp_path, mon
     with pytest.raises(
         SetupError, match="bring the packages along, .*pip download --dest .*client_wheels .*pybind11"
     ):
-        setup_jobs.build_client(e, out=list)
+        client_environment.build_client(e, out=list)
     assert [path.name for path in tmp_path.iterdir()] == ["setup"]
 
 
 def test_a_client_environment_in_no_container_is_refused(site):
     with pytest.raises(SetupError, match="^container_image: not given, and the client job"):
-        setup_jobs.client_script(load_experiment((), {**site, "container_image": None}))
+        client_environment.client_script(load_experiment((), {**site, "container_image": None}))
     with pytest.raises(SetupError, match="a container's mounts cannot hold"):
-        setup_jobs.client_script(load_experiment((), {**site, "scratch_dir": "/a:b"}))
+        client_environment.client_script(load_experiment((), {**site, "scratch_dir": "/a:b"}))
 
 
 def test_the_client_check_refuses_modules_from_elsewhere(tmp_path):
-    command = [sys.executable, setup_jobs.CHECK_CLIENT, tmp_path / "logs", tmp_path]
+    command = [sys.executable, client_environment.CHECK_CLIENT, tmp_path / "logs", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and f"not from {tmp_path}" in done.stderr and not (tmp_path / "logs").exists()
 
@@ -173,9 +175,9 @@ def test_an_interrupt_ends_a_local_job_and_what_it_started(tmp_path):
         if "asleep" in line:
             raise KeyboardInterrupt
 
-    script = setup_jobs._header(e, "x", "0:01:00") + "sleep 300 &\necho asleep $!\nsleep 300\n"
+    script = setup_job.job_header(e, "x", "0:01:00") + "sleep 300 &\necho asleep $!\nsleep 300\n"
     with pytest.raises(KeyboardInterrupt):
-        setup_jobs.run_setup_job(e, "x", script, out=interrupt, poll_s=0.1)
+        setup_job.run_setup_job(e, "x", script, out=interrupt, poll_s=0.1)
     (output,) = tmp_path.glob("setup/*/output.txt")
     child = int(output.read_text().split()[1])
     deadline = time.monotonic() + 5
@@ -188,40 +190,42 @@ def test_an_interrupt_ends_a_local_job_and_what_it_started(tmp_path):
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SetupError, match="cannot be made .* Set scratch_dir to a shared folder"):
-        setup_jobs.probe(load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path / "file")}), out=list)
+        probe.probe(load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path / "file")}), out=list)
 
 
 def test_without_slurm_the_setup_has_a_row_that_says_so_and_goes_on(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     e = load_experiment((), {"scratch_dir": str(tmp_path / "scratch"), "partition": "batch"})
-    (row,) = setup_jobs.node_rows(e, out=list)
+    (row,) = probe.node_rows(e, out=list)
     assert not row.ok and "sbatch is not on PATH" in row.found
-    assert setup_jobs.suggest_site(e)["partition"] == ("batch", "given")
+    assert site_file.suggest_site(e)["partition"] == ("batch", "given")
 
 
 def test_the_probe_looks_at_every_path_that_a_run_reads_or_writes(site):
     e = load_experiment((), {**site, "dataset_path": "/data/x.pkl", "client_dir": "/client"})
-    seen = setup_jobs._visible(e)
+    seen = probe._visible(e)
     assert {str(REPOSITORY), e.scratch_dir, "/data/x.pkl", "/client", e.harness_dir, "/data"} <= set(seen)
 
 
 def test_the_original_readmes_folder_for_the_makefile_is_refused(site, harness):
     (harness / "pyxis").mkdir()
     with pytest.raises(SetupError, match="has no Makefile.pyxis. Needed: the v5.1 tree's closed/NVIDIA"):
-        setup_jobs.image_script(load_experiment((), {**site, "harness_dir": str(harness / "pyxis")}))
+        container_image.image_script(load_experiment((), {**site, "harness_dir": str(harness / "pyxis")}))
 
 
 def test_a_container_sees_the_scratch_folder_once(site):
     e = load_experiment(
         (), {**site, "container_mounts": f"{site['scratch_dir']}:{site['scratch_dir']}", "launcher": "slurm"}
     )
-    line = next(line for line in setup_jobs.client_script(e).splitlines() if "--container-mounts" in line)
+    line = next(
+        line for line in client_environment.client_script(e).splitlines() if "--container-mounts" in line
+    )
     assert line.count("owned") == 3  # the image, and one host:container pair of the awkward name
 
 
 def test_the_probe_runs_here_in_an_awkward_folder(odd_dir):
     said = []
-    checks = setup_jobs.probe(load_experiment((), {**LOCAL, "scratch_dir": str(odd_dir)}), out=said.append)
+    checks = probe.probe(load_experiment((), {**LOCAL, "scratch_dir": str(odd_dir)}), out=said.append)
     assert [check.requirement for check in checks if not check.ok] == []
     assert said[-1].endswith("its script ended with status 0")
     assert [path.name for path in odd_dir.iterdir()] == ["setup"]
@@ -230,14 +234,14 @@ def test_the_probe_runs_here_in_an_awkward_folder(odd_dir):
 def test_a_whole_probe_is_read_again_and_one_cut_short_or_of_other_parameters_is_not(tmp_path):
     e = load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path)})
     said = []
-    first = setup_jobs.probe(e, out=list)
-    assert setup_jobs.probe(e, out=said.append) == first
+    first = probe.probe(e, out=list)
+    assert probe.probe(e, out=said.append) == first
     assert len(list(tmp_path.glob("setup/*"))) == 1 and "is read again; for a new one remove" in said[0]
-    setup_jobs.probe(load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path), "account": "x"}), out=list)
+    probe.probe(load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path), "account": "x"}), out=list)
     assert len(list(tmp_path.glob("setup/*"))) == 2
     for found in tmp_path.glob("setup/*/probe.txt"):
         found.write_text(found.read_text().replace("end\t\n", ""))
-    setup_jobs.probe(e, out=list)
+    probe.probe(e, out=list)
     assert len(list(tmp_path.glob("setup/*"))) == 3
 
 
@@ -245,13 +249,13 @@ def test_a_whole_probe_is_read_again_and_one_cut_short_or_of_other_parameters_is
 def test_no_job_looks_at_a_node_where_none_may_or_has_to(given, tmp_path):
     said = []
     e = load_experiment((), {**given, "scratch_dir": str(tmp_path)})
-    assert setup_jobs.node_rows(e, out=said.append) == []
+    assert probe.node_rows(e, out=said.append) == []
     assert said[0].startswith(("launcher: local", "setup_jobs: none")) and not list(tmp_path.iterdir())
 
 
 def test_an_image_is_looked_at_where_there_shall_be_one(site):
     def unmet(**given):
-        rows = setup_jobs.image_rows(load_experiment((), {**site, **given}), out=list)
+        rows = container_image.image_rows(load_experiment((), {**site, **given}), out=list)
         return [row.requirement for row in rows if not row.ok]
 
     assert unmet(container="none") == unmet(container_image="nvcr.io/nvidia/tensorrt-llm:1.2") == []
@@ -261,15 +265,15 @@ def test_an_image_is_looked_at_where_there_shall_be_one(site):
 def test_a_job_that_cannot_be_made_or_submitted_is_a_row(site, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     e = load_experiment((), {**site, "setup_jobs": "all", "harness_dir": None})
-    (image,) = setup_jobs.image_rows(e, out=list)
+    (image,) = container_image.image_rows(e, out=list)
     assert not image.ok and image.found.startswith("harness_dir: not given")
-    (client,) = setup_jobs.client_rows(e, out=list)
+    (client,) = client_environment.client_rows(e, out=list)
     assert not client.ok and client.found.startswith("sbatch is not on PATH")
 
 
 def test_a_built_client_environment_is_cited_and_an_unnamed_one_told(site, odd_dir):
     def row(**given):
-        return setup_jobs.client_rows(load_experiment((), {**site, **given}), out=list)[0]
+        return client_environment.client_rows(load_experiment((), {**site, **given}), out=list)[0]
 
     assert not row().ok and "setup_jobs: all" in row().fix and row().level == "warning"
     folder = odd_dir / "client_env"
@@ -277,14 +281,14 @@ def test_a_built_client_environment_is_cited_and_an_unnamed_one_told(site, odd_d
     (folder / "client_env.json").write_text('{"mlcommons-loadgen": "5.1.2", "machine": "aarch64"}')
     assert not row().ok and row().fix == f"set client_dir: {folder} in params/site.yaml"
     assert row(client_dir=str(folder)).ok
-    assert setup_jobs.client_rows(load_experiment((), {**site, **LOCAL})) == []
+    assert client_environment.client_rows(load_experiment((), {**site, **LOCAL})) == []
 
 
 def test_a_setup_job_that_fails_says_its_last_lines(tmp_path):
     e = load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path)})
     with pytest.raises(SetupError, match="the x job: ended with status 3: .*no such thing"):
-        setup_jobs.run_setup_job(
-            e, "x", setup_jobs._header(e, "x", "0:01:00") + "echo no such thing\nexit 3\n", out=list
+        setup_job.run_setup_job(
+            e, "x", setup_job.job_header(e, "x", "0:01:00") + "echo no such thing\nexit 3\n", out=list
         )
 
 
@@ -293,7 +297,7 @@ SPANS = "one NVLink domain (a server spans several nodes)"
 
 def unmet(found, **given):
     e = load_experiment((), {"engine": "trtllm", "scratch_dir": "/scratch", **given})
-    return [check.requirement for check in setup_jobs.probe_checks(e, {**GOOD, **found}) if not check.ok]
+    return [check.requirement for check in probe.probe_checks(e, {**GOOD, **found}) if not check.ok]
 
 
 def test_a_good_node_meets_every_requirement():
@@ -327,7 +331,7 @@ def test_each_lack_of_a_node_is_found(found, given, requirement):
 def test_a_probe_cut_short_is_refused(tmp_path):
     (tmp_path / "probe.txt").write_text("host\tgb01\n")
     with pytest.raises(SetupError, match="cut short"):
-        setup_jobs.read_probe(tmp_path)
+        probe.read_probe(tmp_path)
 
 
 @pytest.fixture
@@ -347,16 +351,20 @@ def image(tmp_path):
 def test_an_image_for_another_architecture_is_found(image):
     arch = subprocess.run(["uname", "-m"], capture_output=True, text=True).stdout.strip()
     other = {"x86_64": "aarch64", "aarch64": "x86_64"}[arch]
-    assert [check.ok for check in setup_jobs.image_checks(image, arch, min_gb=0)] == [True, True, True]
-    assert [check.found for check in setup_jobs.image_checks(image, other, min_gb=0) if not check.ok] == [
-        arch
-    ]
+    assert [check.ok for check in container_image.image_checks(image, arch, min_gb=0)] == [True, True, True]
+    assert [
+        check.found for check in container_image.image_checks(image, other, min_gb=0) if not check.ok
+    ] == [arch]
 
 
 def test_an_image_that_is_none_is_found(tmp_path):
     (tmp_path / "image.sqsh").write_bytes(b"#!/bin/sh\n")
-    assert [check.ok for check in setup_jobs.image_checks(tmp_path / "image.sqsh")] == [False, False, False]
-    assert [check.ok for check in setup_jobs.image_checks(tmp_path / "absent.sqsh")] == [False]
+    assert [check.ok for check in container_image.image_checks(tmp_path / "image.sqsh")] == [
+        False,
+        False,
+        False,
+    ]
+    assert [check.ok for check in container_image.image_checks(tmp_path / "absent.sqsh")] == [False]
 
 
 def test_an_image_whose_program_is_a_link_is_not_judged_by_this_machines(tmp_path):
@@ -366,7 +374,7 @@ def test_an_image_whose_program_is_a_link_is_not_judged_by_this_machines(tmp_pat
     (tmp_path / "root/usr/bin/env").symlink_to(shutil.which("env"))
     command = ["mksquashfs", tmp_path / "root", tmp_path / "i.sqsh", "-quiet", "-no-progress"]
     subprocess.run(command, check=True)
-    row = setup_jobs.image_checks(tmp_path / "i.sqsh", os.uname().machine, min_gb=0)[-1]
+    row = container_image.image_checks(tmp_path / "i.sqsh", os.uname().machine, min_gb=0)[-1]
     assert (row.ok, row.level, row.found) == (False, "warning", "not known: no program usr/bin/env in it")
 
 
@@ -375,12 +383,12 @@ def test_site_yaml_is_written_once_and_then_compared(tmp_path):
     e = load_experiment(
         (), {**LOCAL, "scratch_dir": str(tmp_path), "partition": "batch", "time_limit": "4:00:00"}
     )
-    table = setup_jobs.write_site(setup_jobs.suggest_site(e), path)
+    table = site_file.write_site(site_file.suggest_site(e), path)
     assert (table["in the file"] == table["found"]).all()
     assert yaml.safe_load(path.read_text())["time_limit"] == "4:00:00"
     assert load_experiment((path,), LOCAL).partition == "batch"
     before = path.read_text()
-    other = setup_jobs.write_site({"partition": ("other", "given"), "account": ("a", "given")}, path)
+    other = site_file.write_site({"partition": ("other", "given"), "account": ("a", "given")}, path)
     assert path.read_text() == before
     assert tuple(other.set_index("key").loc["partition", ["in the file", "found"]]) == ("batch", "other")
 
@@ -388,7 +396,7 @@ def test_site_yaml_is_written_once_and_then_compared(tmp_path):
 def test_an_experiments_own_values_do_not_become_the_sites():
     def keys(**given):
         return set(
-            setup_jobs.suggest_site(
+            site_file.suggest_site(
                 load_experiment(["params/gb200_20gpu.yaml"], {"launcher": "local", **given})
             )
         )
@@ -399,14 +407,14 @@ def test_an_experiments_own_values_do_not_become_the_sites():
 
 
 def test_no_site_yaml_is_written_where_slurm_did_not_answer(tmp_path):
-    setup_jobs.write_site({"scratch_dir": ("/s", "given")}, tmp_path / "site.yaml")
+    site_file.write_site({"scratch_dir": ("/s", "given")}, tmp_path / "site.yaml")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_site_yaml_that_is_none_is_named(tmp_path):
     (tmp_path / "site.yaml").write_text("- a\n")
     with pytest.raises(ParameterError, match="site.yaml: found a list, needed a mapping"):
-        setup_jobs.write_site({}, tmp_path / "site.yaml")
+        site_file.write_site({}, tmp_path / "site.yaml")
 
 
 def test_site_yaml_says_what_the_client_environment_is(site, odd_dir, tmp_path):
@@ -414,13 +422,13 @@ def test_site_yaml_says_what_the_client_environment_is(site, odd_dir, tmp_path):
     folder.mkdir()
     (folder / "client_env.json").write_text('{"mlcommons-loadgen": "5.1.2", "numpy": "2.1", "digest": "abc"}')
     e = load_experiment((), site | LOCAL)
-    setup_jobs.write_site(setup_jobs.suggest_site(e), tmp_path / "s.yaml")
+    site_file.write_site(site_file.suggest_site(e), tmp_path / "s.yaml")
     text = (tmp_path / "s.yaml").read_text()
     assert "built by 00_setup: mlcommons-loadgen 5.1.2, numpy 2.1" in text and "digest abc" in text
 
 
 def test_site_yaml_is_readable_by_the_owners_group_as_others_files_are(tmp_path):
-    setup_jobs.write_site({"partition": ("batch", "given")}, tmp_path / "site.yaml")
+    site_file.write_site({"partition": ("batch", "given")}, tmp_path / "site.yaml")
     (tmp_path / "other").touch()
     assert stat.S_IMODE((tmp_path / "site.yaml").stat().st_mode) == stat.S_IMODE(
         (tmp_path / "other").stat().st_mode

@@ -3,16 +3,15 @@
 import pytest
 import yaml
 
-from disagg_lib.experiment import (
-    REPOSITORY,
-    ParameterError,
-    TopologyError,
+from disagg_lib.errors import ParameterError, TopologyError
+from disagg_lib.experiment.loading import (
     experiment_text,
     load_experiment,
     load_recorded,
-    parameter_names,
     refuse_contradiction,
 )
+from disagg_lib.experiment.parameters import parameter_names
+from disagg_lib.files import REPOSITORY
 
 REHEARSAL = {"engine": "rehearsal", "launcher": "local", "container": "none"}
 
@@ -211,7 +210,7 @@ def test_paths_are_absolute_below_the_repository():
 
 
 def test_every_description_fits_a_papermill_help_line():
-    from disagg_lib.experiment import Experiment
+    from disagg_lib.experiment.parameters import Experiment
 
     for name in parameter_names():
         assert "=" not in Experiment.model_fields[name].description, name

@@ -20,9 +20,10 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from disagg_lib import evaluate, loadgen_client, results
+from disagg_lib.job import client_settings, prompts, sender
+from disagg_lib.results import rows, test06
+from disagg_lib.run.writing import PROGRAM
 
-CLIENT = Path(__file__).parents[2] / "disagg_lib" / "loadgen_client.py"
 LENGTHS = [(20 + index % 7, 5 + index % 4) for index in range(600)]
 
 
@@ -194,7 +195,7 @@ def make_run(folder: Path, qps=150, count=100, **client) -> Path:
 
 
 def command(run, url, mode="performance"):
-    return [sys.executable, str(CLIENT), "--run-dir", str(run), "--test-mode", mode, "--url", url]
+    return [sys.executable, str(PROGRAM), "client", "--run-dir", str(run), "--test-mode", mode, "--url", url]
 
 
 def run_client(run, url, mode="performance", *more):
@@ -438,7 +439,7 @@ def test_first_id_of_text_is_its_answers_first_in_test06(tmp_path, tokenizer):
     entries = json.loads((run / "mlperf/test06/mlperf_log_accuracy.json").read_text())
     assert entries and all(entry["data"].startswith(entry["token_data"]) for entry in entries)
     assert {entry["token_data"] for entry in entries} == {(51).to_bytes(4, "little").hex().upper()}
-    assert evaluate.verify_test06(run)["TEST06, First token check"] == "True"
+    assert test06.verify_test06(run)["TEST06, First token check"] == "True"
 
 
 def test_chat_endpoint_gets_empty_messages_and_prompt_token_ids(tmp_path):
@@ -452,12 +453,12 @@ def test_chat_endpoint_gets_empty_messages_and_prompt_token_ids(tmp_path):
 async def client_here(url):
     """The client in this process, with a stub in LoadGen's place; it opens no spare connections."""
     endpoint = "/v1/completions"
-    options = {**loadgen_client.DEFAULTS, "endpoint": endpoint, "model": "m", "connections": 0}
-    target = loadgen_client.Target(url, endpoint)
-    samples = loadgen_client.Samples(target, options)
+    options = {**client_settings.DEFAULTS, "endpoint": endpoint, "model": "m", "connections": 0}
+    target = prompts.Target(url, endpoint)
+    samples = prompts.Samples(target, options)
     samples.add(0, b"1,2", 2, 10, 10)
     loop = asyncio.get_running_loop()
-    return loadgen_client.Client(loop, MagicMock(), target, options, samples, "performance", print)
+    return sender.Client(loop, MagicMock(), target, options, samples, "performance", print)
 
 
 async def send_in_turn(client, count):
@@ -649,9 +650,9 @@ def test_client_that_was_late_says_so_in_the_result_and_in_the_verdict(tmp_path)
     result = json.loads((run / "job/client_performance.json").read_text())
     assert result["client_was_late"] and result["late_limit_ms"] == 45 and result["late_issues"] > 30
     words = f"The client itself was late: {result['late_issues']} of 300 requests left more than 45 ms"
-    assert words in results.verdict_text(run) and "twice" not in results.verdict_text(run)
+    assert words in rows.verdict_text(run) and "twice" not in rows.verdict_text(run)
     (run / "job/client_performance.json").write_text(json.dumps({**result, "resent": 2}))
-    assert "The client sent 2 requests twice" in results.verdict_text(run)
+    assert "The client sent 2 requests twice" in rows.verdict_text(run)
 
 
 class Evil:
@@ -777,7 +778,7 @@ def test_key_that_no_header_can_hold_is_refused_and_not_said(tmp_path, key):
 )
 def test_key_is_masked_as_json_and_python_write_it(monkeypatch, echo):
     monkeypatch.setenv("OPENAI_API_KEY", 'se/cr"et\\key')
-    target = loadgen_client.Target("http://h", "/v1/completions")
+    target = prompts.Target("http://h", "/v1/completions")
     assert "***" in target.mask(echo(target.key)) and "et" not in target.mask(echo(target.key))
 
 

@@ -1,14 +1,12 @@
 """Answers as bytes: every way a network can cut them gives the same tokens and the same moment of first content."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg_lib import loadgen_client as client
+from disagg_lib.job import client_settings, connections, http_answer, prompts
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -116,9 +114,9 @@ class Pipe:
 def hear(stream: bytes, cuts, want_ids):
     """Feed stream to a real Connection, cut at the given places; return what the client behind it heard."""
     heard = Heard(tells_early=not want_ids)
-    connection = client.Connection(heard)
+    connection = connections.Connection(heard)
     connection.connection_made(Pipe())
-    connection.send(client.Request(1, 0, 0.0), ())
+    connection.send(connections.Request(1, 0, 0.0), ())
     places = sorted({0, *cuts, len(stream)})
     for start, end in zip(places, places[1:], strict=False):
         heard.fed = end
@@ -184,7 +182,7 @@ def test_any_set_of_cuts_gives_the_same_tokens_and_first_content(name, cuts, wan
 def test_stream_that_ends_early_is_cut_never_counted(name, where, want_ids):
     stream = STREAMS[name]
     end = int(where * (len(stream) - len(b"data: [DONE]\r\n\r\n\r\n0\r\n\r\n")))
-    with pytest.raises(client.AnswerError) as caught:
+    with pytest.raises(http_answer.AnswerError) as caught:
         hear(stream[:end], (end // 2,), want_ids)
     assert caught.value.kind == "cut"
 
@@ -193,11 +191,11 @@ def test_stream_that_ends_early_is_cut_never_counted(name, where, want_ids):
 @given(junk=st.binary(max_size=300), cut=st.integers(0, 300))
 def test_junk_is_a_failure_and_raises_nothing_else(junk, cut):
     for head in (b"", CHUNKED, HEAD + b"\r\n", CHUNKED + chunk(EVENTS[2])):
-        with pytest.raises(client.AnswerError):
+        with pytest.raises(http_answer.AnswerError):
             try:
                 hear(head + junk, (cut,), True)
-            except client.BAD_ANSWER as error:
-                raise client.failure_of(error) from None
+            except http_answer.BAD_ANSWER as error:
+                raise http_answer.failure_of(error) from None
 
 
 @pytest.mark.parametrize(
@@ -219,11 +217,11 @@ def test_junk_is_a_failure_and_raises_nothing_else(junk, cut):
 )
 def test_answer_without_a_true_count_fails_by_kind(events, kind):
     stream = CHUNKED + b"".join(map(chunk, events)) + b"0\r\n\r\n"
-    with pytest.raises(client.AnswerError) as caught:
+    with pytest.raises(http_answer.AnswerError) as caught:
         try:
             hear(stream, (), True)
-        except client.BAD_ANSWER as error:
-            raise client.failure_of(error) from None
+        except http_answer.BAD_ANSWER as error:
+            raise http_answer.failure_of(error) from None
     assert caught.value.kind == kind
 
 
@@ -232,7 +230,7 @@ def test_answer_without_a_true_count_fails_by_kind(events, kind):
 def test_usage_that_is_no_count_is_a_failure(count, want_ids):
     usage = {"choices": [], "usage": {"completion_tokens": count}}
     stream = CHUNKED + b"".join(map(chunk, [EVENTS[2], event(usage), event(b"[DONE]")])) + b"0\r\n\r\n"
-    with pytest.raises(client.AnswerError, match="completion_tokens is"):
+    with pytest.raises(http_answer.AnswerError, match="completion_tokens is"):
         hear(stream, (), want_ids)
 
 
@@ -247,7 +245,7 @@ def test_usage_that_is_no_count_is_a_failure(count, want_ids):
 )
 def test_error_amid_a_stream_is_a_failure_even_if_usage_follows(bad, want_ids):
     parts = [EVENTS[2], EVENTS[3], bad, event(USAGE), event(b"[DONE]")]
-    with pytest.raises(client.AnswerError) as caught:
+    with pytest.raises(http_answer.AnswerError) as caught:
         hear(CHUNKED + b"".join(map(chunk, parts)) + b"0\r\n\r\n", (), want_ids)
     assert caught.value.kind == "server_error"
 
@@ -262,7 +260,7 @@ def test_json_without_end_of_nesting_is_a_protocol_failure():
     stream = (
         CHUNKED + chunk(EVENTS[2]) + chunk(event(b"[" * 100_000)) + chunk(event(b"[DONE]")) + b"0\r\n\r\n"
     )
-    with pytest.raises(client.AnswerError) as caught:
+    with pytest.raises(http_answer.AnswerError) as caught:
         hear(stream, (), True)
     assert caught.value.kind == "protocol"
 
@@ -278,22 +276,22 @@ def test_json_without_end_of_nesting_is_a_protocol_failure():
 )
 def test_content_as_servers_write_it_is_told_before_it_is_parsed(fields, separators):
     data = json.dumps({"id": "x", "model": "m", **choice(**fields)}, separators=separators)
-    assert client.HAS_CONTENT(CHUNKED + chunk(event(data.encode())))
+    assert http_answer.HAS_CONTENT(CHUNKED + chunk(event(data.encode())))
 
 
 def test_a_long_first_read_is_not_searched_from_its_beginning():
     """An orchestrator that paused sends everything at once, without an event's end at the end."""
     heard, looked = Heard(tells_early=True), []
-    connection = client.Connection(heard)
+    connection = connections.Connection(heard)
     connection.connection_made(Pipe())
-    connection.send(client.Request(1, 0, 0.0), ())
-    search = client.HAS_CONTENT
-    client.HAS_CONTENT = lambda data, start: looked.append(len(data) - start) or search(data, start)
+    connection.send(connections.Request(1, 0, 0.0), ())
+    search = connections.HAS_CONTENT
+    connections.HAS_CONTENT = lambda data, start: looked.append(len(data) - start) or search(data, start)
     try:
         connection.data_received(CHUNKED + chunk(EVENTS[2]) * 2000 + b"5")
     finally:
-        client.HAS_CONTENT = search
-    assert looked == [client.LOOK_BACK] and heard.first
+        connections.HAS_CONTENT = search
+    assert looked == [http_answer.LOOK_BACK] and heard.first
 
 
 @pytest.mark.parametrize(
@@ -305,7 +303,7 @@ def test_a_long_first_read_is_not_searched_from_its_beginning():
     ],
 )
 def test_what_is_no_stream_ends_at_once_and_says_what_it_is(answer, word):
-    with pytest.raises(client.AnswerError, match=word) as caught:
+    with pytest.raises(http_answer.AnswerError, match=word) as caught:
         hear(answer, (), False)
     assert caught.value.kind == "protocol"
 
@@ -337,7 +335,7 @@ def test_wherever_a_chunk_cuts_the_last_event_its_usage_counts(want_ids):
     ],
 )
 def test_status_names_the_failure_whatever_its_body_is(answer, kind):
-    with pytest.raises(client.AnswerError) as caught:
+    with pytest.raises(http_answer.AnswerError) as caught:
         hear(answer, (), False)
     assert caught.value.kind == kind
 
@@ -345,9 +343,9 @@ def test_status_names_the_failure_whatever_its_body_is(answer, kind):
 def test_connection_is_kept_only_after_a_whole_answer():
     for name, stream in STREAMS.items():
         heard = Heard()
-        connection = client.Connection(heard)
+        connection = connections.Connection(heard)
         connection.connection_made(Pipe())
-        connection.send(client.Request(1, 0, 0.0), ())
+        connection.send(connections.Request(1, 0, 0.0), ())
         connection.data_received(stream)
         assert hasattr(heard, "kept") == (name != "until the connection closes")
 
@@ -356,8 +354,8 @@ def test_long_prompts_of_the_whole_data_set_take_little_memory_and_time(tmp_path
     import time
     import tracemalloc
 
-    options = {**client.DEFAULTS, "endpoint": "/v1/completions", "model": "m"}
-    samples = client.Samples(client.Target("http://127.0.0.1:1", "/v1/completions"), options)
+    options = {**client_settings.DEFAULTS, "endpoint": "/v1/completions", "model": "m"}
+    samples = prompts.Samples(prompts.Target("http://127.0.0.1:1", "/v1/completions"), options)
     lengths = tmp_path / "lengths.csv"
     lengths.write_text("input_tokens,output_tokens\n" + "9400,650\n" * 8313)
     tracemalloc.start()
@@ -367,22 +365,5 @@ def test_long_prompts_of_the_whole_data_set_take_little_memory_and_time(tmp_path
     assert tracemalloc.get_traced_memory()[0] < 50e6
     tracemalloc.stop()
     assert len(samples.parts) == 8313
-    prompts = {bytes(parts[1][:60]) for parts in samples.parts.values()}
-    assert len(prompts) == 8313  # no two prompts begin alike, so none is served from a cache of another
-
-
-def test_client_imports_nothing_of_the_project():
-    """It is copied to compute nodes alone; and it stays readable for Python 3.8."""
-    import ast
-
-    path = Path(client.__file__)
-    tree = ast.parse(path.read_text(), feature_version=(3, 8))
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    extra = {name for name in names if name not in __import__("sys").stdlib_module_names}
-    assert extra == {"numpy", "mlperf_loadgen", "uvloop", "pandas", "tokenizers"}
-    assert importlib.util.find_spec("mlperf_loadgen")
+    beginnings = {bytes(parts[1][:60]) for parts in samples.parts.values()}
+    assert len(beginnings) == 8313  # no two prompts begin alike, so none is served from a cache of another

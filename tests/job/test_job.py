@@ -1,6 +1,5 @@
 """Whole local jobs with real processes: the rehearsal serves, real LoadGen measures, faults are named."""
 
-import ast
 import json
 import re
 import subprocess
@@ -12,10 +11,15 @@ import psutil
 import pytest
 from test_client import Server
 
-from disagg_lib import job_agent, launch, mlperf_logs, results
-from disagg_lib.evaluate import evaluate
-from disagg_lib.experiment import load_experiment
-from disagg_lib.run_folder import create_run, read_json_lines, search_table
+from disagg_lib import errors
+from disagg_lib.cluster import follow, launch
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.files import read_json_lines
+from disagg_lib.job import deaths
+from disagg_lib.results import found, logs, outputs, rows
+from disagg_lib.results.accuracy import evaluate
+from disagg_lib.run.tables import search_table
+from disagg_lib.run.writing import PROGRAM, create_run
 
 SMALL = {
     "num_ctx_servers": 1,
@@ -53,7 +57,7 @@ def finish(run, timeout_s=90):
 def wait(run, timeout_s=90, until=lambda state: state.ended):
     deadline = time.monotonic() + timeout_s
     while not until(state := launch.job_state(run)):
-        assert time.monotonic() < deadline, f"{state}: {job_agent.last_lines(run / launch.SCRIPT_LOG, 20)}"
+        assert time.monotonic() < deadline, f"{state}: {deaths.last_lines(run / launch.SCRIPT_LOG, 20)}"
         time.sleep(0.1)
     return state
 
@@ -98,8 +102,8 @@ def test_the_search_finds_a_target_and_the_run_takes_it(tmp_path):
     assert "find_target_qps" in [line["phase"] for line in read_json_lines(run / "job/phases.jsonl")]
     found = json.loads((run / "job/find_target_qps.json").read_text())["target_qps"]
     assert f"target_qps = {found}\n" in (run / "user.conf").read_text()
-    assert mlperf_logs.read_run(run / "mlperf/performance").target_qps == pytest.approx(found, rel=1e-5)
-    assert (results.write_outputs(run), (run / "figures/search_rehearsed.png").exists())[1]
+    assert logs.read_run(run / "mlperf/performance").target_qps == pytest.approx(found, rel=1e-5)
+    assert (outputs.write_outputs(run), (run / "figures/search_rehearsed.png").exists())[1]
     trials = search_table(run)
     assert len(trials) >= 1
     assert set(trials["queries"]) == {459}
@@ -123,9 +127,9 @@ def test_offline_keeps_to_max_in_flight_and_has_no_token_latencies(tmp_path):
     done = json.loads((run / "job/client_performance.json").read_text())
     assert (done["issued"], done["done"], done["scenario"]) == (100, 100, "Offline")
     assert max(line["outstanding"] for line in read_json_lines(run / "job/progress.jsonl")) <= 100
-    verdict = results.verdict_of(run)
+    verdict = rows.verdict_of(run)
     assert verdict.claim.scenario == "Offline" and verdict.failed == ()
-    assert "latency_rehearsed.png" not in [path.name for path in results.write_outputs(run)]
+    assert "latency_rehearsed.png" not in [path.name for path in outputs.write_outputs(run)]
 
 
 @pytest.mark.parametrize("endpoint", ["/v1/completions", "/v1/chat/completions"])
@@ -152,8 +156,8 @@ def test_a_server_that_is_already_up_is_measured(tmp_path, endpoint):
     assert {head.split(b" ")[1].decode() for head in server.heads} == {endpoint}
     key = "messages" if "chat" in endpoint else "prompt"
     assert all(key in body for body in server.bodies)
-    assert results.folder_source(run) == "measured"
-    assert mlperf_logs.read_run(run / "mlperf/performance").query_count == 60
+    assert found.folder_source(run) == "measured"
+    assert logs.read_run(run / "mlperf/performance").query_count == 60
 
 
 def test_an_endpoint_that_refuses_us_ends_the_job_at_once(tmp_path, monkeypatch, tls):
@@ -226,7 +230,7 @@ def test_cancel_tears_down_and_says_so(tmp_path):
     launch.submit(run)
     wait(run, until=lambda state: state.phase == "performance" or state.ended)
     state = launch.cancel(run)
-    said = job_agent.last_lines(run / launch.SCRIPT_LOG, 20)
+    said = deaths.last_lines(run / launch.SCRIPT_LOG, 20)
     assert state.reason.startswith("cancelled (signal TERM) during performance"), (state, said)
     assert [line["phase"] for line in read_json_lines(run / "job/phases.jsonl")][-2] == "teardown"
     assert no_process_left(run)
@@ -297,7 +301,7 @@ def test_a_client_that_hangs_with_no_query_open_is_a_stall(tmp_path):
         ),
     )
     for process in processes_of(run):
-        if "loadgen_client.py" in " ".join(process.cmdline()) and "ranks" not in process.cmdline():
+        if "client" in process.cmdline() and "ranks" not in process.cmdline():
             process.suspend()
     assert wait(run, timeout_s=30).reason.startswith("stalled: ")
     assert no_process_left(run)
@@ -318,8 +322,8 @@ def test_watch_raises_with_the_reason_and_where_to_look(tmp_path):
     run = make(tmp_path / "run", fault="crash_loading:ctx0")
     launch.submit(run)
     lines = []
-    with pytest.raises(launch.JobError, match="failed: context server ctx0"):
-        launch.watch(run, out=lines.append)
+    with pytest.raises(errors.JobError, match="failed: context server ctx0"):
+        follow.watch(run, out=lines.append)
     assert lines[-1].endswith(launch.job_state(run).phase)
 
 
@@ -347,31 +351,13 @@ def test_two_jobs_at_once_take_different_ports(tmp_path):
     )
 
 
-@pytest.mark.parametrize("module", ["job_agent", "loadgen_client"])
-def test_what_runs_on_compute_nodes_keeps_to_python_3_8(module):
-    source = Path(job_agent.__file__).with_name(f"{module}.py").read_text()
-    ast.parse(source, feature_version=(3, 8))
-
-
-def test_the_agent_imports_the_standard_library_only():
-    tree = ast.parse(Path(job_agent.__file__).read_text())
-    imported = {
-        alias.name.split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-    }
-    imported |= {node.module.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported <= set(sys.stdlib_module_names)
-
-
 def test_ranks_carry_their_number_and_end_together(tmp_path):
     script = (
         "import os, sys, time; r = os.environ['SLURM_PROCID']; print('I am', r, flush=True); open(r, 'w').close()\n"
         "while r != '1' or len(os.listdir()) < 3: time.sleep(0.05)\n"
         "sys.exit(3)"
     )
-    agent = [sys.executable, job_agent.__file__, "ranks", "3", "4", sys.executable, "-c", script]
+    agent = [sys.executable, PROGRAM, "agent", "ranks", "3", "4", sys.executable, "-c", script]
     done = subprocess.run(agent, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 3
     assert {"4: I am 0", "5: I am 1", "6: I am 2"} <= set(done.stdout.splitlines())

@@ -10,25 +10,25 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from test_client import Server, make_run
 from test_rehearsal import v51_job
 
-from disagg_lib import figures, launch
-from disagg_lib import find_target_qps as search
-from disagg_lib.experiment import load_experiment
-from disagg_lib.find_target_qps import find_target_qps
-from disagg_lib.mlperf_logs import LogError
-from disagg_lib.run_folder import RunFolderError, create_run
+from disagg_lib.cluster import follow
+from disagg_lib.errors import RunFolderError
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.job import margins, search, trials
+from disagg_lib.job.search import find_target_qps
+from disagg_lib.results import figures
+from disagg_lib.results.logs import LogError
+from disagg_lib.run.writing import PROGRAM, create_run
 from disagg_lib.serving.lengths import built_in_lengths
 from disagg_lib.serving.loadgen_rules import draw_load
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate
 
 LENGTHS = built_in_lengths()
-LIBRARY = Path(search.__file__).parent
 
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 150, 180, 192, 224, 256, 512)
@@ -55,7 +55,7 @@ def simulated_trial(name, seed):
             qps, seed, min_duration_s=0.001, min_query_count=queries, equal_issue=queries == 8313
         )
         run = simulate(TOPOLOGIES[name], load, LENGTHS)
-        ttft, tpot = search.share_of_limit(run.ttft_ms, 4500), search.share_of_limit(run.tpot_ms, 80)
+        ttft, tpot = margins.share_of_limit(run.ttft_ms, 4500), margins.share_of_limit(run.tpot_ms, 80)
         return {
             "valid": max(ttft, tpot) <= 1,
             "ttft_share": ttft,
@@ -128,7 +128,7 @@ def test_target_passes_at_full_length_nearly_always(searches):
 
 def test_early_stopping_allows_what_loadgen_allows():
     counts = [458, 459, 8313, 16626, 24939, 33252, 99756]
-    assert [search.allowed_over_limit(count) for count in counts] == [-1, 0, 62, 136, 213, 290, 924]
+    assert [margins.allowed_over_limit(count) for count in counts] == [-1, 0, 62, 136, 213, 290, 924]
 
 
 def line(edge, steepness=3.0, calls=None, floor=0.0):
@@ -193,7 +193,7 @@ def test_budget_that_ends_a_search_leaves_what_was_seen_valid(low, high, edge):
 
 
 def test_budget_in_which_nothing_was_valid_is_an_error():
-    with pytest.raises(search.SearchError, match="1 trials fitted .* none VALID .* Raise time_limit"):
+    with pytest.raises(margins.SearchError, match="1 trials fitted .* none VALID .* Raise time_limit"):
         find_target_qps(line(0.9), 1.0, 10.0, budget_s=500)
 
 
@@ -219,7 +219,7 @@ def test_runs_at_the_target_still_fit_into_the_job(edge, steepness, time_s):
     after = [(8313, 600), (8313, 0)]
     try:
         found = find_target_qps(line(edge, steepness), 2.31, 6.16, time_s=time_s, runs_after=after)
-    except search.SearchError as error:
+    except margins.SearchError as error:
         assert time_s < 3 * 8313 / edge and "Raise time_limit" in str(error)
     else:
         assert found["seconds"] + search.seconds_of(after, found["target_qps"]) <= 1.02 * time_s
@@ -242,7 +242,7 @@ def test_row_that_is_none_is_named_with_its_place(tmp_path, bad):
     first, *rest = path.read_text().splitlines(keepends=True)
     path.write_text(first + bad + "\n" + "".join(rest))
     with pytest.raises(
-        search.SearchError, match=r"rows\.jsonl, line 2: not a trial's row .* Remove that line"
+        margins.SearchError, match=r"rows\.jsonl, line 2: not a trial's row .* Remove that line"
     ):
         find_target_qps(line(3.85), 1.0, 10.0, rows_path=path)
 
@@ -291,7 +291,7 @@ def test_servers_that_never_pass_end_the_search():
     def trial(qps, queries):
         return {"valid": False, "ttft_share": None, "tpot_share": None, "seconds": 1.0}
 
-    with pytest.raises(search.SearchError, match="a 16th of target_qps_min, is INVALID too"):
+    with pytest.raises(margins.SearchError, match="a 16th of target_qps_min, is INVALID too"):
         find_target_qps(trial, 1.0, 4.0)
 
 
@@ -353,7 +353,7 @@ def test_full_length_trial_lasts_as_long_as_its_run(tmp_path):
     """LoadGen issues all samples again until 600 s are over: 72 GPUs at 17 queries/s do so twice."""
     client = {"data_set": {"kind": "synthetic"}, "total_sample_count": 8313}
     for name, queries in (("full", 8313), ("short", 1496)):
-        search.write_trial(tmp_path, tmp_path / name, client, 17.0, queries, 600)
+        trials.write_trial(tmp_path, tmp_path / name, client, 17.0, queries, 600)
     lines = [(tmp_path / name / "user.conf").read_text().splitlines() for name in ("full", "short")]
     assert "*.Server.min_duration = 600000" in lines[0] and "*.Server.min_duration = 1" in lines[1]
     assert (
@@ -371,13 +371,13 @@ def test_search_without_a_valid_trial_is_an_error(full_queries):
     def trial(qps, queries):
         return {"valid": False, "ttft_share": 50.0, "tpot_share": 0.1, "seconds": 1.0}
 
-    with pytest.raises(search.SearchError, match="INVALID too: look at the trials' logs"):
+    with pytest.raises(margins.SearchError, match="INVALID too: look at the trials' logs"):
         find_target_qps(trial, 2.31, 6.16, full_queries=full_queries)
 
     def failing(qps, queries):
         return {"valid": False, "ttft_share": 0.1, "tpot_share": 0.1, "seconds": 1.0, "failed": 3}
 
-    with pytest.raises(search.SearchError, match="none VALID; in [0-9] of them requests failed"):
+    with pytest.raises(margins.SearchError, match="none VALID; in [0-9] of them requests failed"):
         find_target_qps(failing, 2.31, 6.16, full_queries=full_queries)
 
 
@@ -399,7 +399,7 @@ def test_time_that_trials_take_beside_their_queries_is_allowed_for():
 
 @pytest.mark.parametrize("low, high", [(0, 1), (2, 1), (-1, 2)])
 def test_bounds_that_make_no_sense_are_refused(low, high):
-    with pytest.raises(search.SearchError, match="needed is 0 < low_qps < high_qps"):
+    with pytest.raises(margins.SearchError, match="needed is 0 < low_qps < high_qps"):
         find_target_qps(line(1.0), low, high)
 
 
@@ -431,10 +431,10 @@ def test_figure_of_a_search_shows_its_trials_and_its_end(tmp_path):
     assert "source: measured" in figure.get_suptitle() and figure.get_facecolor()[3] == 1.0
     grounds = [mark.get_facecolor()[0].tolist() for mark in axis.collections[:2]]
     assert grounds[0] != grounds[1]  # valid and invalid differ without their hue, too
-    assert launch.trial_line(failed) == "trial: 459 queries at 9 queries/s: INVALID, 7 requests failed"
+    assert follow.trial_line(failed) == "trial: 459 queries at 9 queries/s: INVALID, 7 requests failed"
     few = {**failed, "ttft_share": 0.5, "tpot_share": 0.25}
     said = "INVALID, TTFT 0.50 and TPOT 0.25 of the limit, 7 requests failed"
-    assert launch.trial_line(few) == f"trial: 459 queries at 9 queries/s: {said}"
+    assert follow.trial_line(few) == f"trial: 459 queries at 9 queries/s: {said}"
 
 
 def test_interrupted_search_goes_on_in_a_new_job_of_the_same_configuration(tmp_path):
@@ -467,16 +467,15 @@ def test_interrupted_search_goes_on_in_a_new_job_of_the_same_configuration(tmp_p
 
 
 def run_search(run, url):
-    command = [sys.executable, run / "job/find_target_qps.py", "--run-dir", run, "--url", url]
+    command = [sys.executable, run / "job/program", "search", "--run-dir", run, "--url", url]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.fixture
 def job(tmp_path):
-    """A run folder with both scripts copied into it, as a job has them; nothing of the package beside them."""
+    """A run folder with the room copied into it, as a job has them; nothing of the package beside them."""
     run = make_run(tmp_path / "a run", total_sample_count=500)
-    for name in ("find_target_qps.py", "loadgen_client.py"):
-        shutil.copy(LIBRARY / name, run / "job" / name)
+    shutil.copytree(PROGRAM, run / "job/program")
     settings = json.loads((run / "job/settings.json").read_text())
     settings["find_target_qps"] = {"low_qps": 200, "high_qps": 300}
     (run / "job/settings.json").write_text(json.dumps(settings))
@@ -502,7 +501,7 @@ def test_search_runs_real_trials_keeps_their_rows_and_resumes(job):
 
 def test_failed_requests_make_a_trial_invalid(job):
     with Server(lambda n: "500" if n % 50 == 0 else "ok", step_s=0.001) as server:
-        row = search.run_trial(
+        row = trials.run_trial(
             job, json.loads((job / "job/settings.json").read_text())["client"], server.url, 300, 459
         )
     assert not row["valid"] and row["ttft_share"] is None and row["failed"] == 10
@@ -511,24 +510,24 @@ def test_failed_requests_make_a_trial_invalid(job):
 def test_one_failed_request_leaves_the_shares_of_the_others(job):
     client = json.loads((job / "job/settings.json").read_text())["client"]
     with Server(lambda n: "500" if n == 7 else "ok", step_s=0.001) as server:
-        row = search.run_trial(job, client, server.url, 300, 459)
+        row = trials.run_trial(job, client, server.url, 300, 459)
     assert (row["failed"], row["valid"]) == (1, False) and 0 < row["ttft_share"] < 1
 
 
 def test_refused_connections_make_a_trial_invalid_and_end_the_search_if_the_server_is_gone(job):
     client = json.loads((job / "job/settings.json").read_text())["client"]
     with Server(step_s=0.001) as server:
-        search.run_trial(job, client, server.url, 300, 459)
+        trials.run_trial(job, client, server.url, 300, 459)
     folder = job / "job/trials/01"
     result = json.loads((folder / "job/client_performance.json").read_text())
     result["kinds"]["refused"], result["failed"], result["valid_client"] = 1, 1, False
     (folder / "job/client_performance.json").write_text(json.dumps(result))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = "http://{}:{}".format(*listening.getsockname())
-        row = search.read_trial(folder, url)
+        row = trials.read_trial(folder, url)
     assert not row["valid"] and 0 < row["ttft_share"] < 1 and row["failed"] == 1
-    with pytest.raises(search.SearchError, match="are the servers up"):
-        search.read_trial(folder, url)
+    with pytest.raises(margins.SearchError, match="are the servers up"):
+        trials.read_trial(folder, url)
 
 
 def test_server_that_serves_nothing_ends_the_search_and_leaves_no_row(job):
@@ -547,7 +546,7 @@ def test_trials_that_go_on_with_an_earlier_jobs_rows_have_numbers_of_their_own(j
     (job / "job/find_target_qps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     client = json.loads((job / "job/settings.json").read_text())["client"]
     with Server(step_s=0.001) as server:
-        assert search.run_trial(job, client, server.url, 300, 459)["folder"] == "03"
+        assert trials.run_trial(job, client, server.url, 300, 459)["folder"] == "03"
 
 
 def test_servers_that_are_gone_end_the_search_and_leave_no_row(job):
@@ -566,7 +565,7 @@ def test_short_search_on_the_rehearsal_server(job):
     (job / "servers").mkdir()
     with v51_job(job / "servers", environment={"REHEARSAL_TIME_SCALE": "0.1"}) as servers:
         url = f"http://127.0.0.1:{servers.port}"
-        command = [sys.executable, job / "job/find_target_qps.py", "--run-dir", job, "--url", url]
+        command = [sys.executable, job / "job/program", "search", "--run-dir", job, "--url", url]
         first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         rows = job / "job/find_target_qps.jsonl"
         deadline = time.monotonic() + 90
@@ -580,6 +579,6 @@ def test_short_search_on_the_rehearsal_server(job):
     assert done.returncode == 0, done.stderr
     assert rows.read_text().startswith(kept)
     result = json.loads((job / "job/find_target_qps.json").read_text())
-    trials = [json.loads(row) for row in rows.read_text().splitlines()]
-    assert result["trials"] == len(trials) >= 2
+    kept = [json.loads(row) for row in rows.read_text().splitlines()]
+    assert result["trials"] == len(kept) >= 2
     assert 4 < result["target_qps"] < 240

@@ -11,10 +11,15 @@ import psutil
 import pytest
 import yaml
 
-from disagg_lib import launch, mlperf_logs
-from disagg_lib.experiment import REPOSITORY, ParameterError, load_experiment
-from disagg_lib.pipeline import CHAIN, notebook_values, parameters_cell
-from disagg_lib.run_folder import RESULTS, RunFolderError, create_run, find_run, free_run_dir
+from disagg_lib.cluster import launch
+from disagg_lib.errors import ParameterError, RunFolderError
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.files import REPOSITORY
+from disagg_lib.notebook.parameters import notebook_values, parameters_cell
+from disagg_lib.notebook.run_all import CHAIN
+from disagg_lib.results import logs
+from disagg_lib.run.folder import RESULTS, find_run, free_run_dir
+from disagg_lib.run.writing import create_run
 
 SMALL = {
     "num_ctx_servers": 1,
@@ -105,7 +110,7 @@ def test_the_table_equals_the_detail_log_to_the_last_digit(chain):
 
 def test_loadgen_was_given_exactly_the_queries_asked_for(chain):
     run, _ = chain
-    assert mlperf_logs.read_run(run / "mlperf/performance").query_count == 60
+    assert logs.read_run(run / "mlperf/performance").query_count == 60
 
 
 def test_experiment_yaml_says_where_each_value_came_from(chain):

@@ -10,11 +10,16 @@ import nbclient
 import nbformat
 import pytest
 
-from disagg_lib import figures, launch, pictures, setup_jobs, widgets
-from disagg_lib.errors import DisaggError
-from disagg_lib.experiment import ParameterError, changed, load_experiment, load_recorded
-from disagg_lib.preflight import Check
-from disagg_lib.run_folder import GrowingLines, create_run
+from disagg_lib.checks import Check
+from disagg_lib.cluster import launch, site_file
+from disagg_lib.errors import DisaggError, ParameterError
+from disagg_lib.experiment.loading import changed, load_experiment, load_recorded
+from disagg_lib.files import GrowingLines
+from disagg_lib.notebook import comparison, picker, pictures, progress, site_form, topology_form
+from disagg_lib.notebook import monitor as monitors
+from disagg_lib.notebook.live import front_end_is_live
+from disagg_lib.results import style
+from disagg_lib.run.writing import create_run
 
 SMALL = {
     "num_ctx_servers": 1,
@@ -25,7 +30,7 @@ SMALL = {
     "test_modes": ["performance"],
 }
 NVL72 = load_experiment(["params/gb200_72gpu.yaml"])
-ASK = "from disagg_lib.widgets import front_end_is_live\nprint(front_end_is_live())"
+ASK = "from disagg_lib.notebook.live import front_end_is_live\nprint(front_end_is_live())"
 
 
 @pytest.fixture
@@ -37,7 +42,7 @@ def form_of(experiment, *first, **typed):
     """A live form into which a person has typed, pairs first."""
 
     async def main():
-        form = widgets.topology_form(experiment)
+        form = topology_form.topology_form(experiment)
         for name, text in (*first, *typed.items()):
             form.fields.texts[name].value = text
         form._prediction.task.cancel()
@@ -51,19 +56,19 @@ def form_of(experiment, *first, **typed):
 
 def test_outside_a_notebook_nobody_is_there(monkeypatch):
     monkeypatch.delenv("DISAGG_LIVE", raising=False)
-    assert not widgets.front_end_is_live()
+    assert not front_end_is_live()
 
 
 @pytest.mark.parametrize(("word", "expected"), [("1", True), ("0", False)])
 def test_the_environment_overrides(monkeypatch, word, expected):
     monkeypatch.setenv("DISAGG_LIVE", word)
-    assert widgets.front_end_is_live() is expected
+    assert front_end_is_live() is expected
 
 
 def test_another_word_in_the_override_is_refused(monkeypatch):
     monkeypatch.setenv("DISAGG_LIVE", "yes")
     with pytest.raises(ParameterError, match="DISAGG_LIVE: found 'yes', needed 1"):
-        widgets.front_end_is_live()
+        front_end_is_live()
 
 
 @pytest.mark.parametrize("started_from", ["a terminal", "a notebook in JupyterLab"])
@@ -135,14 +140,14 @@ def luminance(colour):
 
 
 def test_every_server_colour_bears_its_text():
-    for colour in (*figures.CONTEXT_COLOURS, *figures.GENERATION_COLOURS):
-        contrast = (luminance(colour) + 0.05) / (luminance(figures.INK) + 0.05)
+    for colour in (*style.CONTEXT_COLOURS, *style.GENERATION_COLOURS):
+        contrast = (luminance(colour) + 0.05) / (luminance(style.INK) + 0.05)
         assert contrast >= 4.5, colour  # WCAG 2, AA
 
 
 def test_both_pictures_name_servers_alike():
-    assert figures.server_mark("context", "ctx12")[0] == "C12"
-    assert figures.server_mark("generation", "gen1") == ("G1", figures.GENERATION_COLOURS[1])
+    assert style.server_mark("context", "ctx12")[0] == "C12"
+    assert style.server_mark("generation", "gen1") == ("G1", style.GENERATION_COLOURS[1])
 
 
 # -- the topology form
@@ -188,7 +193,7 @@ def test_a_mended_form_is_written_once_with_what_was_typed(live, results_dir):
 
 def test_a_taken_run_dir_is_said_beside_the_button(live, tmp_path):
     async def main():
-        form = widgets.topology_form(load_experiment(), str(tmp_path))
+        form = topology_form.topology_form(load_experiment(), str(tmp_path))
         form._prediction.task.cancel()
         form.button.click()
         return form.outcome.value
@@ -198,7 +203,7 @@ def test_a_taken_run_dir_is_said_beside_the_button(live, tmp_path):
 
 def test_the_prediction_follows_and_says_that_it_is_simulated(live):
     async def main():
-        form = widgets.topology_form(load_experiment())
+        form = topology_form.topology_form(load_experiment())
         await form._prediction.task
         return form.predicted.value
 
@@ -207,18 +212,20 @@ def test_the_prediction_follows_and_says_that_it_is_simulated(live):
 
 
 def test_there_is_no_prediction_for_limits_that_the_model_does_not_know():
-    words = widgets.predict_text(load_experiment(given={"scenario": "Offline"}))
+    words = topology_form.predict_text(load_experiment(given={"scenario": "Offline"}))
     assert words.startswith("No prediction") and "Offline" in words
 
 
 def test_a_load_beyond_saturation_is_said_in_words():
-    assert "beyond saturation" in widgets.predict_text(load_experiment(given={"server_target_qps": 99.0}))
+    assert "beyond saturation" in topology_form.predict_text(
+        load_experiment(given={"server_target_qps": 99.0})
+    )
 
 
 def test_headless_the_form_prints_and_gives_the_experiment_back(monkeypatch, capsys):
     monkeypatch.setenv("DISAGG_LIVE", "0")
     e = load_experiment()
-    assert widgets.topology_form(e).experiment is e
+    assert topology_form.topology_form(e).experiment is e
     printed = capsys.readouterr().out
     assert "= 20 GPUs on 5 nodes of 4 GPUs." in printed and "TPOT p99" in printed
 
@@ -227,19 +234,19 @@ def test_headless_the_form_prints_and_gives_the_experiment_back(monkeypatch, cap
 
 
 def test_lines_that_differ_from_the_preset_are_marked():
-    marked = pictures.marked_lines({"a": "one\ntwo\n", "b": "new\n"}, {"a": "one\nTWO\n"})
+    marked = comparison.marked_lines({"a": "one\ntwo\n", "b": "new\n"}, {"a": "one\nTWO\n"})
     assert marked == {"a": [" one", "-TWO", "+two"], "b": ["+new"]}
-    assert pictures.marked_lines({"a": "one\n"}, {"a": "one\n"}) == {"a": [" one"]}
+    assert comparison.marked_lines({"a": "one\n"}, {"a": "one\n"}) == {"a": [" one"]}
 
 
 def test_the_marked_text_is_escaped():
-    page = pictures.marked_html({"a": ["+<script>"]})
+    page = comparison.marked_html({"a": ["+<script>"]})
     assert "<script>" not in page and "1 line" in page
 
 
 def test_presets_are_experiments_alone():
-    assert "params/gb200_72gpu.yaml" in widgets.presets()
-    assert not any("site" in name or "system" in name for name in widgets.presets())
+    assert "params/gb200_72gpu.yaml" in comparison.presets()
+    assert not any("site" in name or "system" in name for name in comparison.presets())
 
 
 # -- the monitor
@@ -252,29 +259,29 @@ def rows(*pairs, mode="performance", total=100):
 
 def test_phases_are_done_running_or_to_come():
     seen = [{"time_s": 0.0, "phase": "container"}, {"time_s": 2.0, "phase": "bind"}]
-    steps = pictures.phase_steps(seen, load_experiment(), 5.0)
+    steps = progress.phase_steps(seen, load_experiment(), 5.0)
     assert steps[:3] == [("container", "done", 2.0), ("bind", "now", 3.0), ("workers", "to come", None)]
     assert steps[-1] == ("done", "to come", None)
-    steps = pictures.phase_steps(
+    steps = progress.phase_steps(
         [*seen, {"time_s": 4.0, "phase": "failed: out of luck"}], load_experiment(), 9.0
     )
     assert steps[-2:] == [("bind", "failed", 2.0), ("failed", "failed", None)]
 
 
 def test_the_time_to_go_follows_from_the_last_minutes_pace():
-    assert pictures.remaining_s(rows((0, 0), (10, 20))) == 40.0
-    assert pictures.remaining_s(rows((0, 5), (10, 5))) is None
-    assert "20 of 100 queries done, about 40.0 s to go" in pictures.progress_html(rows((0, 0), (10, 20)))
+    assert progress.remaining_s(rows((0, 0), (10, 20))) == 40.0
+    assert progress.remaining_s(rows((0, 5), (10, 5))) is None
+    assert "20 of 100 queries done, about 40.0 s to go" in progress.progress_html(rows((0, 0), (10, 20)))
 
 
 def test_token_rates_do_not_cross_from_one_mode_to_the_next():
     both = rows((0, 0), (1, 5)) + rows((2, 0), (3, 1), mode="accuracy")
-    speed, outstanding = pictures.rates(both, 0)
+    speed, outstanding = progress.rates(both, 0)
     assert speed == [(1, 50.0), (3, 10.0)] and len(outstanding) == 4
 
 
 def test_a_chart_has_no_more_than_a_few_hundred_points():
-    line = re.search(r'points="([^"]+)"', pictures.chart_svg("x", [(t, 1.0) for t in range(14_400)]))[1]
+    line = re.search(r'points="([^"]+)"', progress.chart_svg("x", [(t, 1.0) for t in range(14_400)]))[1]
     assert 100 < len(line.split()) < 300
 
 
@@ -303,9 +310,9 @@ def test_the_monitor_costs_little_and_cancels_at_the_second_press(live, tmp_path
 
     async def main():
         start = time.monotonic()
-        monitor = widgets.follow_job(run)
+        monitor = monitors.follow_job(run)
         assert time.monotonic() - start < 1, "its cell returns at once"
-        assert widgets.still_running(run)
+        assert monitors.still_running(run)
         while monitor.state.phase != "performance" or not monitor.rows:
             assert time.monotonic() - start < 60 and not monitor.state.ended, monitor.state
             await asyncio.sleep(0.1)
@@ -329,15 +336,15 @@ def test_the_monitor_costs_little_and_cancels_at_the_second_press(live, tmp_path
     with capsys.disabled():
         print(f" monitor: {100 * share:.2f} % of one core ", end="")
     assert share < 0.05
-    assert not widgets.still_running(run)
+    assert not monitors.still_running(run)
 
 
 def test_a_second_monitor_takes_over_from_the_first(live, tmp_path):
     run = create_run(load_experiment(given=SMALL), tmp_path / "run")
 
     async def main():
-        first = widgets.follow_job(run)
-        second = widgets.follow_job(run)
+        first = monitors.follow_job(run)
+        second = monitors.follow_job(run)
         await asyncio.sleep(0.5)
         return first.task.cancelled(), second.head.value
 
@@ -350,14 +357,14 @@ def test_headless_the_same_call_waits_for_the_end(monkeypatch, tmp_path, capsys)
     e = load_experiment(given=SMALL | {"rehearsal_queries": 30, "server_target_qps": 40.0})
     run = create_run(e, tmp_path / "run")
     launch.submit(run)
-    assert widgets.follow_job(run) is None
+    assert monitors.follow_job(run) is None
     assert launch.job_state(run).state == "done"
     assert "performance" in capsys.readouterr().out
-    assert not widgets.still_running(run)
+    assert not monitors.still_running(run)
 
 
 def test_the_folders_link_names_the_path_where_no_server_reaches_it(tmp_path):
-    assert str(tmp_path) in widgets.folder_link(tmp_path, "Open") and "<a" not in widgets.folder_link(
+    assert str(tmp_path) in monitors.folder_link(tmp_path, "Open") and "<a" not in monitors.folder_link(
         tmp_path, "Open"
     )
 
@@ -369,12 +376,12 @@ def test_the_newest_runs_can_be_picked_and_this_one_always(results_dir, tmp_path
     mine = create_run(load_experiment(given=SMALL), tmp_path / "mine")
     old, new = (create_run(load_experiment(given=SMALL)) for _ in range(2))
     os.utime(old / "experiment.yaml", (1, 1))
-    assert widgets.runs_to_pick(mine) == [mine.resolve(), new.resolve(), old.resolve()]
+    assert picker.runs_to_pick(mine) == [mine.resolve(), new.resolve(), old.resolve()]
 
 
 def test_a_run_without_logs_is_a_line_in_the_picked_table(tmp_path):
     run = create_run(load_experiment(given=SMALL), tmp_path / "run")
-    page = widgets.picked_html([run])
+    page = picker.picked_html([run])
     assert "has not measured yet" in page
 
 
@@ -386,9 +393,9 @@ def test_changed_values_are_checked_together():
 # -- the site form
 
 
-def site_form(path, checks=(), **typed):
+def form_at(path, checks=(), **typed):
     async def main():
-        form = widgets.SiteForm(load_experiment(), {"partition": "batch"}, checks, path)
+        form = site_form.SiteForm(load_experiment(), {"partition": "batch"}, checks, path)
         for name, text in typed.items():
             form.fields.texts[name].value = text
         return form
@@ -399,9 +406,9 @@ def site_form(path, checks=(), **typed):
 def test_the_site_form_saves_and_keeps_the_former_file(live, tmp_path):
     path = tmp_path / "site.yaml"
     path.write_text("# mine\nrequest_timeout_s: 900\naccount: old\n")
-    form = site_form(path, account="new", segment="5", trust_dataset="true")
+    form = form_at(path, account="new", segment="5", trust_dataset="true")
     form.button.click()
-    saved = setup_jobs.read_site(path)
+    saved = site_file.read_site(path)
     assert saved == {
         "request_timeout_s": 900,
         "partition": "batch",
@@ -422,26 +429,26 @@ def test_the_site_form_saves_and_keeps_the_former_file(live, tmp_path):
     ("account", "hf_" + "a" * 20, "something like a token"),
 ])  # fmt: skip
 def test_a_wrong_value_is_said_and_nothing_is_saved(live, tmp_path, name, text, words):
-    form = site_form(tmp_path / "site.yaml", **{name: text})
+    form = form_at(tmp_path / "site.yaml", **{name: text})
     assert words in form.fields.notes[name].value + form.problem.value
     assert form.button.disabled and "Not yet" in form.button.tooltip
 
 
 def test_what_only_looks_wrong_from_here_does_not_stop_the_saving(live, tmp_path):
-    form = site_form(
+    form = form_at(
         tmp_path / "site.yaml", container_image="/nowhere/x.sqsh", container_mounts="/nowhere:inside"
     )
     assert "not there, as seen from this machine" in form.fields.notes["container_image"].value
     assert "needed an existing host path" in form.fields.notes["container_mounts"].value
     assert not form.button.disabled
-    assert widgets.site_remarks({"partition": "x"}, ["a", "b"]) == {
+    assert site_form.site_remarks({"partition": "x"}, ["a", "b"]) == {
         "partition": "this cluster's partitions: a, b"
     }
 
 
 def test_checks_have_a_tick_or_a_cross_with_the_fix(live, tmp_path):
     checks = [Check("a thing", "here", True), Check("another", "absent", False, "install it")]
-    form = site_form(tmp_path / "site.yaml", checks)
+    form = form_at(tmp_path / "site.yaml", checks)
     shown = form.box.children[0].value
     assert "✓" in shown and "✗" in shown and "To do: install it" in shown
 
@@ -449,5 +456,5 @@ def test_checks_have_a_tick_or_a_cross_with_the_fix(live, tmp_path):
 def test_an_emptied_field_is_not_given_any_more(live, tmp_path):
     path = tmp_path / "site.yaml"
     path.write_text("account: old\n")
-    site_form(path, partition="").button.click()
-    assert setup_jobs.read_site(path) == {}
+    form_at(path, partition="").button.click()
+    assert site_file.read_site(path) == {}

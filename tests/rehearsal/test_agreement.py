@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import test_rehearsal as rehearsal
 
-from disagg_lib.experiment import load_experiment
+from disagg_lib.experiment.loading import load_experiment
 from disagg_lib.serving.lengths import built_in_lengths, shorten_outputs
 from disagg_lib.serving.loadgen_rules import Load
 from disagg_lib.serving.plan import GRAPH_SIZES, deployment_of

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from disagg_lib.serving.rehearsal import main
+from disagg_lib.rehearsal.server import main
 
-REHEARSAL = [sys.executable, "-m", "disagg_lib.serving.rehearsal"]
+REHEARSAL = [sys.executable, "-m", "disagg_lib.rehearsal"]
 DEADLINE_S = 30
 CONTEXT = {
     "num_instances": 2, "tensor_parallel_size": 4, "pipeline_parallel_size": 1, "max_batch_size": 128,

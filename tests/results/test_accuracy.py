@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from disagg_lib import evaluate as e
-from disagg_lib.mlperf_logs import read_accuracy_txt
+from disagg_lib import errors
+from disagg_lib.results import accuracy, scoring
+from disagg_lib.results.accuracy_log import read_accuracy_txt
 
 A, B = "01234567-89ab-cdef-0123-456789abcdef", "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
@@ -31,7 +32,7 @@ A, B = "01234567-89ab-cdef-0123-456789abcdef", "ffffffff-ffff-ffff-ffff-ffffffff
     ],
 )
 def test_needle_score_counts_characters_of_the_reference(reference, answer, percent):
-    assert e.niah_em(reference, answer) == percent
+    assert scoring.niah_em(reference, answer) == percent
 
 
 @pytest.mark.parametrize(
@@ -47,13 +48,15 @@ def test_needle_score_counts_characters_of_the_reference(reference, answer, perc
     ],
 )
 def test_answer_score_follows_the_reference_evaluation(reference, answer, percent):
-    assert e.qa_em(reference, answer) == percent
+    assert scoring.qa_em(reference, answer) == percent
 
 
 def test_rouge_is_rouge_scores_stemmed_rouge_l():
     # 3 of 4 words in order, of 5: precision 3/5, recall 3/4; "cats" and "cat" share their stem
-    assert e.rouge("the cats sat down", "the cat sat and slept") == pytest.approx(100 * 2 * 0.6 * 0.75 / 1.35)
-    assert e.rouge("a b c", "a b c") == 100.0
+    assert scoring.rouge("the cats sat down", "the cat sat and slept") == pytest.approx(
+        100 * 2 * 0.6 * 0.75 / 1.35
+    )
+    assert scoring.rouge("a b c", "a b c") == 100.0
 
 
 def test_rouge_equals_the_package_on_random_texts():
@@ -80,7 +83,7 @@ def test_rouge_equals_the_package_on_random_texts():
     for _ in range(50):
         reference, answer = (" ".join(draw.choice(words, draw.randint(1, 30))) for _ in range(2))
         expected = RougeScorer(["rougeL"], use_stemmer=True).score(reference, answer)["rougeL"].fmeasure
-        assert e.rouge(reference, answer) == pytest.approx(100 * expected)
+        assert scoring.rouge(reference, answer) == pytest.approx(100 * expected)
 
 
 WORDS = ["<end>", "the", "cats", "sat", "down", "cat", "and", "slept", "Answer:", "Paris", "Lyon", "."]
@@ -139,7 +142,7 @@ def pickle(tmp_path):
 
 def test_run_is_scored_and_accuracy_txt_holds_scores_and_hash(run, pickle, tokenizer_dir):
     seen = []
-    result = e.evaluate(
+    result = accuracy.evaluate(
         run, pickle, tokenizer_dir, trust=True, processes=2, progress=lambda *at: seen.append(at)
     )
     assert result["rougeL"] == pytest.approx(100 * 2 * 0.6 * 0.75 / 1.35)
@@ -153,7 +156,7 @@ def test_run_is_scored_and_accuracy_txt_holds_scores_and_hash(run, pickle, token
 
 
 def test_accuracy_txt_has_the_lines_of_published_ones(run, pickle, tokenizer_dir):
-    e.evaluate(run, pickle, tokenizer_dir, trust=True, processes=1)
+    accuracy.evaluate(run, pickle, tokenizer_dir, trust=True, processes=1)
     lines = (run / "mlperf/accuracy/accuracy.txt").read_text().splitlines()
     assert (
         lines[:3] == ["", "Results", ""]
@@ -164,7 +167,7 @@ def test_accuracy_txt_has_the_lines_of_published_ones(run, pickle, tokenizer_dir
 
 
 def test_run_without_references_has_token_counts_only(run):
-    result = e.evaluate(run)
+    result = accuracy.evaluate(run)
     assert result["tokens_per_sample"] == 4.3 and "rougeL" not in result
     assert "rougeL and exact_match do not exist" in result["notes"][0]
     assert not (run / "mlperf/accuracy/accuracy.txt").exists()
@@ -187,7 +190,7 @@ def test_test06_is_judged_by_its_three_rules(tmp_path, ids, first, count, words)
     entry = {"data": np.array(ids, "<i4").tobytes().hex().upper(), "token_count": count}
     entry |= {"token_data": np.array(first, "<i4").tobytes().hex()} if first else {}
     (folder / "mlperf_log_accuracy.json").write_text(json.dumps([entry]))
-    assert list(e.evaluate(tmp_path).values())[:3] == words
+    assert list(accuracy.evaluate(tmp_path).values())[:3] == words
     text = (folder / "verify_accuracy.txt").read_text()
     assert ("TEST06 verification complete" in text) == ("False" not in words)
     assert [line.rpartition(" ")[2] for line in text.splitlines()[:3]] == words
@@ -208,19 +211,21 @@ def test_test06_run_that_was_ended_early_does_not_stand_in_the_way(run, text):
     log = run / "mlperf/test06/mlperf_log_accuracy.json"
     log.parent.mkdir()
     log.write_text(text)
-    result = e.evaluate(run)
+    result = accuracy.evaluate(run)
     assert result["tokens_per_sample"] == 4.3
     assert result["notes"][-1].startswith(f"TEST06 is not judged: {log}: ")
     (run / "mlperf/accuracy/mlperf_log_accuracy.json").unlink()
-    with pytest.raises(e.EvaluationError, match="[dD]id the TEST06 run end|1 of 2 samples have no answer"):
-        e.evaluate(run)
+    with pytest.raises(
+        errors.EvaluationError, match="[dD]id the TEST06 run end|1 of 2 samples have no answer"
+    ):
+        accuracy.evaluate(run)
     assert not log.with_name("verify_accuracy.txt").exists()
 
 
 def test_id_that_is_no_token_is_named(tmp_path):
     write_log(tmp_path / "run", [(0, ANSWERS[0]), (1, [5, -3])])
-    with pytest.raises(e.EvaluationError, match="sample 1 has the id -3, which is no token"):
-        e.evaluate(tmp_path / "run")
+    with pytest.raises(errors.EvaluationError, match="sample 1 has the id -3, which is no token"):
+        accuracy.evaluate(tmp_path / "run")
 
 
 def test_scoring_process_that_is_killed_ends_the_evaluation():
@@ -231,8 +236,8 @@ def test_scoring_process_that_is_killed_ends_the_evaluation():
             child.kill()
 
     text, many = "word " * 200, 3200  # half a minute's work
-    with pytest.raises(e.EvaluationError, match="a scoring process was killed"):
-        e.evaluate_answers(
+    with pytest.raises(errors.EvaluationError, match="a scoring process was killed"):
+        scoring.evaluate_answers(
             [[1]] * many, [text] * many, ["rouge"] * many, lambda ids: [text] * many, 1, progress
         )
 
@@ -243,15 +248,15 @@ def test_int64_ids_are_refused_and_odd_counts_are_noted(tmp_path):
     for entry, answer in zip(entries, ANSWERS.values(), strict=False):
         entry["data"] = np.array(answer, "<i8").tobytes().hex().upper()
     log.write_text(json.dumps(entries))
-    with pytest.raises(e.EvaluationError, match="its ids are int64. Needed are int32"):
-        e.evaluate(tmp_path / "run")
+    with pytest.raises(errors.EvaluationError, match="its ids are int64. Needed are int32"):
+        accuracy.evaluate(tmp_path / "run")
     write_log(tmp_path / "odd", [(7, ANSWERS[0]), (1, ANSWERS[1])])
     log = tmp_path / "odd/mlperf/accuracy/mlperf_log_accuracy.json"
     log.write_text(log.read_text().replace('"token_count": 6', '"token_count": 9'))
     settings = tmp_path / "odd/job/settings.json"
     settings.parent.mkdir()
     settings.write_text('{"client": {"accuracy_sample_count": 3}}')
-    assert e.evaluate(tmp_path / "odd")["notes"][1:] == [
+    assert accuracy.evaluate(tmp_path / "odd")["notes"][1:] == [
         "2 of 3 samples",
         "ids and token_count differ in 1 answers (sample 7: 6 ids, token_count 9)",
     ]
@@ -259,17 +264,17 @@ def test_int64_ids_are_refused_and_odd_counts_are_noted(tmp_path):
 
 def test_failed_requests_are_not_scored_as_empty_answers(tmp_path):
     write_log(tmp_path / "run", [(0, ANSWERS[0]), (1, [])])
-    with pytest.raises(e.EvaluationError, match="1 samples have no answer .first: 1.: requests failed"):
-        e.evaluate(tmp_path / "run")
+    with pytest.raises(errors.EvaluationError, match="1 samples have no answer .first: 1.: requests failed"):
+        accuracy.evaluate(tmp_path / "run")
 
 
 def test_pickle_is_not_opened_unless_known_or_trusted(run, pickle, tokenizer_dir):
     digest = hashlib.sha256(pickle.read_bytes()).hexdigest()
-    with pytest.raises(e.EvaluationError, match=f"runs code.*{digest}"):
-        e.evaluate(run, pickle, tokenizer_dir)
-    with pytest.raises(e.EvaluationError, match="another or a damaged file"):
-        e.evaluate(run, pickle, tokenizer_dir, sha256="0" * 64, trust=True)
-    assert e.evaluate(run, pickle, tokenizer_dir, sha256=digest, processes=1)["exact_match"] == 50.0
+    with pytest.raises(errors.EvaluationError, match=f"runs code.*{digest}"):
+        accuracy.evaluate(run, pickle, tokenizer_dir)
+    with pytest.raises(errors.EvaluationError, match="another or a damaged file"):
+        accuracy.evaluate(run, pickle, tokenizer_dir, sha256="0" * 64, trust=True)
+    assert accuracy.evaluate(run, pickle, tokenizer_dir, sha256=digest, processes=1)["exact_match"] == 50.0
 
 
 @pytest.mark.parametrize(
@@ -283,18 +288,18 @@ def test_pickle_is_not_opened_unless_known_or_trusted(run, pickle, tokenizer_dir
 )
 def test_data_set_that_does_not_fit_is_refused(run, tmp_path, tokenizer_dir, frame, message):
     frame.to_pickle(tmp_path / "other.pkl")
-    with pytest.raises(e.EvaluationError, match=message):
-        e.evaluate(run, tmp_path / "other.pkl", tokenizer_dir, trust=True)
+    with pytest.raises(errors.EvaluationError, match=message):
+        accuracy.evaluate(run, tmp_path / "other.pkl", tokenizer_dir, trust=True)
     assert not (run / "mlperf/accuracy/accuracy.txt").exists()
 
 
 def test_missing_tokenizer_is_named(run, pickle, tmp_path):
-    with pytest.raises(e.EvaluationError, match="tokenizer.json: no such file"):
-        e.evaluate(run, pickle, tmp_path, trust=True)
+    with pytest.raises(errors.EvaluationError, match="tokenizer.json: no such file"):
+        accuracy.evaluate(run, pickle, tmp_path, trust=True)
 
 
 def test_decoding_tidies_blanks_as_the_tokenizers_config_says(tokenizer_dir):
     answer = [ids("Paris . <end>")]
-    assert e.load_decoder(tokenizer_dir)(answer) == ["Paris ."]
+    assert scoring.load_decoder(tokenizer_dir)(answer) == ["Paris ."]
     (tokenizer_dir / "tokenizer_config.json").write_text('{"clean_up_tokenization_spaces": true}')
-    assert e.load_decoder(tokenizer_dir)(answer) == ["Paris."]
+    assert scoring.load_decoder(tokenizer_dir)(answer) == ["Paris."]

@@ -9,16 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from disagg_lib import mlperf_logs
-from disagg_lib.mlperf_logs import (
-    DETAIL,
-    FIGURES,
-    SUMMARY,
-    LogError,
-    read_accuracy_log,
-    read_accuracy_txt,
-    read_run,
-)
+from disagg_lib.results import logs
+from disagg_lib.results.accuracy_log import read_accuracy_log, read_accuracy_txt
+from disagg_lib.results.logs import DETAIL, FIGURES, SUMMARY, LogError, read_run
 
 DATA = Path(__file__).parents[1] / "data"
 PUBLISHED = Path(__file__).resolve().parents[2] / "../shared/data/mlperf_logs"
@@ -208,7 +201,7 @@ def test_summary_of_another_run_is_refused(tmp_path, other):
      ("12", 13, False), ("4500000000", 4500000001, False), ("VALID", "VALID", True), ("Yes", 1.0, False)],
 )  # fmt: skip
 def test_summary_is_compared_to_the_digits_that_it_prints(printed, value, same):
-    assert mlperf_logs._same(printed, value) is same
+    assert logs._same(printed, value) is same
 
 
 def test_errors_that_only_the_summary_reports_are_counted(tmp_path):

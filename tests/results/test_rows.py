@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg_lib import results
+from disagg_lib.errors import DisaggError
+from disagg_lib.files import DATA as LIBRARY_DATA
+from disagg_lib.results import figures, published, rows
 
 DATA = Path(__file__).parents[1] / "data"
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
@@ -39,7 +41,7 @@ def test_published_logs_give_the_published_table():
         pytest.skip(f"no published logs at {SHARED}: they are not part of this repository")
     truth = pd.read_csv(SHARED / "published_llama3.1-405b_v5.1.csv").set_index("log_path")
     truth = truth.rename(columns={"tokens_per_s": "completed_tokens_per_s", "valid": "loadgen_valid"})
-    table = results.runs_table(folders).set_index("log_path")
+    table = rows.runs_table(folders).set_index("log_path")
     shared = [name for name in truth.columns if name in table.columns]
     assert len(shared) >= 20 and (table["error"] == "").all()
     for path, row in table.iterrows():
@@ -68,14 +70,14 @@ def test_a_copy_of_the_results_repository_gives_the_published_table_too(tmp_path
         shutil.copytree(folder / part, place / part, copy_function=shutil.copyfile)
     (root / "systems").mkdir()
     shutil.copyfile(folder / "system.json", root / "systems/B200-SXM-180GBx8_TRT.json")
-    ours, theirs = results.runs_table([place]), results.runs_table([folder])
+    ours, theirs = rows.runs_table([place]), rows.runs_table([folder])
     pd.testing.assert_frame_equal(ours.drop(columns="folder"), theirs.drop(columns="folder"))
     assert ours["source"].tolist() == ["published"]
 
 
 def test_first_column_is_the_folder_and_every_row_has_all_columns(tmp_path):
-    table = results.runs_table([make_run(tmp_path / "a"), DATA / "logs_full", tmp_path / "nothing"])
-    assert table.columns[0] == "folder" and tuple(table.columns) == results.COLUMNS
+    table = rows.runs_table([make_run(tmp_path / "a"), DATA / "logs_full", tmp_path / "nothing"])
+    assert table.columns[0] == "folder" and tuple(table.columns) == rows.COLUMNS
     assert table["folder"].tolist() == [
         str(tmp_path / "a"),
         str(DATA / "logs_full"),
@@ -86,11 +88,11 @@ def test_first_column_is_the_folder_and_every_row_has_all_columns(tmp_path):
 def test_a_bad_folder_is_a_row_with_its_error_and_the_others_still_show(tmp_path):
     cut = make_run(tmp_path / "cut")
     (cut / "mlperf/performance/mlperf_log_summary.txt").write_text("")
-    table = results.runs_table([make_run(tmp_path / "good"), cut, tmp_path])
+    table = rows.runs_table([make_run(tmp_path / "good"), cut, tmp_path])
     assert table["error"].map(bool).tolist() == [False, True, True]
     assert "cut log" in table["error"][1] and not table["valid"][1]
     assert table["ttft_p99_ms"][0] > 0
-    text = results.format_table(table)
+    text = rows.format_table(table)
     assert "good" in text and "cut log" in text
 
 
@@ -125,8 +127,8 @@ def test_damaged_file_is_an_error_row_or_a_row_and_never_ends_the_table(whole_ru
     )
     path.write_bytes(before[:at] + put + before[at + gone :])
     try:
-        table = results.runs_table([whole_run])
-        results.format_table(table)
+        table = rows.runs_table([whole_run])
+        rows.format_table(table)
     finally:
         path.write_bytes(before)
     assert len(table) == 1 and (table["error"][0] or table["ttft_p99_ms"][0] > 0 or not table["valid"][0])
@@ -136,37 +138,37 @@ def test_cut_accuracy_run_is_an_error_and_the_performance_figures_still_show(tmp
     run = make_run(tmp_path / "run", kind="logs_full", engine="trtllm")
     shutil.copytree(DATA / "logs_full/accuracy", run / "mlperf/accuracy")
     (run / "mlperf/accuracy/mlperf_log_summary.txt").write_text("")
-    table = results.runs_table([run])
+    table = rows.runs_table([run])
     assert "cut log" in table["error"][0] and table["ttft_p99_ms"][0] > 0
     assert not table["valid"][0] and table["first_failed"][0] == "accuracy_log"
-    text = results.format_table(table)
+    text = rows.format_table(table)
     assert "TTFT p99" in text and "cut log" in text
 
 
 def test_accuracy_folder_without_logs_is_a_run_that_was_not_made(tmp_path):
     run = make_run(tmp_path / "run", kind="logs_full", engine="trtllm")
     (run / "mlperf/accuracy").mkdir()
-    row = results.run_row(run)
+    row = rows.run_row(run)
     assert row["error"] == "" and row["valid"] and row["submittable"]
 
 
 def test_rehearsal_is_labelled_and_says_what_it_left_short(tmp_path):
-    row = results.run_row(make_run(tmp_path / "run"))
+    row = rows.run_row(make_run(tmp_path / "run"))
     assert (row["source"], row["scenario"], row["loadgen_valid"]) == ("rehearsed", "Interactive", "VALID")
     assert row["valid"] and not row["submittable"]
     assert {"min_duration", "equal_issue", "query_count"} <= set(row["shortened"].split(", "))
-    text = results.verdict_text(tmp_path / "run")
+    text = rows.verdict_text(tmp_path / "run")
     assert "Shortened on purpose: " in text and "because its source is rehearsed" in text
 
 
 def test_same_short_run_fails_when_it_claims_to_be_measured(tmp_path):
-    row = results.run_row(make_run(tmp_path / "run", engine="trtllm"))
+    row = rows.run_row(make_run(tmp_path / "run", engine="trtllm"))
     assert row["source"] == "measured" and not row["valid"] and row["shortened"] == ""
 
 
 def test_rehearsals_log_folder_alone_is_still_rehearsed(tmp_path):
     run = make_run(tmp_path / "run")
-    assert results.run_row(run / "mlperf/performance")["source"] == "rehearsed"
+    assert rows.run_row(run / "mlperf/performance")["source"] == "rehearsed"
 
 
 def test_failed_requests_make_a_run_invalid(tmp_path):
@@ -174,34 +176,34 @@ def test_failed_requests_make_a_run_invalid(tmp_path):
         tmp_path / "run",
         client={"valid_client": False, "failed": 2, "reasons": ["2 requests failed: timeout"]},
     )
-    row = results.run_row(run)
+    row = rows.run_row(run)
     assert row["loadgen_valid"] == "VALID" and not row["valid"] and row["first_failed"] == "client_failures"
-    assert "2 requests failed: timeout" in results.verdict_text(run)
+    assert "2 requests failed: timeout" in rows.verdict_text(run)
 
 
 def test_slow_run_names_its_limit_and_a_lower_load(tmp_path):
     run = make_run(tmp_path / "run", kind="logs_slow")
-    text = results.verdict_text(run)
-    assert results.run_row(run)["first_failed"] == "tpot_p99"
+    text = rows.verdict_text(run)
+    assert rows.run_row(run)["first_failed"] == "tpot_p99"
     assert "against 80 ms (12.66% over)" in text and "try target_qps 87.872" in text
 
 
 def test_per_gpu_figure_divides_by_the_gpus_of_the_nodes(tmp_path):
-    row = results.run_row(make_run(tmp_path / "run"))
+    row = rows.run_row(make_run(tmp_path / "run"))
     assert row["accelerators_total"] == 8
     assert row["completed_tokens_per_s_per_gpu"] == row["completed_tokens_per_s"] / 8
 
 
 def test_performance_folder_and_run_folder_give_one_row(tmp_path):
     run = make_run(tmp_path / "run")
-    one, two = results.run_row(run), results.run_row(run / "mlperf/performance")
+    one, two = rows.run_row(run), rows.run_row(run / "mlperf/performance")
     assert {k: v for k, v in one.items() if k != "folder" and v == v} == {
         k: v for k, v in two.items() if k != "folder" and v == v
     }
 
 
 def test_row_survives_csv_with_whole_numbers(tmp_path):
-    results.runs_table([DATA / "logs_full"]).to_csv(tmp_path / "runs.csv", index=False)
+    rows.runs_table([DATA / "logs_full"]).to_csv(tmp_path / "runs.csv", index=False)
     line = (tmp_path / "runs.csv").read_text().splitlines()[1]
     assert ",8313," in line and ",600000," in line
 
@@ -209,17 +211,15 @@ def test_row_survives_csv_with_whole_numbers(tmp_path):
 def test_settings_that_are_no_json_are_an_error_row(tmp_path):
     run = make_run(tmp_path / "run")
     (run / "job/settings.json").write_text('{"engine": ')
-    assert "no JSON" in results.runs_table([run])["error"][0]
+    assert "no JSON" in rows.runs_table([run])["error"][0]
 
 
 # -- the published results beside ours
 
 
 def test_published_table_ships_59_rows_with_their_logs_and_no_72_gpu_interactive():
-    table = results.published_table()
-    assert (
-        len(table) == 59 and set(table["source"]) == {"published"} and tuple(table.columns) == results.COLUMNS
-    )
+    table = published.published_table()
+    assert len(table) == 59 and set(table["source"]) == {"published"} and tuple(table.columns) == rows.COLUMNS
     assert not ((table["accelerators_total"] == 72) & (table["scenario"] == "Interactive")).any()
     row = table[
         table["log_path"].str.contains("closed/NVIDIA/results/B200-SXM-180GBx8_TRT/llama3.1-405b/Interactive")
@@ -232,26 +232,26 @@ def test_shipped_csv_is_the_shared_one_below_its_source():
     shared = SHARED / "published_llama3.1-405b_v5.1.csv"
     if not shared.is_file():
         pytest.skip(f"no published table at {shared}: it is not part of this repository")
-    shipped = (Path(results.__file__).parent / "data/published_v5.1.csv").read_text()
+    shipped = (LIBRARY_DATA / "published_v5.1.csv").read_text()
     assert shipped.endswith(shared.read_text()) and "inference_results_v5.1 at 965182b" in shipped
 
 
 def test_noise_band_is_of_runs_of_one_kind_and_load():
-    band = results.noise_band("completed_tokens_per_s", "Server")
+    band = published.noise_band("completed_tokens_per_s", "Server")
     assert band.runs == 12 and 0 < band.pairs_95_percent < band.widest_percent < 1.5
-    assert results.noise_band("completed_tokens_per_s", "Offline").pairs_95_percent > 1.5
+    assert published.noise_band("completed_tokens_per_s", "Offline").pairs_95_percent > 1.5
 
 
 def test_noise_band_says_what_it_cannot_judge():
-    with pytest.raises(results.DisaggError, match="found 0 published eight-GPU B200 runs; needed 4"):
-        results.noise_band("tpot_p99_ms", "Offline")
+    with pytest.raises(DisaggError, match="found 0 published eight-GPU B200 runs; needed 4"):
+        published.noise_band("tpot_p99_ms", "Offline")
 
 
 def differing(percent, **changes):
-    base = results.published_table("Interactive").iloc[[0]].assign(folder="base", source="measured")
+    base = published.published_table("Interactive").iloc[[0]].assign(folder="base", source="measured")
     other = base.assign(folder="other", **changes)
     other["completed_tokens_per_s"] = base["completed_tokens_per_s"] * (1 + percent / 100)
-    table = results.compare(pd.concat([base, other]), "base").set_index("figure")
+    table = published.compare(pd.concat([base, other]), "base").set_index("figure")
     return table.loc["completed_tokens_per_s", "word"]
 
 
@@ -266,9 +266,9 @@ def test_other_sources_and_loads_are_not_compared():
 
 
 def test_published_rows_stand_below_ours_with_what_may_be_concluded(tmp_path):
-    table, words = results.beside_published(results.runs_table([make_run(tmp_path / "run")]))
+    table, words = published.beside_published(rows.runs_table([make_run(tmp_path / "run")]))
     assert table["source"].tolist() == ["rehearsed"] + ["published"] * 11
-    assert tuple(table.columns) == results.BESIDE and set(table["scenario"]) == {"Interactive"}
+    assert tuple(table.columns) == published.BESIDE and set(table["scenario"]) == {"Interactive"}
     rates = table["completed_tokens_per_s_per_gpu"][1:]
     assert rates.is_monotonic_decreasing and rates.iloc[0] == 770.668 / 8
     assert (
@@ -280,36 +280,36 @@ def test_published_rows_stand_below_ours_with_what_may_be_concluded(tmp_path):
 
 def test_a_valid_measured_run_stands_among_the_published_without_a_caution():
     ours = (
-        results.published_table("Interactive")
+        published.published_table("Interactive")
         .iloc[[0]]
         .assign(source="measured", folder="ours", loadgen_scenario="Server", shortened="", error="")
     )
-    assert "ours: measured, " in results.beside_published(ours)[1]
-    assert "No comparison" not in results.beside_published(ours)[1]
+    assert "ours: measured, " in published.beside_published(ours)[1]
+    assert "No comparison" not in published.beside_published(ours)[1]
 
 
 def test_nothing_is_published_beside_a_single_stream_run():
-    with pytest.raises(results.DisaggError, match="found SingleStream; needed a run of Interactive, Offline"):
-        results.beside_published(results.runs_table([DATA / "logs_resnet50_single_stream"]))
+    with pytest.raises(DisaggError, match="found SingleStream; needed a run of Interactive, Offline"):
+        published.beside_published(rows.runs_table([DATA / "logs_resnet50_single_stream"]))
 
 
 def test_comparison_needs_its_baseline():
-    with pytest.raises(results.DisaggError, match="baseline nobody: found 0"):
-        results.compare(results.published_table(), "nobody")
+    with pytest.raises(DisaggError, match="baseline nobody: found 0"):
+        published.compare(published.published_table(), "nobody")
 
 
 # -- figures
 
 
 def test_interactivity_counts_what_it_leaves_out():
-    figure = results.figure_interactivity(results.published_table())
+    figure = figures.figure_interactivity(published.published_table())
     assert "25 rows without TPOT or GPU count left out" in figure.get_suptitle()
     assert "tokens/s/user" in figure.axes[0].get_xlabel() and "tokens/s/GPU" in figure.axes[0].get_ylabel()
 
 
 def test_distributions_show_both_limits_and_the_source(tmp_path):
     run = make_run(tmp_path / "run")
-    figure = results.figure_latency_distributions(run)
+    figure = figures.figure_latency_distributions(run)
     assert "source: rehearsed" in figure.get_suptitle()
     for axis, limit in zip(figure.axes, (4500, 80), strict=True):
         assert "(ms)" in axis.get_xlabel()
@@ -322,19 +322,19 @@ def test_distributions_use_the_clients_rows_with_loadgens_lateness(tmp_path):
     header = "sample_index,issue_s,late_ms,ttft_ms,latency_ms,input_tokens,output_tokens,status\n"
     rows = "".join(f"{i},{i},5.0,{100 + i},{1000 + i},10,11,ok\n" for i in range(50))
     (run / "job/queries_performance.csv").write_text(header + rows + "50,50,,,,10,0,timeout\n")
-    figure = results.figure_latency_distributions(run)
+    figure = figures.figure_latency_distributions(run)
     x = figure.axes[0].lines[0].get_xdata()
     assert "per query" in figure.get_suptitle() and len(x) == 50 and min(x) == 105.0
     assert math.isclose(max(figure.axes[1].lines[0].get_xdata()), 90.0)
 
 
 def test_figures_have_an_opaque_ground_for_dark_pages(tmp_path):
-    figure = results.figure_topology(make_run(tmp_path / "run"))
+    figure = figures.figure_topology(make_run(tmp_path / "run"))
     assert figure.get_facecolor()[3] == 1.0 and all(axis.get_facecolor()[3] == 1.0 for axis in figure.axes)
 
 
 def test_topology_shows_every_rank_once_and_its_port(tmp_path):
-    figure = results.figure_topology(make_run(tmp_path / "run"))
+    figure = figures.figure_topology(make_run(tmp_path / "run"))
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert sum("rank" in text for text in texts) == 8 and "C0\nrank 0, port 8336" in texts
     assert "1 context and 1 generation servers on 2 x 4 GPUs" in figure.get_suptitle()
@@ -352,7 +352,7 @@ def test_timeline_draws_phases_and_token_rate(tmp_path):
     (run / "job/progress.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in progress) + '{"time_s": 12'
     )
-    figure = results.figure_timeline(run)
+    figure = figures.figure_timeline(run)
     assert figure.axes[1].lines[0].get_ydata().tolist() == [7.0] * 9
     assert "source: rehearsed" in figure.get_suptitle() and "(s)" in figure.axes[2].get_xlabel()
 
@@ -361,5 +361,5 @@ def test_the_timeline_of_a_failed_job_shows_no_node_of_its_reason(tmp_path):
     run = make_run(tmp_path / "run")
     phases = [{"time_s": 1.0, "phase": "bind"}, {"time_s": 9.0, "phase": "failed: node gpu17-rack3 is down"}]
     (run / "job/phases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in phases))
-    texts = [text.get_text() for text in results.figure_timeline(run).axes[0].texts]
+    texts = [text.get_text() for text in figures.figure_timeline(run).axes[0].texts]
     assert texts == ["bind", "failed"]

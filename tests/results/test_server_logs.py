@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from disagg_lib.experiment import load_experiment
-from disagg_lib.mlperf_logs import LogError
-from disagg_lib.worker_logs import WORKERS_LOG, first_error, iteration_table, split_ranks, steps_table
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.results.logs import LogError
+from disagg_lib.results.server_logs import WORKERS_LOG, first_error, iteration_table, split_ranks, steps_table
 
 STEP_02 = "iter = 12, global_rank = 16, rank = 0, currank_total_requests = 3/9, elapsed_time = 0.0625s, timestamp = 2025-07-24 10:00:01, num_scheduled_requests: 40, states = {'num_ctx_requests': 2, 'num_ctx_tokens': 4096, 'num_generation_tokens': 38}"
 STEP_10 = "iter = 13, global_rank = 0, rank = 0, currank_total_requests = 3/9, host_step_time = 62.5ms, prev_device_step_time = N/A, timestamp = 2025-07-24 10:00:02, num_scheduled_requests: 40, states = {'num_ctx_requests': 0, 'num_ctx_tokens': 0, 'num_generation_tokens': 40}"

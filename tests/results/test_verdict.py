@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from disagg_lib import results
-from disagg_lib.mlperf_logs import DETAIL, SUMMARY, LogError, read_accuracy_txt, read_run
-from disagg_lib.validity import Claim, ClaimError, allowed_over_limit, judge, limits_ms, load_rules, model_of
+from disagg_lib.errors import ClaimError
+from disagg_lib.results import rows
+from disagg_lib.results.accuracy_log import read_accuracy_txt
+from disagg_lib.results.criteria import Claim
+from disagg_lib.results.logs import DETAIL, SUMMARY, LogError, read_run
+from disagg_lib.results.rounds import allowed_over_limit, limits_ms, load_rules, model_of
+from disagg_lib.results.verdict import judge
 
 DATA = Path(__file__).parents[1] / "data"
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data/mlperf_logs"
@@ -122,7 +126,7 @@ MUTATIONS = {
 
 
 def test_unchanged_run_passes_every_check_and_is_submittable(tmp_path):
-    verdict = results.verdict_of(make_valid(tmp_path / "run"))
+    verdict = rows.verdict_of(make_valid(tmp_path / "run"))
     assert [check for check in verdict.checks if check.status != "pass"] == []
     assert verdict.valid and verdict.submittable and verdict.loadgen_valid == "VALID"
     assert len(verdict.checks) >= 25
@@ -133,7 +137,7 @@ def test_smallest_step_over_a_limit_fails_the_check_of_that_name(tmp_path, what)
     name, mutate = MUTATIONS[what]
     folder = make_valid(tmp_path / "run__Interactive")
     mutate(folder)
-    verdict = results.verdict_of(folder)
+    verdict = rows.verdict_of(folder)
     failed = {check.name: check for check in verdict.failed}
     assert name in failed and not verdict.valid and not verdict.submittable
     assert failed[name].advice and name in verdict.text()
@@ -153,7 +157,7 @@ def test_smallest_step_over_a_limit_fails_the_check_of_that_name(tmp_path, what)
 def test_one_ns_below_a_limit_passes(tmp_path, key, value, label):
     folder = make_valid(tmp_path / "run")
     set_value(folder, key, value, label)
-    assert results.verdict_of(folder).valid
+    assert rows.verdict_of(folder).valid
 
 
 def test_at_least_fifteen_checks_are_mutated():
@@ -168,14 +172,14 @@ def test_accuracy_run_that_draws_the_data_set_in_parts_is_counted_whole(tmp_path
     drawn = [line for line in path.read_text().splitlines(keepends=True) if '"generated_' in line]
     again = "".join(drawn).replace('"value": 8000', f'"value": {rest}')
     path.write_text(path.read_text().replace(drawn[-1], drawn[-1] + again))
-    assert [check.name for check in results.verdict_of(folder).failed] == ["accuracy_queries"] * (not valid)
+    assert [check.name for check in rows.verdict_of(folder).failed] == ["accuracy_queries"] * (not valid)
 
 
 @pytest.mark.parametrize(("name", "low"), [("rougeL", 21.449934), ("exact_match", 89.232165)])
 def test_score_on_its_bound_passes(tmp_path, name, low):
     folder = make_valid(tmp_path / "run")
     set_score(folder, name, low)
-    assert results.verdict_of(folder).valid
+    assert rows.verdict_of(folder).valid
 
 
 # -- what is claimed decides
@@ -191,7 +195,7 @@ def test_interactive_is_judged_by_its_own_limits_and_not_by_servers():
 
 @pytest.mark.parametrize(("name", "scenario"), [("X__Interactive", "Interactive"), ("X__Server", "Server")])
 def test_folder_name_claims_the_scenario(tmp_path, name, scenario):
-    assert results.verdict_of(make_valid(tmp_path / name)).claim.scenario == scenario
+    assert rows.verdict_of(make_valid(tmp_path / name)).claim.scenario == scenario
 
 
 def test_server_claim_of_a_log_with_interactive_limits_is_judged_by_servers(tmp_path):
@@ -202,7 +206,7 @@ def test_server_claim_of_a_log_with_interactive_limits_is_judged_by_servers(tmp_
         80000000,
         f"99.00 {P} time to output token (ns)",
     )
-    assert "tpot_p99" not in {check.name for check in results.verdict_of(folder).failed}
+    assert "tpot_p99" not in {check.name for check in rows.verdict_of(folder).failed}
 
 
 def test_v5_0_has_no_interactive_and_other_seeds(tmp_path):
@@ -245,7 +249,7 @@ def test_accuracy_run_is_no_performance_run():
 
 @pytest.mark.parametrize("source", ["rehearsed", "simulated", "published"])
 def test_only_measured_runs_are_submittable(tmp_path, source):
-    verdict = results.verdict_of(make_valid(tmp_path / "run"), source)
+    verdict = rows.verdict_of(make_valid(tmp_path / "run"), source)
     assert verdict.valid and not verdict.submittable
 
 
@@ -274,7 +278,7 @@ def test_every_published_run_is_valid_by_every_check():
     if not folders:
         pytest.skip(f"no published logs at {SHARED}: they are not part of this repository")
     for folder in folders:
-        verdict = results.verdict_of(folder)
+        verdict = rows.verdict_of(folder)
         assert verdict.valid and not verdict.not_judged, verdict.text()
 
 
@@ -292,7 +296,7 @@ def test_published_interactive_run_fails_with_tpot_of_exactly_80_ms(tmp_path):
         80000000,
         f"99.00 {P} time to output token (ns)",
     )
-    assert [check.name for check in results.verdict_of(folder).failed][0] == "tpot_p99"
+    assert [check.name for check in rows.verdict_of(folder).failed][0] == "tpot_p99"
 
 
 # -- early stopping
@@ -372,4 +376,4 @@ def test_a_mixed_run_is_an_error_and_no_verdict(tmp_path):
     folder = make_valid(tmp_path / "run")
     shutil.copy(DATA / "logs_short/performance" / SUMMARY, folder / "performance" / SUMMARY)
     with pytest.raises(LogError):
-        results.verdict_of(folder)
+        rows.verdict_of(folder)

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from renew import CASES, GOLDEN, texts
 
-from disagg_lib.experiment import load_experiment
-from disagg_lib.trtllm_config import config_files, cuda_graph_sizes
+from disagg_lib.experiment.cuda_graphs import cuda_graph_sizes
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.run.config import config_files
 
 
 @pytest.mark.parametrize("case", CASES)

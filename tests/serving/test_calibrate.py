@@ -3,11 +3,11 @@
 import pytest
 import yaml
 
+from disagg_lib.errors import CalibrationError
 from disagg_lib.serving.calibrate import (
     FIGURES,
     SHIPPED,
     Calibration,
-    CalibrationError,
     Observed,
     calibrate,
     fit,

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from disagg_lib.errors import LatencyTableError
 from disagg_lib.serving import latency, rules
-from disagg_lib.serving.latency import LatencyTableError, read_table, server_shapes
+from disagg_lib.serving.latency import read_table, server_shapes
 
 SHIPPED = [(system, *shape) for system in ("gb200", "gb300", "b200") for shape in server_shapes(system)]
 

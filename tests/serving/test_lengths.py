@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
+from disagg_lib.errors import LengthsError
 from disagg_lib.serving.lengths import (
-    LengthsError,
     built_in_lengths,
     data_set_lengths,
     output_tokens_at,

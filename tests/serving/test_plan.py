@@ -5,14 +5,14 @@ import dataclasses
 import numpy as np
 import pytest
 
-from disagg_lib.experiment import load_experiment
-from disagg_lib.serving import plan as planning
+from disagg_lib.errors import PlanError
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.serving import plan
 from disagg_lib.serving.calibrate import Calibration
 from disagg_lib.serving.lengths import built_in_lengths
 from disagg_lib.serving.loadgen_rules import draw_load
 from disagg_lib.serving.plan import (
     Budget,
-    PlanError,
     aggregated_alternative,
     check_saturation,
     highest_valid_qps,
@@ -21,13 +21,13 @@ from disagg_lib.serving.plan import (
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate, summarise
 
 TWENTY_GPUS = Deployment(
-    "gb200", ServerGroup(4, 4), ServerGroup(1, 4, 1, 512, 512, cuda_graph_sizes=planning.GRAPH_SIZES)
+    "gb200", ServerGroup(4, 4), ServerGroup(1, 4, 1, 512, 512, cuda_graph_sizes=plan.GRAPH_SIZES)
 )
 
 
 @pytest.fixture(scope="module")
 def ranking():
-    return planning.plan(Budget(20), seeds=range(2), simulated=6, ranked=3)
+    return plan.plan(Budget(20), seeds=range(2), simulated=6, ranked=3)
 
 
 def test_rows_are_ranked_within_the_budget_and_labelled(ranking):
@@ -58,8 +58,8 @@ def test_a_row_becomes_a_table_line_and_a_params_file(ranking):
 def test_the_best_layout_without_pp_is_ranked_whatever_its_place(ranking):
     assert 1 in {row.deployment.context.pp for row in ranking}
     scored = [(3.0, Deployment("gb200", ServerGroup(1, 4, pp), ServerGroup(1, 4))) for pp in (2, 2, 2, 1, 1)]
-    assert [d.context.pp for _, d in planning._first(scored, 2)] == [2, 2, 1]
-    assert len(planning._first(scored, 4)) == 4
+    assert [d.context.pp for _, d in plan._first(scored, 2)] == [2, 2, 1]
+    assert len(plan._first(scored, 4)) == 4
 
 
 def test_chunks_that_fill_a_pipeline_are_worth_qps():
@@ -76,16 +76,16 @@ def test_chunks_that_fill_a_pipeline_are_worth_qps():
 
 def test_a_coarser_search_is_a_shorter_one(monkeypatch):
     runs = []
-    monkeypatch.setattr(planning, "simulate", lambda *a: runs.append(1) or simulate(*a))
+    monkeypatch.setattr(plan, "simulate", lambda *a: runs.append(1) or simulate(*a))
     counts = []
     for error in (0.03, 0.001):
-        planning.qps_over_seeds(TWENTY_GPUS, seeds=range(2), error=error)
+        plan.qps_over_seeds(TWENTY_GPUS, seeds=range(2), error=error)
         counts.append(len(runs) - sum(counts))
     assert counts[0] < counts[1]
 
 
 def test_the_first_row_beats_the_original_layout(ranking):
-    original = planning.qps_over_seeds(TWENTY_GPUS, seeds=range(3), guess=3.7)
+    original = plan.qps_over_seeds(TWENTY_GPUS, seeds=range(3), guess=3.7)
     assert ranking[0].target_qps >= np.median(original)
 
 
@@ -125,23 +125,23 @@ def test_slower_steps_and_wider_prompts_cost_qps():
 
 
 def test_twenty_gpus_come_out_within_15_percent_of_the_original_advice():
-    assert np.median(planning.qps_over_seeds(TWENTY_GPUS, seeds=range(5))) == pytest.approx(3.85, rel=0.15)
+    assert np.median(plan.qps_over_seeds(TWENTY_GPUS, seeds=range(5))) == pytest.approx(3.85, rel=0.15)
 
 
 def test_a_budget_that_would_take_hours_names_the_most_that_does_not():
     with pytest.raises(PlanError, match="Plan 576 or fewer"):
-        planning.plan(Budget(5000))
+        plan.plan(Budget(5000))
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 3])
 def test_a_budget_that_nothing_fits_names_the_least_that_does(gpus):
     with pytest.raises(PlanError, match="at least 4"):
-        planning.plan(Budget(gpus))
+        plan.plan(Budget(gpus))
 
 
 def test_limits_that_nothing_meets_are_said_not_searched_for_ever():
     with pytest.raises(PlanError, match="meets 100 ms TTFT"):
-        planning.plan(Budget(8, limits_ms=(100.0, 80.0)), seeds=range(2), simulated=1)
+        plan.plan(Budget(8, limits_ms=(100.0, 80.0)), seeds=range(2), simulated=1)
 
 
 def test_saturation_is_refused_with_the_nearest_feasible_choice():
@@ -157,7 +157,7 @@ def test_saturation_is_refused_with_the_nearest_feasible_choice():
 
 def test_beyond_saturation_queues_grow_and_below_they_do_not():
     lengths = built_in_lengths()
-    most = min(planning.saturation_qps(TWENTY_GPUS, lengths))
+    most = min(plan.saturation_qps(TWENTY_GPUS, lengths))
     waits = [
         simulate(TWENTY_GPUS, draw_load(share * most, 1), lengths).ttft_ms[-500:].mean() / 1e3
         for share in (0.85, 1.15)
@@ -167,8 +167,8 @@ def test_beyond_saturation_queues_grow_and_below_they_do_not():
 
 def test_a_tray_of_two_small_servers_loses_both():
     small = dataclasses.replace(TWENTY_GPUS, context=ServerGroup(8, 2))
-    assert planning._tray_down(small, "context", 4).context.count == 6
-    assert planning._tray_down(TWENTY_GPUS, "generation", 4) is None
+    assert plan._tray_down(small, "context", 4).context.count == 6
+    assert plan._tray_down(TWENTY_GPUS, "generation", 4) is None
 
 
 def test_an_aggregated_alternative_is_judged_by_the_same_limits():

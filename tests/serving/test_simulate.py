@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from disagg_lib.serving import loadgen_rules, rules, simulate
-from disagg_lib.serving.engine import ContextEngine, GenerationEngine, Sequence
+from disagg_lib.errors import SimulationError
+from disagg_lib.rehearsal.configuration import EngineArgs
+from disagg_lib.rehearsal.engine import ContextEngine, GenerationEngine, Sequence
+from disagg_lib.serving import engines, rules, simulate
 from disagg_lib.serving.latency import read_table
-from disagg_lib.serving.lengths import LENGTHS, built_in_lengths, shorten_outputs
+from disagg_lib.serving.lengths import LENGTHS, SAMPLE_COUNT, built_in_lengths, shorten_outputs
 from disagg_lib.serving.loadgen_rules import Load, draw_load, percentile, worst_allowed
-from disagg_lib.serving.serve_config import EngineArgs
-from disagg_lib.serving.simulate import Deployment, ServerGroup, SimulationError, queue_lengths, summarise
+from disagg_lib.serving.simulate import Deployment, ServerGroup, queue_lengths, summarise
 
 GRAPHS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512)
 GENERATION = ServerGroup(1, 4, max_batch_size=512, max_num_tokens=512, cuda_graph_sizes=GRAPHS)
@@ -43,7 +44,7 @@ def waits(service_s, utilisation, seed):
     arrivals = np.cumsum(np.random.RandomState(seed).exponential(service_s.mean() / utilisation, n))
     tokens = np.maximum(1, np.rint(service_s * 1000)).astype(np.int64)
     end, server, busy = np.empty(n), np.empty(n, np.int64), np.zeros((1, 8))
-    simulate._run_prompts(
+    engines.run_prompts(
         arrivals, tokens, np.ones_like(tokens), np.zeros_like(tokens), 1, False, False, ONE_MS_A_TOKEN, ONE_MS_A_TOKEN[2:], 2**40, 1,
         1, False, 0, 1.0, 1.0, 1e9, busy, np.zeros(2, np.int64), server, end, end.copy(),
     )  # fmt: skip
@@ -125,7 +126,7 @@ def test_each_step_gives_each_sequence_one_token(servers, max_batch, drawn):
     inputs, outputs = (np.array([q[k] for q in drawn], np.int64) for k in (1, 2))
     steps = (np.array([0.0, 1.0]), np.full((max_batch + 1, 2), 10.0), np.zeros(max_batch + 1))
     server, first, end, busy = np.empty(n, np.int64), np.empty(n), np.empty(n), np.zeros((servers, 8))
-    simulate._run_generation(
+    engines.run_generation(
         np.arange(n), arrivals, inputs, outputs, inputs + outputs, np.full(n, 0.005), servers, False, steps, max_batch, 1,
         2**40, 1.0, 1e9, busy, np.zeros(2, np.int64), server, first, end,
     )  # fmt: skip
@@ -345,10 +346,10 @@ def test_an_unknown_router_is_refused():
 
 def test_utilisation_is_the_share_of_time_that_a_server_computes():
     run = simulate.simulate(TWENTY_GPUS, draw_load(3.85, 1), built_in_lengths())
-    assert run.context_busy.shape == (4, simulate.TRACE_BINS)
+    assert run.context_busy.shape == (4, engines.TRACE_BINS)
     assert 0.75 < run.context_busy[:, 10:200].mean() < 0.9
     assert run.context_busy.max() < 1.5 and 0.99 < run.generation_busy[:, 10:200].mean() < 1.01
-    assert len(run.end_s) == loadgen_rules.SAMPLE_COUNT
+    assert len(run.end_s) == SAMPLE_COUNT
 
 
 def test_a_pipeline_stages_batch_never_passes_its_limit():

@@ -15,11 +15,12 @@ from example import EXAMPLE
 from test_export import make_site_run, site, survivors
 from test_rows import make_run
 
-from disagg_lib import results
-from disagg_lib.experiment import REPOSITORY
-from disagg_lib.export import ExportError, export_example
-from disagg_lib.pipeline import CHAIN, NOTEBOOKS
-from disagg_lib.redaction import Redactor
+from disagg_lib.errors import ExportError
+from disagg_lib.files import REPOSITORY
+from disagg_lib.notebook.run_all import CHAIN, NOTEBOOKS
+from disagg_lib.results import rows
+from disagg_lib.sharing.example import export_example
+from disagg_lib.sharing.redaction import Redactor
 
 EXECUTED = sorted(set(CHAIN) - {"02_plan"})  # `run` leaves 02 out
 
@@ -85,7 +86,7 @@ def test_the_example_is_small_and_whole_and_all_of_it_is_in_git():
 
 def test_the_examples_table_is_what_its_logs_give():
     written = pd.read_csv(EXAMPLE / "tables/run_rehearsed.csv").iloc[0]
-    row = results.run_row(EXAMPLE)
+    row = rows.run_row(EXAMPLE)
     assert row["source"] == "rehearsed" and not row["submittable"]
     for name in ("samples_per_s", "completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms", "query_count"):
         assert written[name] == row[name], name
@@ -112,10 +113,11 @@ def test_an_example_replaces_its_predecessor_and_nothing_else(tmp_path):
 def test_no_name_of_the_site_is_in_an_example_and_large_files_are_named(tmp_path):
     run = make_site_run(tmp_path / "run", site())
     (run / "logs/large.log").write_text("step\n" * 40_000)
-    (run / "job/job_agent.py").write_text("print()\n")
+    (run / "job/program").mkdir()
+    (run / "job/program/agent.py").write_text("print()\n")
     shared = export_example(run, tmp_path / "example")
     assert survivors(shared.path, site()) == set()
-    assert set(shared.left_out) == {"logs/large.log: 200 kB", "job/job_agent.py: 0 kB"}
+    assert set(shared.left_out) == {"logs/large.log: 200 kB", "job/program/agent.py: 0 kB"}
     assert "logs/large.log: 200 kB" in (shared.path / "README.md").read_text()
 
 

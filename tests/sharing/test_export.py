@@ -14,12 +14,16 @@ from hypothesis import strategies as st
 from test_rows import make_run
 from test_verdict import make_valid
 
-from disagg_lib import export, results
-from disagg_lib.export import ExportError, export_crate, export_html, export_submission, recompute
-from disagg_lib.mlperf_logs import ACCURACY, DETAIL, SUMMARY
-from disagg_lib.redaction import SecretError
-from disagg_lib.run_folder import repeat_command
-from disagg_lib.validity import load_rules
+from disagg_lib.errors import ExportError, SecretError
+from disagg_lib.results import found, outputs, rows
+from disagg_lib.results.logs import ACCURACY, DETAIL, SUMMARY
+from disagg_lib.results.rounds import load_rules
+from disagg_lib.run.tables import repeat_command
+from disagg_lib.sharing import example, pages
+from disagg_lib.sharing.crate import export_crate
+from disagg_lib.sharing.pages import export_html
+from disagg_lib.sharing.recompute import recompute
+from disagg_lib.sharing.submission import export_submission
 
 DATA = Path(__file__).parents[1] / "data"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -121,7 +125,7 @@ def test_no_name_of_the_site_survives_in_pages(tmp_path_factory, names):
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SITES)
 def test_no_name_of_the_site_survives_in_a_kept_example(tmp_path_factory, names):
-    check_nothing_survives(tmp_path_factory.mktemp("site"), names, "example", export.export_example)
+    check_nothing_survives(tmp_path_factory.mktemp("site"), names, "example", example.export_example)
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -194,8 +198,8 @@ def test_redacted_files_are_still_json_yaml_and_jsonl(tmp_path):
         json.loads(path.read_text())
     for path in folder.rglob("*.yaml"):
         assert isinstance(yaml.safe_load(path.read_text()), dict)
-    assert results.read_parameters(folder / "experiment.yaml")["account"] == "REDACTED_account1"
-    assert results.run_row(folder)["ttft_p99_ms"] == results.run_row(tmp_path / "run")["ttft_p99_ms"]
+    assert found.read_parameters(folder / "experiment.yaml")["account"] == "REDACTED_account1"
+    assert rows.run_row(folder)["ttft_p99_ms"] == rows.run_row(tmp_path / "run")["ttft_p99_ms"]
 
 
 def test_replacements_are_listed_without_the_originals(tmp_path):
@@ -260,7 +264,7 @@ def test_links_and_files_that_cannot_be_searched_stay_here(tmp_path):
 
 def test_figures_of_the_table_are_not_mistaken_for_names(tmp_path):
     run = make_site_run(tmp_path / "run", site())
-    results.write_outputs(run)
+    outputs.write_outputs(run)
     export_crate(run, tmp_path / "crate")
     before = (run / "mlperf/performance" / DETAIL).read_text()
     assert (tmp_path / "crate/mlperf/performance" / DETAIL).read_text() == before
@@ -307,7 +311,7 @@ def test_pages_follow_the_readers_dark_setting_and_link_to_pages_that_are_there(
             "source": "[next](05_a.ipynb) [gone](02_plan.ipynb)",
         }
     ]
-    page = export.notebook_page(json.dumps({**NOTEBOOK, "cells": cells}), ["05_a"])
+    page = pages.notebook_page(json.dumps({**NOTEBOOK, "cells": cells}), ["05_a"])
     assert "@media (prefers-color-scheme: dark)" in page and 'href="05_a.html"' in page
     assert ".ipynb" not in page and ">gone</a>" in page
 
@@ -551,7 +555,7 @@ def test_unusable_fields_of_the_system_are_refused(tmp_path, field):
 
 def test_tables_and_figures_are_rebuilt_to_the_byte_wherever_the_run_lies(tmp_path):
     run = make_site_run(tmp_path / "run", site())
-    results.write_outputs(run)
+    outputs.write_outputs(run)
     (run / "tables/notes.csv").unlink()
     assert set(recompute(run)["word"]) == {"same"} and len(recompute(run)) == 4
     moved = Path(shutil.copytree(run, tmp_path / "elsewhere/run"))
@@ -560,7 +564,7 @@ def test_tables_and_figures_are_rebuilt_to_the_byte_wherever_the_run_lies(tmp_pa
 
 def test_edited_table_and_raw_log_are_found(tmp_path):
     run = make_site_run(tmp_path / "run", site())
-    results.write_outputs(run)
+    outputs.write_outputs(run)
     table = run / "tables/run_rehearsed.csv"
     table.write_text(table.read_text().replace("4394", "5394"))
     (run / "figures/topology_rehearsed.png").unlink()

@@ -3,8 +3,8 @@
 import pytest
 from cluster import Cluster, why_not
 
-from disagg_lib.experiment import load_experiment
-from disagg_lib.run_folder import create_run
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.run.writing import create_run
 
 
 @pytest.fixture(scope="session")

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from disagg_lib import launch, preflight
-from disagg_lib.experiment import REPOSITORY, load_experiment
-from disagg_lib.job_script import make_job_script
+from disagg_lib.cluster import launch, preflight
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.files import REPOSITORY
+from disagg_lib.run.job_script import make_job_script
 
 SHIPPED = sorted(
     p.name for p in (REPOSITORY / "params").glob("*.yaml") if "site" not in p.name and "system" not in p.name

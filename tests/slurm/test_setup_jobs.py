@@ -11,9 +11,11 @@ import threading
 import pytest
 import yaml
 
-from disagg_lib import launch, setup_jobs
-from disagg_lib.experiment import REPOSITORY, load_experiment
-from disagg_lib.setup_jobs import SetupError
+from disagg_lib.cluster import client_environment, container_image, probe, setup_job, site_file, slurm
+from disagg_lib.errors import SetupError
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.files import REPOSITORY
+from disagg_lib.run import made_with
 
 # It checks what it is given, asks as the original does, and "builds" with mksquashfs inside an srun step.
 MAKEFILE = """
@@ -65,7 +67,7 @@ def harness(site, tmp_path):
 
 def test_the_probe_job_tells_what_a_node_has(site):
     said = []
-    checks = setup_jobs.probe(load_experiment((), site), out=said.append)
+    checks = probe.probe(load_experiment((), site), out=said.append)
     assert [check.requirement for check in checks if not check.ok] == []
     (node,) = {check.requirement.split(":")[0] for check in checks}
     assert re.fullmatch(r"on gb\d\d", node)
@@ -76,7 +78,7 @@ def test_the_probe_of_a_node_without_gpus_and_pyxis_says_so(site):
     e = load_experiment(
         (), {**site, "engine": "trtllm", "container": "pyxis", "container_mounts": "/no/such/folder:/data"}
     )
-    unmet = [check.requirement for check in setup_jobs.probe(e, out=list) if not check.ok]
+    unmet = [check.requirement for check in probe.probe(e, out=list) if not check.ok]
     assert [re.sub(r"^on gb\d\d: ", "", requirement) for requirement in unmet] == [
         "4 GPUs (name, memory, driver)",
         "srun knows --container-image (pyxis)",
@@ -89,48 +91,48 @@ def test_the_image_job_gives_the_makefile_what_it_needs(site, harness, account, 
     monkeypatch.setenv("HF_TOKEN", "hf_" + "canary" * 5)
     monkeypatch.setenv("LOG_DIR", "/elsewhere")
     e = load_experiment((), {**site, "account": account})
-    checks = setup_jobs.build_image(e, ARCH, out=print, min_gb=0)
+    checks = container_image.build_image(e, ARCH, out=print, min_gb=0)
     assert [check.ok for check in checks] == [True, True, True]
     digest = subprocess.run(["sha256sum", e.container_image], capture_output=True, text=True).stdout.split()[
         0
     ]
-    assert setup_jobs.cite_image(e) == {"path": e.container_image, "sha256": digest}
-    before = launch.slurm("squeue", "--states=all", "--noheader")
-    setup_jobs.build_image(e, ARCH, out=print, min_gb=0)  # an existing image is taken as it is
-    assert launch.slurm("squeue", "--states=all", "--noheader") == before
+    assert made_with.cite_image(e) == {"path": e.container_image, "sha256": digest}
+    before = slurm.slurm("squeue", "--states=all", "--noheader")
+    container_image.build_image(e, ARCH, out=print, min_gb=0)  # an existing image is taken as it is
+    assert slurm.slurm("squeue", "--states=all", "--noheader") == before
 
 
 def test_an_image_job_whose_make_fails_says_why_and_leaves_no_image(site, harness):
     (harness / "ask.sh").write_text("echo the base image is gone; exit 9")
     with pytest.raises(SetupError, match="the image job: ended with status 1: .*the base image is gone"):
-        setup_jobs.build_image(load_experiment((), site), ARCH, out=list)
+        container_image.build_image(load_experiment((), site), ARCH, out=list)
     assert list((harness.parents[1] / "images").iterdir()) == []
 
 
 def test_a_setup_job_that_is_cancelled_is_named(site):
     e = load_experiment((), site)
-    script = setup_jobs._header(e, "x", "0:02:00") + "sleep 300\n"
-    timer = threading.Timer(4, lambda: launch.slurm("scancel", "--name=disagg_setup_x"))
+    script = setup_job.job_header(e, "x", "0:02:00") + "sleep 300\n"
+    timer = threading.Timer(4, lambda: slurm.slurm("scancel", "--name=disagg_setup_x"))
     timer.start()
     with pytest.raises(SetupError, match="the x job: (cancelled by a user|ended with status 143)"):
-        setup_jobs.run_setup_job(e, "x", script, out=list)
+        setup_job.run_setup_job(e, "x", script, out=list)
     timer.join()
 
 
 def test_the_clients_environment_is_built_from_source_and_checked(site, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{sys.executable.rsplit('/', 1)[0]}:{os.environ['PATH']}")
     e = load_experiment((), site)
-    built = setup_jobs.build_client(e)
+    built = client_environment.build_client(e)
     assert (built["result"], built["machine"], built["mlcommons-loadgen"]) == ("VALID", ARCH, "5.1.2")
     assert built["numpy"] and built["uvloop"] and len(built["digest"]) == 64
-    assert json.loads((setup_jobs.client_folder(e) / "client_env.json").read_text()) == built
-    assert setup_jobs.build_client(e, out=None) == built  # there already: no job
+    assert json.loads((client_environment.client_folder(e) / "client_env.json").read_text()) == built
+    assert client_environment.build_client(e, out=None) == built  # there already: no job
 
 
 def test_the_site_file_is_suggested_from_what_slurm_says(site):
-    found = setup_jobs.suggest_site(load_experiment((), {**site, "partition": None, "account": None}))
+    found = site_file.suggest_site(load_experiment((), {**site, "partition": None, "account": None}))
     assert found["partition"] == ("batch", "sinfo: the default partition")
-    assert len(launch.accounts()) == 2 and "account" not in found  # several: the user's choice
+    assert len(slurm.accounts()) == 2 and "account" not in found  # several: the user's choice
 
 
 def test_the_setup_notebook_looks_at_a_node_judges_the_image_and_writes_no_params(site, harness, tmp_path):

@@ -8,8 +8,10 @@ import time
 
 import pytest
 
-from disagg_lib import job_agent, launch
-from disagg_lib.run_folder import read_json_lines
+from disagg_lib import errors
+from disagg_lib.cluster import launch, slurm
+from disagg_lib.files import read_json_lines
+from disagg_lib.job import deaths
 
 PHASES = [
     "container",
@@ -28,7 +30,7 @@ def until(run, condition, timeout_s=90, **options):
     """Poll the job's state until condition(state); these tests' watchdog."""
     deadline = time.monotonic() + timeout_s
     while not condition(state := launch.job_state(run, **options)):
-        assert time.monotonic() < deadline, f"{state}: {job_agent.last_lines(run / launch.SCRIPT_LOG, 20)}"
+        assert time.monotonic() < deadline, f"{state}: {deaths.last_lines(run / launch.SCRIPT_LOG, 20)}"
         time.sleep(0.2)
     return state
 
@@ -145,7 +147,7 @@ def test_a_lost_answer_is_found_again_not_sent_twice(cluster, make_run, tmp_path
 def test_a_kernel_killed_between_sbatch_and_its_answer_attaches(cluster, make_run):
     run = make_run(num_ctx_servers=1, test_modes=["accuracy"])
     state = launch.submit(run)
-    record = launch._record(run)
+    record = launch.read_record(run)
     launch._write_record(run, record | {"job_id": None})
     assert launch.submit(run).job_id == state.job_id
     assert len(jobs_of(cluster, run)) == 1
@@ -159,7 +161,9 @@ def test_a_kernel_killed_while_sbatch_is_under_way_leads_to_one_job(cluster, mak
     (slow / "sbatch").write_text(f'#!/bin/bash\ntouch {slow}/under_way\nsleep 3\nexec {real} "$@"\n')
     (slow / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{slow}:{cluster.environment['PATH']}")
-    code = f"from pathlib import Path; from disagg_lib import launch; launch.submit(Path({str(run)!r}))"
+    code = (
+        f"from pathlib import Path; from disagg_lib.cluster import launch; launch.submit(Path({str(run)!r}))"
+    )
     kernel = subprocess.Popen([sys.executable, "-c", code])
     cluster.wait("sbatch is under way", (slow / "under_way").exists)
     kernel.kill()
@@ -170,7 +174,7 @@ def test_a_kernel_killed_while_sbatch_is_under_way_leads_to_one_job(cluster, mak
 
 def test_a_refused_submission_leaves_no_job_and_can_be_mended(cluster, make_run):
     run = make_run(partition="nowhere")
-    with pytest.raises(launch.JobError, match="not submitted. sbatch: .*invalid partition"):
+    with pytest.raises(errors.JobError, match="not submitted. sbatch: .*invalid partition"):
         launch.submit(run)
     assert launch.job_state(run).state == "not started"
 
@@ -352,7 +356,7 @@ def test_a_controller_that_is_down_never_reads_as_an_end(cluster, make_run):
 
 def test_a_killed_client_is_named(cluster, make_run):
     run = long_run(make_run)
-    subprocess.run(["pkill", "-KILL", "-f", f"loadgen_client.py --run-dir {run}"], check=True)
+    subprocess.run(["pkill", "-KILL", "-f", f"program client --run-dir {run}"], check=True)
     state = until_ended(run)
     assert re.match(r"the performance client ended with status (137|9)", state.reason), state.reason
     assert nodes_are_free(cluster)
@@ -387,4 +391,4 @@ def test_every_state_of_sacct_has_a_meaning():
         "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PENDING", "PREEMPTED",
         "RUNNING", "REQUEUED", "RESIZING", "REVOKED", "SUSPENDED", "TIMEOUT",
     }  # fmt: skip
-    assert named <= set(launch.SLURM_STATES)
+    assert named <= set(slurm.SLURM_STATES)

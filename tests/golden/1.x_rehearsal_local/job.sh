@@ -15,7 +15,7 @@ set -m # each background step is a process group of its own, which teardown can 
 cd -- "${SLURM_SUBMIT_DIR:-$(dirname -- "$0")}" || exit 1
 RUN=$PWD
 PYTHON=/project/.venv/bin/python
-agent() { "$PYTHON" "$RUN/job/job_agent.py" "$@"; }
+agent() { "$PYTHON" "$RUN/job/program" agent "$@"; }
 
 agent admit || exit 1 # a folder is used once; a requeued job ends here
 mkdir -p job/exit logs mlperf
@@ -120,7 +120,7 @@ worker() {
   [[ $gpus == all ]] || only=(env "CUDA_VISIBLE_DEVICES=$gpus")
   only=(env "REHEARSAL_SERVER_NAME=$name") # a stand-in has no GPU, but its faults go by name
   start "$name" logs/output_workers.log step "$nodes" "$tasks" "$first" ${only[@]+"${only[@]}"} \
-    "$PYTHON" -m disagg_lib.serving.rehearsal "$MODEL" --host "${nodes%%,*}" --port "${PORT[$name]}" "$@"
+    "$PYTHON" -m disagg_lib.rehearsal "$MODEL" --host "${nodes%%,*}" --port "${PORT[$name]}" "$@"
 }
 worker ctx0 "${NODES[0]}" 4 0 all "${CONTEXT[@]}"
 worker ctx1 "${NODES[1]}" 4 4 all "${CONTEXT[@]}"
@@ -130,7 +130,7 @@ worker gen0 "${NODES[4]}" 4 16 all "${GENERATION[@]}"
 
 agent phase orchestrator
 start orchestrator logs/output_server.log step "${NODES[0]}" 1 - \
-  "$PYTHON" -m disagg_lib.serving.rehearsal disaggregated -c "$RUN/job/config.bound.yaml" \
+  "$PYTHON" -m disagg_lib.rehearsal disaggregated -c "$RUN/job/config.bound.yaml" \
   -t 3600 -r 1800
 
 # Ready: the orchestrator says 200, and completions have come back through every server.
@@ -139,12 +139,12 @@ attend agent ready || exit
 
 agent phase performance
 start client_performance logs/mlperf_benchmark_performance.log step "${NODES[0]}" 1 - \
-  /project/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode performance --url "http://${NODES[0]}:${PORT[orchestrator]}"
+  /project/.venv/bin/python "$RUN/job/program" client --run-dir "$RUN" --test-mode performance --url "http://${NODES[0]}:${PORT[orchestrator]}"
 attend agent watch performance || exit
 
 agent phase accuracy
 start client_accuracy logs/mlperf_benchmark_accuracy.log step "${NODES[0]}" 1 - \
-  /project/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode accuracy --url "http://${NODES[0]}:${PORT[orchestrator]}"
+  /project/.venv/bin/python "$RUN/job/program" client --run-dir "$RUN" --test-mode accuracy --url "http://${NODES[0]}:${PORT[orchestrator]}"
 attend agent watch accuracy || exit
 
 exit 0

@@ -28,7 +28,7 @@ set -m # each background step is a process group of its own, which teardown can 
 cd -- "${SLURM_SUBMIT_DIR:-$(dirname -- "$0")}" || exit 1
 RUN=$PWD
 PYTHON=python3
-agent() { "$PYTHON" "$RUN/job/job_agent.py" "$@"; }
+agent() { "$PYTHON" "$RUN/job/program" agent "$@"; }
 
 agent admit || exit 1 # a folder is used once; a requeued job ends here
 mkdir -p job/exit logs mlperf
@@ -155,12 +155,12 @@ attend agent ready || exit
 
 agent phase performance
 start client_performance logs/mlperf_benchmark_performance.log step "${NODES[0]}" 1 - \
-  python3 "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode performance --url "http://${NODES[0]}:${PORT[orchestrator]}"
+  python3 "$RUN/job/program" client --run-dir "$RUN" --test-mode performance --url "http://${NODES[0]}:${PORT[orchestrator]}"
 attend agent watch performance || exit
 
 agent phase accuracy
 start client_accuracy logs/mlperf_benchmark_accuracy.log step "${NODES[0]}" 1 - \
-  python3 "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode accuracy --url "http://${NODES[0]}:${PORT[orchestrator]}"
+  python3 "$RUN/job/program" client --run-dir "$RUN" --test-mode accuracy --url "http://${NODES[0]}:${PORT[orchestrator]}"
 attend agent watch accuracy || exit
 
 exit 0

@@ -28,7 +28,7 @@ set -m # each background step is a process group of its own, which teardown can 
 cd -- "${SLURM_SUBMIT_DIR:-$(dirname -- "$0")}" || exit 1
 RUN=$PWD
 PYTHON=python3
-agent() { "$PYTHON" "$RUN/job/job_agent.py" "$@"; }
+agent() { "$PYTHON" "$RUN/job/program" agent "$@"; }
 
 agent admit || exit 1 # a folder is used once; a requeued job ends here
 mkdir -p job/exit logs mlperf

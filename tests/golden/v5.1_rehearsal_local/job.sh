@@ -15,7 +15,7 @@ set -m # each background step is a process group of its own, which teardown can 
 cd -- "${SLURM_SUBMIT_DIR:-$(dirname -- "$0")}" || exit 1
 RUN=$PWD
 PYTHON=/project/.venv/bin/python
-agent() { "$PYTHON" "$RUN/job/job_agent.py" "$@"; }
+agent() { "$PYTHON" "$RUN/job/program" agent "$@"; }
 
 agent admit || exit 1 # a folder is used once; a requeued job ends here
 mkdir -p job/exit logs mlperf
@@ -105,11 +105,11 @@ agent phase workers
 printf -v ALL_NODES '%s,' "${NODES[@]}"
 ALL_NODES=${ALL_NODES%,}
 start workers logs/output_workers.log step "$ALL_NODES" 20 0 \
-  "$PYTHON" -m disagg_lib.serving.rehearsal disaggregated_mpi_worker -c "$RUN/job/config.bound.yaml" --log_level info
+  "$PYTHON" -m disagg_lib.rehearsal disaggregated_mpi_worker -c "$RUN/job/config.bound.yaml" --log_level info
 
 agent phase orchestrator
 start orchestrator logs/output_server.log step "${NODES[0]}" 1 - \
-  "$PYTHON" -m disagg_lib.serving.rehearsal disaggregated -c "$RUN/job/config.bound.yaml" \
+  "$PYTHON" -m disagg_lib.rehearsal disaggregated -c "$RUN/job/config.bound.yaml" \
   -t 3600 -r 1800
 
 # Ready: the orchestrator says 200, and completions have come back through every server.
@@ -118,12 +118,12 @@ attend agent ready || exit
 
 agent phase performance
 start client_performance logs/mlperf_benchmark_performance.log step "${NODES[0]}" 1 - \
-  /project/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode performance --url "http://${NODES[0]}:${PORT[orchestrator]}"
+  /project/.venv/bin/python "$RUN/job/program" client --run-dir "$RUN" --test-mode performance --url "http://${NODES[0]}:${PORT[orchestrator]}"
 attend agent watch performance || exit
 
 agent phase accuracy
 start client_accuracy logs/mlperf_benchmark_accuracy.log step "${NODES[0]}" 1 - \
-  /project/.venv/bin/python "$RUN/job/loadgen_client.py" --run-dir "$RUN" --test-mode accuracy --url "http://${NODES[0]}:${PORT[orchestrator]}"
+  /project/.venv/bin/python "$RUN/job/program" client --run-dir "$RUN" --test-mode accuracy --url "http://${NODES[0]}:${PORT[orchestrator]}"
 attend agent watch accuracy || exit
 
 exit 0

@@ -1,0 +1,110 @@
+"""What can be wrong with the hub, the way to it, or the place for its files: named, with what to do."""
+
+import contextlib
+import errno
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx2
+import huggingface_hub
+from huggingface_hub import errors as hub_errors
+
+from ..errors import ModelError
+from ..files import existing_parent
+
+LOG_IN = "Log in with `hf auth login`, or set HF_TOKEN to a read token"
+FIXES = {
+    "gated": f"Open the repository's page on the hub, accept its terms, wait for the approval. {LOG_IN} of that account",
+    "no token": f"It is private or does not exist. Check hf_repo. {LOG_IN} of an account that may see it",
+    "token refused": f"It is expired or revoked. {LOG_IN}",
+    "forbidden": "The token may not read this repository: make one with read access to it",
+    "missing repository": f"Check hf_repo; a private one needs a token. {LOG_IN}",
+    "missing revision": "Set hf_revision to a commit of this repository, or leave it out",
+    "too many requests": f"Try again later; a token raises the limit. {LOG_IN}",
+    "proxy": "Check HTTPS_PROXY, NO_PROXY and HF_ENDPOINT, or run this where no proxy is needed",
+    "offline": "Unset HF_HUB_OFFLINE, or copy the checkpoint and its manifest here",
+    "no network": "Run this where there is network (a login or transfer node); behind a proxy set HTTPS_PROXY; "
+    "for a mirror set HF_ENDPOINT, for a certificate of your site's SSL_CERT_FILE",
+    "hub error": "Try again later: what has come is kept",
+    "disk full": "Free some, or set scratch_dir (or model_dir) to a larger file system: what has come is kept",
+    "file system": "Set scratch_dir (or model_dir) to a folder that you may write; for someone else's checkpoint make one "
+    "with links to its files (cp -rs)",
+    "locked": "Wait for it, then run this again: a complete folder is found as it is",
+    "damaged twice": "A proxy may change files on the way: try without it",
+    "foreign files": "Set model_dir to another folder, or hf_revision to the commit that is there, or remove the files",
+}
+
+
+class HubError(ModelError):
+    """The hub, the way to it or the place for it does not do; `kind` is a key of FIXES."""
+
+    def __init__(self, kind: str, where: object, found: str):
+        super().__init__(f"{where}: {kind}: {found}. {FIXES[kind]}")
+        self.kind = kind
+
+
+PASSING = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
+HUB_FAULTS = (httpx2.HTTPError, hub_errors.OfflineModeIsEnabled, hub_errors.HFValidationError)
+NO_HUBS_ANSWER = (
+    ValueError,
+    KeyError,
+    TypeError,
+)  # of the hub library, as it reads a portal's page for a hub's JSON
+
+
+def redact(said: object) -> str:
+    """What an error or an address says, on one line, without tokens, signatures (the query of a URL) and passwords."""
+    text = getattr(said, "server_message", None) or str(said) or type(said).__name__
+    if token := huggingface_hub.get_token():
+        text = text.replace(token, "***")
+    text = re.sub(r"hf_\w+|(?<=://)[^/@\s]+(?=@)", "***", text)
+    return " ".join(re.sub(r"\?\S*=\S*", "", text).split())[:300]
+
+
+def status_of(error: Exception) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def named(error: Exception, where: str) -> HubError:
+    """The hub library's error as one of ours."""
+    status = status_of(error)
+    if isinstance(error, hub_errors.GatedRepoError):
+        kind = "gated"
+    elif isinstance(error, hub_errors.RevisionNotFoundError):
+        kind = "missing revision"
+    elif status == 401:
+        kind = "token refused" if huggingface_hub.get_token() else "no token"
+    elif status == 404 or isinstance(error, hub_errors.HFValidationError):
+        kind = "missing repository"
+    elif status == 407 or isinstance(error, httpx2.ProxyError):
+        kind = "proxy"
+    elif isinstance(error, hub_errors.OfflineModeIsEnabled):
+        kind = "offline"
+    elif isinstance(error, UnicodeEncodeError):
+        kind = "token refused"
+    elif isinstance(error, NO_HUBS_ANSWER):
+        what = f"no hub's answer ({type(error).__name__}: {redact(error)})"
+        return HubError("proxy", redact(where), what)
+    else:
+        kind = {403: "forbidden", 429: "too many requests", None: "no network"}.get(status, "hub error")
+    return HubError(kind, redact(where), f"{status} {redact(error)}" if status else redact(error))
+
+
+def disk_full(folder: Path, needed: int) -> HubError:
+    free = shutil.disk_usage(existing_parent(folder)).free
+    return HubError("disk full", folder, f"found {free / 1e9:.2f} GB free, needed {needed / 1e9:.2f} GB more")
+
+
+@contextlib.contextmanager
+def file_system(place: Path, needed: Callable[[], int] = lambda: 0):
+    """What the file system says against it, as one of our errors."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, HUB_FAULTS):  # the hub library's offline mode is an OSError, too
+            raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise disk_full(place.parent, needed()) from None
+        raise HubError("file system", place, str(error)) from None
