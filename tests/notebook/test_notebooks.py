@@ -176,7 +176,7 @@ def test_tables_and_figures_are_what_the_raw_logs_give(chain):
     run, _ = chain
     done = command_line("results", run, "--recompute")
     assert done.returncode == 0, done.stdout
-    assert "4 of 4 files are what the raw logs give" in done.stdout
+    assert "5 of 5 files are what the raw logs give" in done.stdout
 
 
 def test_the_run_is_exported_as_pages_and_refused_as_a_submission(chain, tmp_path):
