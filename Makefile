@@ -1,13 +1,13 @@
 # make demo   the whole chain on this machine, without a GPU     make lab     step through it in JupyterLab
 # make test   all tests that need neither Slurm nor a browser    make check   format, lint, shell scripts, notebooks
 # make bench  what measures speed, with the tables it prints     make renew   golden files and parameter cells anew
-# make example   the rehearsal kept in results/, run anew
+# make example   the rehearsal kept in results/, run anew   make pictures   README's pictures and output, from it
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lab bench renew example lock
+.PHONY: demo test check lab bench renew example pictures lock
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.installed
@@ -37,6 +37,10 @@ renew: $(VENV)/.installed
 # The rehearsal that is kept in results/ for readers on the web: run anew, redacted, in place of the one before.
 example: $(VENV)/.installed
 	$(BIN)/python tests/example.py
+
+# README's pictures and the output that it shows, from that example (needs what `make test-browser` installs).
+pictures: $(VENV)/.installed
+	$(BIN)/python tests/pictures.py
 
 # The one place where versions change: edit pyproject.toml, then `make lock`, then environment.yml (a test compares all three).
 lock: $(VENV)/.installed

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -95,7 +96,10 @@ class Report:
 
     def html(self, page: bool = False, **more: Any) -> str:
         """The card for a notebook; `page` makes it a page of its own with what `more` gives the template."""
-        return _template().render(report=self, page=page, **more).replace(" %", "&nbsp;%")
+        page = _template().render(report=self, page=page, **more)
+        return re.sub(
+            r"(?<=\d) (?=(?:s|ms|%)\b|%)", "&nbsp;", page
+        )  # no line ends between a figure and its unit
 
     def text(self, width: int = 80) -> str:
         """The card for a terminal; no line is longer than `width`."""
