@@ -44,7 +44,15 @@ def draw_cards(report: Report) -> None:
     from playwright.sync_api import sync_playwright
 
     page_text = report.html(
-        page=True, pictures=[], given=[], versions="", repeat="", notebooks=[], footnote=""
+        page=True,
+        pictures=[],
+        given=[],
+        settings="",
+        versions="",
+        left_out=[],
+        repeat="",
+        notebooks=[],
+        footnote="",
     )
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

@@ -8,10 +8,12 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+import pandas as pd
+
 from ..errors import DisaggError
-from ..results.published import compare, published_table
+from ..results.published import compare
 from ..results.rows import as_table, read_result, result_row
-from .findings import short
+from .findings import published_in, short
 
 MOST_BESIDE = 3  # other runs in the card
 
@@ -21,7 +23,7 @@ def beside_rows(row: dict, others: Iterable[Path]) -> Iterable[dict]:
     yield {**_cells(row), "name": "this run", "this": True}
     for other, theirs in itertools.islice(_readable(others), MOST_BESIDE):
         yield {**_cells(theirs), **_same(row, theirs), "name": Path(other).resolve().name}
-    published = published_table(row["scenario"])
+    published = published_in(row["scenario"], row["round"])
     if row["model"] == "llama3.1-405b" and len(published):
         rate = "completed_tokens_per_s_per_gpu"
         best = published.sort_values(rate, ascending=False).iloc[0]
@@ -29,11 +31,11 @@ def beside_rows(row: dict, others: Iterable[Path]) -> Iterable[dict]:
             published["accelerator"].str.contains("B200-SXM") & (published["accelerators_total"] == 8)
         ]
         gpu = best["accelerator"].removeprefix("NVIDIA ").split("-")[0]
-        name = f"best per GPU of v5.1: {best['submitter']}, {best['accelerators_total']} x {gpu}"
+        name = f"best per GPU of {best['round']}: {best['submitter']}, {best['accelerators_total']} x {gpu}"
         yield {**_cells(best.to_dict()), "name": name, "published": True}
         if len(eight) > 1:
             middle = eight.median(numeric_only=True).to_dict() | {"source": "published", "valid": True}
-            name = f"8 x B200 of v5.1, median of {len(eight)}"
+            name = f"8 x B200 of {best['round']}, median of {len(eight)}"
             yield {**_cells(middle), "name": name, "published": True}
 
 
@@ -64,7 +66,7 @@ def _cells(row: dict) -> dict:
     return {
         **dict.fromkeys(("this", "published", "noise"), False),
         "source": row["source"],
-        "sign": {True: "✓", False: "✗"}.get(row["valid"], "–"),
+        "sign": "–" if pd.isna(row["valid"]) else "✓" if row["valid"] else "✗",
         "gpus": f"{row['accelerators_total']:.0f}" if row["accelerators_total"] > 0 else "-",
         "qps": f"{row['target_qps']:g}" if row["target_qps"] > 0 else "-",
         "rate": short(row["completed_tokens_per_s_per_gpu"]),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
 from ..errors import ExportError
 from ..files import read_json_lines, sha256
 from ..results.found import folder_source
+from ..results.rows import NOT_VERIFIED
 from .pages import run_summary, static_page
-from .shared import GatheredRun, Shared, gather, put, write_into
+from .shared import GatheredRun, Shared, gather, put, renew_digests, write_into
 
 _PROFILES = {
     "https://w3id.org/ro/wfrun/process/0.5": ("Process Run Crate", "0.5"),
@@ -45,8 +46,9 @@ def export_crate(run_dir: Path | str, dest: Path | str) -> Shared:
             put(draft / run.redactor.text(name, name), run.redactor.text(text, name))
         for name, picture in run.pictures.items():
             put(draft / run.redactor.text(name, name), picture)
-        put(draft / "README.md", readme_text(run, run.texts | run.pictures))
+        put(draft / "README.md", readme_text(run, run.texts | run.pictures, run.left_out))
         put(draft / "redaction.json", json.dumps(run.redactor.listed(), indent=1) + "\n")
+        renew_digests(draft)
         _describe(run, draft)
 
     path = write_into(dest, write, run.redactor)
@@ -63,7 +65,6 @@ def readme_text(run: GatheredRun, files: Iterable[str], left_out: Iterable[str] 
 
 def _describe(run: GatheredRun, draft: Path) -> None:
     """Write ro-crate-metadata.json: every file, the workflow, and the action that made the logs."""
-    from rocrate.model.computerlanguage import ComputerLanguage
     from rocrate.model.contextentity import ContextEntity
     from rocrate.rocrate import ROCrate
 
@@ -77,14 +78,37 @@ def _describe(run: GatheredRun, draft: Path) -> None:
     crate.name = f"MLPerf Inference run {title} ({source})"
     crate.description = (
         f"Llama-3.1-405B on disaggregated TensorRT-LLM, LoadGen's Server scenario; source: {source}. "
-        "Names and paths of the site are replaced; redaction.json counts the replacements."
+        f"Names and paths of the site are replaced; redaction.json counts the replacements. {NOT_VERIFIED}"
     )
+    git = json.loads(run.texts.get("manifest.json", "{}")).get("git") or {}
+    if git.get("url"):
+        crate.root_dataset["isBasedOn"] = add(
+            git["url"], "SoftwareSourceCode", name="disagg_lib", version=git.get("commit") or ""
+        )
     crate.license = add("https://spdx.org/licenses/Apache-2.0", "CreativeWork", name="Apache License 2.0")
     crate.root_dataset["conformsTo"] = [
         add(url, "CreativeWork", name=name, version=version) for url, (name, version) in _PROFILES.items()
     ]
     agent = add("#site", "Organization", name="the site that ran it (name withheld)")
     crate.root_dataset["author"] = crate.root_dataset["publisher"] = agent
+    job, files = _add_workflow(crate, add, draft), _add_files(crate, draft)
+    chosen = {
+        "input": [name for name in _INPUTS if name in files],
+        "output": [name for name in files if name.startswith(_OUTPUTS)],
+    }
+    for kind, names in chosen.items():
+        job[kind] = [_slot(add, kind, name, files[name]) for name in names]
+    action = _action(add, read_json_lines(draft / "job/phases.jsonl"))
+    action["instrument"], action["agent"] = job, agent
+    action["object"], action["result"] = ([files[name] for name in names] for names in chosen.values())
+    crate.root_dataset["mentions"] = action
+    crate.metadata.write(draft)
+
+
+def _add_workflow(crate, add: Callable, draft: Path):
+    """job.sh as the workflow, in bash."""
+    from rocrate.model.computerlanguage import ComputerLanguage
+
     home = add("https://www.gnu.org/software/bash/", "WebSite", name="GNU Bash")
     words = {"name": "Bash", "alternateName": "bash", "url": {"@id": home.id}}
     bash = crate.add(ComputerLanguage(crate, "#bash", words))
@@ -94,7 +118,11 @@ def _describe(run: GatheredRun, draft: Path) -> None:
         "version": sha256(draft / "job.sh")[:12],
         "conformsTo": {"@id": f"{_BIOSCHEMAS}/ComputationalWorkflow/1.0-RELEASE"},
     }
-    job = crate.add_workflow(draft / "job.sh", "job.sh", main=True, lang=bash, properties=properties)
+    return crate.add_workflow(draft / "job.sh", "job.sh", main=True, lang=bash, properties=properties)
+
+
+def _add_files(crate, draft: Path) -> dict:
+    """Name -> entity of every file but job.sh."""
     files = {}
     for path in sorted(p for p in draft.rglob("*") if p.is_file() and p.name != "job.sh"):
         name = path.relative_to(draft).as_posix()
@@ -102,29 +130,26 @@ def _describe(run: GatheredRun, draft: Path) -> None:
                       "encodingFormat": _FORMATS.get(path.suffix, "text/plain")}  # fmt: skip
         about = {"about": {"@id": "./"}} if name == "README.md" else {}
         files[name] = crate.add_file(path, name, properties=properties | about)
-    chosen = {
-        "input": [name for name in _INPUTS if name in files],
-        "output": [name for name in files if name.startswith(_OUTPUTS)],
-    }
-    for kind, names in chosen.items():
-        for name in names:
-            slot = f"#{kind}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
-            conforms = {
-                "additionalType": "File",
-                "conformsTo": {"@id": f"{_BIOSCHEMAS}/FormalParameter/1.0-RELEASE"},
-            }
-            files[name]["exampleOfWork"] = add(slot, "FormalParameter", name=name, **conforms)
-        job[kind] = [files[name]["exampleOfWork"] for name in names]
-    phases = read_json_lines(draft / "job/phases.jsonl")
+    return files
+
+
+def _slot(add: Callable, kind: str, name: str, file):
+    """The workflow's parameter of which a file is the value."""
+    slot = f"#{kind}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
+    conforms = {"@id": f"{_BIOSCHEMAS}/FormalParameter/1.0-RELEASE"}
+    entity = add(slot, "FormalParameter", name=name, additionalType="File", conformsTo=conforms)
+    file["exampleOfWork"] = entity
+    return entity
+
+
+def _action(add: Callable, phases: list[dict]):
+    """The run of job.sh: when, and how it ended."""
     done = bool(phases) and phases[-1]["phase"] == "done"
     action = add("#run", "CreateAction", name="run of job.sh")
-    action["instrument"], action["agent"] = job, agent
-    action["object"], action["result"] = ([files[name] for name in names] for names in chosen.values())
     action["actionStatus"] = f"http://schema.org/{'Completed' if done else 'Failed'}ActionStatus"
     action["description"] = "LoadGen's runs, with the servers that job.sh started and ended."
     for key, phase in zip(("startTime", "endTime"), phases[:1] + phases[-1:], strict=False):
         action[key] = datetime.fromtimestamp(phase["time_s"], UTC).isoformat(timespec="seconds")
     if not done:
         action["error"] = phases[-1]["phase"] if phases else "the job never began"
-    crate.root_dataset["mentions"] = action
-    crate.metadata.write(draft)
+    return action

@@ -7,11 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
+
 from ..errors import DisaggError
 from ..files import read_json, read_json_lines
 from ..results.criteria import FAIL, PASS, SHORTENED
 from ..results.outputs import verdict_word
-from ..results.published import published_table
+from ..results.published import KEPT_ASIDE, published_table
+from ..results.rounds import load_rules
 from ..results.rows import RunResult
 from ..results.verdict import suggested_qps, worst_latency
 
@@ -129,7 +132,9 @@ def proviso_of(result: RunResult) -> str:
 def limits_note(result: RunResult) -> str:
     verdict = result.verdict
     said = [f"LoadGen's own word: {verdict.loadgen_valid or 'none'}."]
-    scores = [f"accuracy_{name}" for name in result.scores]
+    scores = [
+        f"accuracy_{name}" for name in load_rules()["models"].get(verdict.claim.model, {}).get("accuracy", {})
+    ]
     judged = [c for c in verdict.checks if c.name in scores and c.status in (PASS, FAIL)]
     words = [f"{c.name.removeprefix('accuracy_')} {c.figure:.6g} {SIGNS[c.status]}" for c in judged
              if not isinstance(c.figure, str)]  # fmt: skip
@@ -169,9 +174,10 @@ def tiles_of(result: RunResult, row: dict) -> Iterable[tuple[str, str, str]]:
 
 def _compared(result: RunResult, per_gpu: float) -> tuple[str, str, str]:
     """Tokens/s/GPU as a share of the best published one, or why there is none."""
-    claim, rates = result.verdict.claim, published_table(result.verdict.claim.scenario)
+    claim = result.verdict.claim
+    rates = published_in(claim.scenario, claim.round)
     best = rates["completed_tokens_per_s_per_gpu"].max()
-    reasons = [claim.source] if claim.source in ("rehearsed", "simulated") else []
+    reasons = [claim.source] if claim.source in ("rehearsed", "simulated", "unstated") else []
     reasons += claim.shortened
     reasons += (
         [] if claim.model == "llama3.1-405b" and len(rates) else ["nothing published of its kind is here"]
@@ -179,12 +185,20 @@ def _compared(result: RunResult, per_gpu: float) -> tuple[str, str, str]:
     reasons += [] if per_gpu > 0 else ["GPUs unknown"]
     if reasons:
         return "not compared", "with published results:", "; ".join(reasons)
+    aside = KEPT_ASIDE.get((rates["round"].iloc[0], claim.scenario), 0)
     invalid = "" if result.verdict.valid else "; but this run is INVALID"
     return (
         f"{100 * per_gpu / best:.0f} %",
         "of the best published tokens/s/GPU",
-        f"{best:.1f} in {claim.scenario}, v5.1{invalid}",
+        f"{best:.1f} in {claim.scenario}, {rates['round'].iloc[0]}, {len(rates)} of {len(rates) + aside} runs{invalid}",
     )
+
+
+def published_in(scenario: str, round_: str) -> pd.DataFrame:
+    """The published rows of a scenario in a round; of v5.1 where none of that round are here."""
+    table = published_table(scenario)
+    chosen = table[table["round"] == round_]
+    return chosen if len(chosen) else table[table["round"] == "v5.1"]
 
 
 def topology_words(result: RunResult, joint: str = " + ", spelled: bool = True) -> str:

@@ -7,25 +7,23 @@ import html
 import io
 import json
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from textwrap import dedent, indent
 
 from ..errors import DisaggError
-from ..files import read_json_lines
+from ..files import read_json, read_json_lines
 from ..results.outputs import FIGURES
-from ..run.tables import given_parameters, repeat_command
+from ..results.rows import NOT_VERIFIED
+from ..run.tables import given_parameters
 from .executed import executed_analysis
 from .report import Report, make_report
 from .shared import GatheredRun, Shared, gather, put, write_into
 
-TRADEMARK = (
-    "The MLPerf name and logo are registered and unregistered trademarks of MLCommons Association in the United States "
-    "and other countries. All rights reserved. Unauthorized use strictly prohibited. See www.mlcommons.org."
-)
-
 
 def export_html(run_dir: Path | str, dest: Path | str) -> Shared:
-    """One self-contained page per executed notebook, and index.html, the run's report, which needs none of them.
+    """One self-contained page per executed notebook, index.html, the run's report, which needs none of them, and experiment.yaml.
 
     A run made in JupyterLab has no executed notebooks: then 05 is executed for the page. Pages load nothing from anywhere:
     pictures are inside, scripts are taken out.
@@ -44,7 +42,8 @@ def export_html(run_dir: Path | str, dest: Path | str) -> Shared:
     def write(draft: Path) -> None:
         for stem, text in notebooks.items():
             put(draft / f"{stem}.html", notebook_page(run.redactor.text(text, f"{stem}.ipynb"), notebooks))
-        put(draft / "index.html", _index(run, notebooks))
+        put(draft / "index.html", _index(run, notebooks, left_out))
+        put(draft / "experiment.yaml", run.redactor.text(run.texts["experiment.yaml"], "experiment.yaml"))
 
     path = write_into(dest, write, run.redactor)
     return Shared(path, tuple(run.redactor.listed()), left_out)
@@ -124,7 +123,7 @@ def static_page(page: str) -> str:
 # -- the report, with all that belongs to it
 
 
-def _index(run: GatheredRun, notebooks: Iterable[str]) -> str:
+def _index(run: GatheredRun, notebooks: Iterable[str], left_out: Iterable[str]) -> str:
     """The run's report on one page, redacted, its figures inside."""
     report, pictures = make_report(run.folder), []
     for name, draw in FIGURES.items():
@@ -140,7 +139,9 @@ def _index(run: GatheredRun, notebooks: Iterable[str]) -> str:
         pictures=pictures,
         given=given_parameters(run.folder),
         versions=_versions(run),
-        repeat=repeat_command(run.folder),
+        settings=_settings_words(read_json(run.folder / "job/settings.json")),
+        repeat=dedent(how_to_repeat(run, "experiment.yaml")),
+        left_out=list(left_out),
         notebooks=list(notebooks),
         footnote="",
     )
@@ -181,15 +182,42 @@ def figure_images(names: Iterable[str], run: Path, report: Report, written: Mapp
 
 def _versions(run: GatheredRun) -> str:
     manifest = json.loads(run.texts.get("manifest.json", "{}"))
-    versions = {**manifest.get("versions", {}), "commit": (manifest.get("git") or {}).get("commit")}
+    git = manifest.get("git") or {}
+    versions = {**manifest.get("versions", {}), "repository": git.get("url"), "commit": git.get("commit")}
     return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
 
 
 def _footnote(run: GatheredRun, report: Report) -> str:
     """Who vouches for it, whose name MLPerf is, and what was replaced."""
     marks = ", ".join(sorted({item["placeholder"] for item in run.redactor.listed()}))
-    verified = "" if report.source == "published" else "Result not verified by MLCommons Association. "
-    return f"{verified}{TRADEMARK} Names and paths of the site are replaced by: {marks or 'nothing'}."
+    verified = "" if report.source == "published" else f"{NOT_VERIFIED} "
+    return f"{verified}Names and paths of the site are replaced by: {marks or 'nothing'}."
+
+
+_SITE = (
+    "Its paths and names of the site are left out: give your own in a second file, such as params/site.yaml."
+)
+
+
+def _settings_words(settings: dict) -> str:
+    """Layout, data set and decoding, which no parameter says by itself."""
+    client, servers = settings.get("client", {}), settings.get("servers", [])
+    roles = [f"{server['role']} server of {len(server['ranks'])} GPUs" for server in servers]
+    decoding = ("min_output_tokens", "max_output_tokens", "temperature", "top_p", "top_k")
+    parts = {
+        "Layout": ", ".join(f"{roles.count(role)} x {role}" for role in dict.fromkeys(roles)),
+        "Data set": client.get("data_set", {}).get("kind", ""),
+        "Decoding": ", ".join(f"{name} {client[name]}" for name in decoding if name in client),
+    }
+    return " ".join(f"{name}: {words}." for name, words in parts.items() if words)
+
+
+def how_to_repeat(run: GatheredRun, experiment: str) -> str:
+    """Commands that make the run again from the shared `experiment`, indented."""
+    git = read_json(run.folder / "manifest.json").get("git") or {}
+    where = [f"git clone {git['url']}"] if git.get("url") else []
+    where += [f"git checkout {git['commit']}  # of this package"] if git.get("commit") else []
+    return indent("\n".join([*where, shlex.join(["python", "-m", "disagg_lib", "run", experiment])]), "    ")
 
 
 def run_summary(run: GatheredRun, file: str, pictures: Mapping[str, str], notebooks: Iterable[str],
@@ -208,8 +236,9 @@ def run_summary(run: GatheredRun, file: str, pictures: Mapping[str, str], notebo
     parts = [
         report.markdown(),
         *(f"![{figure_alt(name, run.folder, report)}]({picture})" for name, picture in pictures.items()),
-        "## What was run", "\n".join(["| parameter | value | from |", "|---|---|---|", *rows]), _versions(run),
-        "## How to repeat it", f"    {repeat_command(run.folder)}",
+        "## What was run", "\n".join(["| parameter | value | from |", "|---|---|---|", *rows]),
+        _settings_words(read_json(run.folder / "job/settings.json")), _versions(run),
+        "## How to repeat it", how_to_repeat(run, "experiment.yaml"), _SITE,
         "## The notebooks, executed", "\n".join(f"- [{Path(name).stem}]({name})" for name in notebooks),
         "## What is not here" if left_out else "", "\n".join(f"- `{item}`" for item in left_out),
     ]  # fmt: skip

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import yaml
 from example import EXAMPLE
-from test_export import NOTEBOOK, make_measured, make_site_run, site, survivors
+from shared_runs import NOTEBOOK, make_measured, make_site_run, site, survivors
 from test_rows import SHARED, make_run
 
 from disagg_lib.results import outputs, rows
@@ -29,7 +29,16 @@ def test_the_title_carries_verdict_source_speed_and_day():
 
 
 def page_of(run, **more):
-    given = {"pictures": [], "given": [], "versions": "", "repeat": "", "notebooks": [], "footnote": ""}
+    given = {
+        "pictures": [],
+        "given": [],
+        "settings": "",
+        "versions": "",
+        "left_out": [],
+        "repeat": "",
+        "notebooks": [],
+        "footnote": "",
+    }
     return make_report(run).html(page=True, **given | more)
 
 
@@ -232,7 +241,9 @@ def test_a_run_made_by_hand_gets_its_05_executed_for_the_page_and_stays_as_it_is
     (run / "experiment.yaml").write_text(yaml.safe_dump(recorded))
     before = sorted(run.rglob("*"))
     shared = export_html(run, tmp_path / "html")
-    assert sorted(p.name for p in shared.path.iterdir()) == ["05_analysis.html", "index.html"], shared.text()
+    assert sorted(p.name for p in shared.path.glob("*.html")) == ["05_analysis.html", "index.html"], (
+        shared.text()
+    )
     assert make_report(EXAMPLE).word in (shared.path / "05_analysis.html").read_text()
     assert sorted(run.rglob("*")) == before
 
@@ -241,6 +252,6 @@ def test_a_run_whose_05_cannot_be_executed_is_shared_without_it(tmp_path):
     run = make_site_run(tmp_path / "run", site())
     shutil.rmtree(run / "notebooks")
     shared = export_html(run, tmp_path / "html")
-    assert [p.name for p in shared.path.iterdir()] == ["index.html"]
+    assert [p.name for p in shared.path.glob("*.html")] == ["index.html"]
     assert any("05 could not be executed" in item for item in shared.left_out)
     assert survivors(shared.path, site()) == set()
