@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_client import Server
+from endpoint import Server
 
 from disagg_lib import errors
 from disagg_lib.cluster import follow, launch

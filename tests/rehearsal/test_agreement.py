@@ -7,7 +7,7 @@ import time
 import aiohttp
 import numpy as np
 import pytest
-import test_rehearsal as rehearsal
+from processes import v51_job
 
 from disagg_lib.experiment.loading import load_experiment
 from disagg_lib.serving.lengths import built_in_lengths, shorten_outputs
@@ -54,7 +54,7 @@ def test_rehearsal_and_simulation_agree_within_ten_percent(tmp_path):
         "generation_servers__max_batch_size": 512,
         "generation_servers__cuda_graph_batch_sizes": list(GRAPH_SIZES),
     }
-    with rehearsal.v51_job(tmp_path, environment={"REHEARSAL_TIME_SCALE": "1.0"}, **batch) as job:
+    with v51_job(tmp_path, environment={"REHEARSAL_TIME_SCALE": "1.0"}, **batch) as job:
         late, ttft, tpot = asyncio.run(measure(job.port, arrivals, lengths))
     if np.percentile(late, 90) > OVERLOADED_MS:
         pytest.skip(f"the machine is overloaded: requests left {np.percentile(late, 90):.0f} ms late")
