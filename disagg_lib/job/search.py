@@ -4,7 +4,8 @@ Each trial is a Server run of the measuring client at one target QPS. Its margin
 stopping lets be the worst (of TTFT, of TPOT) over its limit; at most 1 is VALID. Close to the edge the logarithm of
 that share is nearly linear in the logarithm of the QPS, so the margins, not only the verdicts, choose the next point.
 A share near 1 may also be a level, as CUDA-graph padding makes them: alone it places no edge. Where a few requests
-fail, the trial is INVALID, and the others' latencies lead on.
+fail, the trial is INVALID, and the others' latencies lead on. An INVALID trial that no slope explains, as of a server that
+was not warm, runs once more; the second verdict counts.
 
 Short trials bracket, longer ones place, full-length ones decide. Seen from the same seed, the edge of 459 queries lies
 within 10 % (one sigma) of the edge of 8313, that of 1496 within 7 %; what short trials say bounds what longer ones may be
@@ -28,7 +29,18 @@ from pathlib import Path
 from signal import SIGHUP, SIGTERM, signal
 from typing import Callable, Optional, Sequence
 
-from .margins import FAR, FLATTEST, OFF_IT, STEEPNESS, SearchError, edge_of, judge, other_verdict_near, passes
+from .margins import (
+    FAR,
+    FLATTEST,
+    OFF_IT,
+    STEEPNESS,
+    SearchError,
+    doubtful,
+    edge_of,
+    judge,
+    other_verdict_near,
+    passes,
+)
 from .rows import Rows
 from .trials import run_trial
 
@@ -79,9 +91,7 @@ def find_target_qps(trial, low_qps, high_qps, **options):
     ------
     SearchError : bounds that make no sense, nothing VALID (down to a 16th of low_qps), or nothing seen VALID in the time.
     """
-    search = Search(trial, low_qps, high_qps, **options)
-    search.run()
-    return search.result()
+    return Search(trial, low_qps, high_qps, **options).run()
 
 
 @dataclasses.dataclass
@@ -119,16 +129,16 @@ class Search:
         if not 0 < self.low_qps < self.high_qps:
             found = f"low_qps {self.low_qps!r}, high_qps {self.high_qps!r}"
             raise SearchError(f"{found}: needed is 0 < low_qps < high_qps")
-        self.rows = Rows(self.rows_path)
+        self.rows, self.ended = Rows(self.rows_path), "resolution reached"
+
+    def run(self):
+        """Go through the stages, from short trials to those of full length; after a repeated trial, once more."""
         self.seen = []  # in this search: what an earlier one ran later must not change the way
         self.point, self.edge_qps, self.steepness = self.low_qps, self.low_qps, STEEPNESS
         self.least, self.most = 0.0, math.inf  # where shorter trials' verdicts leave the edge
-        self.ended = "resolution reached"
-
-    def run(self):
-        """Go through the stages, from short trials to those of full length."""
         for queries, stage in stages(self.full_queries, self.resolution):
-            self.place_edge(queries, stage)
+            if not self.place_edge(queries, stage):
+                return self.run()
             self.point = self.edge_qps
             if self.ended == OUT_OF_TIME:
                 break
@@ -138,16 +148,29 @@ class Search:
                 raise SearchError(f"{found}: look at the trials' logs")
             self.least = low["qps"] * math.exp(-stage.trust) if low else 0.0
             self.most = high["qps"] * math.exp(stage.trust) if high else math.inf
+        return self.result()
 
     def place_edge(self, queries, stage):
-        """Run trials of one length until they have placed the edge, are enough, or the time is over."""
+        """Run trials of one length until they have placed the edge, are enough, or the time is over; return False after `repeats`."""
         self.queries, self.stage, self.is_last = queries, stage, stage.share == 1.0
         self.used, self.counted, self.steps_below = [], 0, 0
         self.is_placed, self.is_open = False, True  # open: the edge may lie further off than LOOSE says
         while self.wants_more() and (row := self.next_row()):
             self.learn(row)
+            if self.repeats():
+                return False
             self.weigh()
             self.step_off()
+        return True
+
+    def repeats(self):
+        """Repeat an INVALID trial that no slope explains, if there is one; INVALID again, it explains any other."""
+        row = doubtful(self.seen)
+        if not row or self.rows.has_confirmed() or not self.has_time_for(row["qps"], row["queries"]):
+            return False
+        self.log(f"{row!r}: no slope explains it beside the VALID trials: once more")
+        self.rows.run(self.trial, row["qps"], row["queries"])
+        return True
 
     def saw_valid(self):
         """Return whether this search knows a QPS below the edge."""
@@ -165,15 +188,17 @@ class Search:
         if any(row["qps"] == qps for row in self.used):
             return None
         row = self.rows.known(qps, self.queries)
-        if row or self.has_time_for(qps):
+        if row or self.has_time_for(qps, self.queries):
             return row or self.rows.run(self.trial, qps, self.queries)
         self.ended = OUT_OF_TIME
         return None
 
-    def has_time_for(self, qps):
+    def has_time_for(self, qps, queries):
         """Return whether a trial, and the runs after the search, still fit; `needed_s` is what these take."""
         best = self.rows.best() or {"qps": self.low_qps}
-        trial_s = seconds_of([(self.queries, self.full_s * self.is_last)], qps, self.rows.overhead_s)
+        trial_s = seconds_of(
+            [(queries, self.full_s * (queries == self.full_queries))], qps, self.rows.overhead_s
+        )
         after_s = self.seconds_after(min(qps, best["qps"]))
         self.needed_s = trial_s + after_s
         return self.fits(trial_s, self.budget_s) and self.fits(self.needed_s, self.time_s)
@@ -236,7 +261,7 @@ class Search:
         rows, edge_qps = self.rows.rows, min(self.edge_qps, self.high_qps)
         failing = sum(bool(row.get("failed")) for row in rows)
         self.refuse_without_valid(failing)
-        full = [row for row in rows if row["queries"] == self.full_queries]
+        full = [row for row in self.rows.standing() if row["queries"] == self.full_queries]
         valid = (row["qps"] for row in full if row["valid"] and row["qps"] <= edge_qps)
         highest = max(valid, default=0.0)
         seen_valid = highest >= 0.96 * edge_qps

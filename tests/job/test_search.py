@@ -149,6 +149,37 @@ def test_edge_of_a_cliff_is_bracketed_to_the_resolution(edge):
     assert found["ended"] == "resolution reached" and found["edge_qps"] == pytest.approx(edge, rel=0.035)
 
 
+@pytest.mark.parametrize("full_queries", [459, 1500, 8313])
+@pytest.mark.parametrize("steepness", [2.7, 10.0])
+def test_trial_on_a_cold_server_is_repeated_before_it_is_believed(full_queries, steepness):
+    """As a real engine did it, which compiled in mid-run: INVALID at 8 queries/s, and its edge at 24."""
+    calls = []
+
+    def trial(qps, queries):
+        row = line(24.0, steepness, calls, floor=0.13)(qps, queries)
+        return {**row, "ttft_share": 2.48, "valid": False} if len(calls) == 1 else row
+
+    found = find_target_qps(trial, 8.0, 60.0, full_queries=full_queries)
+    assert found["edge_qps"] == pytest.approx(24.0, rel=0.04) and found["target_qps"] <= 24.0
+    assert calls.count((8.0, 459)) == 2 and found["trials"] == len(calls) == len(set(calls)) + 1
+
+
+@pytest.mark.parametrize("full_queries", [459, 8313])
+def test_cliff_costs_one_repeated_trial(full_queries):
+    """One that is INVALID again explains the others."""
+    calls = []
+
+    def trial(qps, queries):
+        return line(3.85, calls=calls)(qps, queries) | {
+            "valid": qps <= 3.85,
+            "ttft_share": 50.0 ** (qps > 3.85) / 5,
+        }
+
+    found = find_target_qps(trial, 2.31, 6.16, full_queries=full_queries)
+    assert found["edge_qps"] == pytest.approx(3.85, rel=0.035)
+    assert len(calls) == len(set(calls)) + 1 and max(calls, key=calls.count)[1] == 459
+
+
 def test_verdicts_without_margins_end_and_say_how(tmp_path):
     """Failed requests leave no shares: only VALID and INVALID, here with an edge that moves."""
     seen = []

@@ -18,6 +18,25 @@ def test_interrupted_search_repeats_no_trial(tmp_path):
     assert again == calls[2:]
 
 
+def test_search_interrupted_after_a_repeated_trial_repeats_none(tmp_path):
+    """Its second verdict counts from the start."""
+    path, calls = tmp_path / "rows.jsonl", []
+
+    def trial(qps, queries):
+        row = line(24.0, calls=calls, floor=0.13)(qps, queries)
+        return {**row, "ttft_share": 2.48, "valid": False} if len(calls) == 1 else row
+
+    whole = find_target_qps(trial, 8.0, 60.0, rows_path=path)
+    lines = path.read_text().splitlines(keepends=True)
+    repeated = calls.index(calls[0], 1)
+    assert '"repeated": true' in lines[repeated]
+    for kept in range(1, len(lines)):
+        path.write_text("".join(lines[:kept]))
+        again = [None]  # no first trial: the server is warm now
+        assert find_target_qps(line(24.0, calls=again, floor=0.13), 8.0, 60.0, rows_path=path) == whole
+        assert again[1:] == calls[kept:]
+
+
 def test_no_trial_begins_that_passes_the_time_budget():
     found = find_target_qps(line(3.85), 1.0, 10.0, budget_s=2000)
     assert found["seconds"] <= 2000 and found["ended"] == "time budget"
