@@ -108,6 +108,7 @@ class Search:
         enough; there are more while the edge may lie further than LOOSE times this from the nearest.
     budget_s : no trial begins that would pass this sum of the seconds of the trials run now (not of resumed rows).
     full_queries : queries of the trials that decide.
+    log : called with a line on each trial.
     time_s, runs_after : nor one after which less than time_s would not be enough for these runs, (queries, least seconds)
         each, at the highest QPS seen VALID by then.
     full_s : least seconds of a full-length trial, as of the run that it speaks for.
@@ -118,10 +119,10 @@ class Search:
     high_qps: float
     rows_path: Optional[Path] = None
     resolution: float = 0.03
-    budget_s: Optional[float] = None
+    budget_s: float = math.inf
     full_queries: int = FULL_QUERIES
     log: Callable = lambda text: None
-    time_s: Optional[float] = None
+    time_s: float = math.inf
     runs_after: Sequence = ()
     full_s: float = 0.0
 
@@ -133,7 +134,10 @@ class Search:
 
     def run(self):
         """Go through the stages, from short trials to those of full length; after a repeated trial, once more."""
-        self.seen = []  # in this search: what an earlier one ran later must not change the way
+        self.seen, self.saw_valid = (
+            [],
+            False,
+        )  # in this search: what an earlier one ran later must not change the way
         self.point, self.edge_qps, self.steepness = self.low_qps, self.low_qps, STEEPNESS
         self.least, self.most = 0.0, math.inf  # where shorter trials' verdicts leave the edge
         for queries, stage in stages(self.full_queries, self.resolution):
@@ -172,13 +176,9 @@ class Search:
         self.rows.run(self.trial, row["qps"], row["queries"])
         return True
 
-    def saw_valid(self):
-        """Return whether this search knows a QPS below the edge."""
-        return any(map(passes, self.seen))
-
     def wants_more(self):
         """Return whether the stage may have another trial."""
-        more = self.is_last and len(self.used) < MAX_TRIALS and (self.is_open or not self.saw_valid())
+        more = self.is_last and len(self.used) < MAX_TRIALS and (self.is_open or not self.saw_valid)
         enough = self.is_placed or len(self.used) == MAX_SHORT
         return not enough and (self.counted < self.stage.most or more)
 
@@ -200,12 +200,8 @@ class Search:
             [(queries, self.full_s * (queries == self.full_queries))], qps, self.rows.overhead_s
         )
         after_s = self.seconds_after(min(qps, best["qps"]))
-        self.needed_s = trial_s + after_s
-        return self.fits(trial_s, self.budget_s) and self.fits(self.needed_s, self.time_s)
-
-    def fits(self, more_s, limit_s):
-        """Return whether a limit, if there is one, leaves so many seconds more."""
-        return limit_s is None or self.rows.spent_s + more_s <= limit_s
+        over_s, self.needed_s = self.rows.spent_s + trial_s, trial_s + after_s
+        return over_s <= self.budget_s and over_s + after_s <= self.time_s
 
     def seconds_after(self, qps):
         """Return how long the runs after the search take at that QPS."""
@@ -216,6 +212,7 @@ class Search:
         self.used.append(row)
         self.seen.append(row)
         judge(self.seen)
+        self.saw_valid = any(map(passes, self.seen))
         edge = self.edge = edge_of(self.used, self.steepness)
         # A verdict of this length that contradicts what shorter trials said frees that side.
         self.least = 0.0 if edge.high and edge.high["qps"] < 1.03 * self.least else self.least
@@ -243,7 +240,7 @@ class Search:
         # Below the limit, shorter trials' word will do; above it, the target would never have been seen VALID.
         others = self.used if self.is_last and not passes(edge.near) else self.seen
         is_edge = is_narrow or self.is_near and (edge.rises or other_verdict_near(others, edge.near))
-        self.is_placed = is_edge and (self.saw_valid() or not self.is_last)
+        self.is_placed = is_edge and (self.saw_valid or not self.is_last)
         self.is_open = not self.is_placed and (self.is_near or len(self.used) == 1 or away > loose)
 
     def step_off(self):
@@ -304,7 +301,8 @@ class Search:
         if self.ended != OUT_OF_TIME:
             return target
         best_qps = self.rows.best()["qps"]
-        return min(target, best_qps) if self.fits(self.seconds_after(target), self.time_s) else best_qps
+        in_time = self.rows.spent_s + self.seconds_after(target) <= self.time_s
+        return min(target, best_qps) if in_time else best_qps
 
 
 def main(arguments):
@@ -318,12 +316,13 @@ def main(arguments):
         signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         settings = json.loads((run_dir / "job" / "settings.json").read_text())
-        client, search = settings["client"], dict(settings["find_target_qps"])
-        phases, end_s = run_dir / "job" / "phases.jsonl", search.pop("end_s", None)
-        if end_s is not None and phases.exists():
+        client, search = settings["client"], settings["find_target_qps"]
+        search = {name: value for name, value in search.items() if value is not None}
+        phases, end_s = run_dir / "job" / "phases.jsonl", search.pop("end_s", math.inf)
+        if phases.exists():
             end_s -= time.time() - json.loads(phases.read_text().partition("\n")[0])["time_s"]
         full_s = search.setdefault("full_s", 0.0)
-        search["full_queries"] = search.get("full_queries") or client["total_sample_count"]
+        search.setdefault("full_queries", client["total_sample_count"])
         result = find_target_qps(
             lambda qps, queries: run_trial(run_dir, client, options.url, qps, queries, full_s),
             rows_path=run_dir / "job" / "find_target_qps.jsonl",
