@@ -138,12 +138,12 @@ class Search:
             [],
             False,
         )  # in this search: what an earlier one ran later must not change the way
-        self.point, self.edge_qps, self.steepness = self.low_qps, self.low_qps, STEEPNESS
+        self.edge_qps, self.steepness = self.low_qps, STEEPNESS
         self.least, self.most = 0.0, math.inf  # where shorter trials' verdicts leave the edge
         for queries, stage in stages(self.full_queries, self.resolution):
+            self.point = self.edge_qps
             if not self.place_edge(queries, stage):
                 return self.run()
-            self.point = self.edge_qps
             if self.ended == OUT_OF_TIME:
                 break
             low, high = self.edge.low, self.edge.high

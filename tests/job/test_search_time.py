@@ -55,6 +55,16 @@ def test_budget_in_which_nothing_was_valid_is_an_error():
         find_target_qps(line(0.9), 1.0, 10.0, budget_s=500)
 
 
+def test_trial_that_the_time_was_too_short_for_is_named():
+    calls = []
+    find_target_qps(line(0.9, floor=0.95, calls=calls), 1.0, 10.0)
+    (_, (qps, queries), *_) = calls
+    with pytest.raises(
+        margins.SearchError, match=rf"the next, {queries} queries at {qps}/s, .* take \d+ s more"
+    ):
+        find_target_qps(line(0.9, floor=0.95), 1.0, 10.0, budget_s=500)
+
+
 @pytest.mark.parametrize("budget_s", [3000, 4000, 4900])
 def test_budget_that_ends_a_search_leaves_no_target_that_a_longer_trial_found_invalid(budget_s):
     """What short trials call VALID lies a seventh higher here."""
