@@ -13,6 +13,7 @@ import numpy as np
 import safetensors
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from ..errors import ModelError
 from .structure import ARCHITECTURE, BYTES, QUANTISATION, REHEARSAL, tensors_of
 
 SYNTHETIC = "disagg_lib rehearsal"  # producer, in a rehearsal's hf_quant_config.json
@@ -30,12 +31,21 @@ def _write_zeros(path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]]
     return sum(lengths.values())
 
 
+def is_synthetic(folder: Path) -> bool:
+    """Whether a rehearsal's checkpoint lies in the folder."""
+    path = folder / "hf_quant_config.json"
+    return path.is_file() and SYNTHETIC in path.read_text(errors="replace")
+
+
 def make_rehearsal_checkpoint(folder: Path) -> Path:
     """Write a valid two-layer checkpoint of zeros (about 200 kB) unless the folder is there already.
 
     It has the real one's file and tensor names, so `verify_checkpoint` reads both alike.
     """
     if folder.exists():
+        if not is_synthetic(folder):
+            found = "found a checkpoint that is no rehearsal's"
+            raise ModelError(f"{folder}: {found}. Set scratch_dir (or model_dir) to another folder")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=folder.parent))
