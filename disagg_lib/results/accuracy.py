@@ -94,9 +94,7 @@ def evaluate(
         return {**test06, "notes": ["no accuracy run"]}
     answers, odd = first_answers(log_path)
     order = sorted(answers)
-    ids = [answers[index] for index in order]
-    tables = Path(run_dir) / "tables"
-    tables.mkdir(exist_ok=True)
+    ids, asked = [answers[index] for index in order], _asked(run_dir)
     if data_set is None:
         notes = ["no reference outputs (synthetic data set): rougeL and exact_match do not exist"]
         result = token_counts(ids)
@@ -104,28 +102,36 @@ def evaluate(
         if tokenizer_dir is None:
             raise EvaluationError("a data set with references needs tokenizer_dir (the model directory)")
         frame = read_references(Path(data_set), sha256, trust)
-        if order[-1] >= len(frame):
-            raise EvaluationError(f"{data_set}: {len(frame)} samples, but the log answers sample {order[-1]}")
-        chosen = frame.iloc[order]
-        for column in ("gt_output", "metric"):
-            for index, value in zip(order, chosen[column], strict=True):
-                if not isinstance(value, str):
-                    raise EvaluationError(
-                        f"{data_set}: sample {index}: {column} is {value!r}, needed is text"
-                    )
-        told = list(chosen["gt_output"]), list(chosen["metric"])
+        told, asked = _told(frame, order, data_set), max(asked, len(frame))
         result = evaluate_answers(ids, *told, load_decoder(tokenizer_dir), processes, progress)
         notes = [sentence_splitter()[1]]
         if {"rougeL", "exact_match"} <= set(result):
             write_accuracy_txt(result, log_path, log_path.with_name("accuracy.txt"))
-    settings = Path(run_dir) / "job" / "settings.json"
-    asked = json.loads(settings.read_text())["client"]["accuracy_sample_count"] if settings.exists() else 0
-    asked = max(asked, len(frame) if data_set else 0)
     if len(order) < asked:
         notes.append(f"{len(order)} of {asked} samples")
     result = {**result, **test06, "notes": notes + odd + unjudged}
+    tables = Path(run_dir) / "tables"
+    tables.mkdir(exist_ok=True)
     (tables / "accuracy.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
+
+
+def _asked(run_dir: Path) -> int:
+    """Samples that the accuracy run was asked for; 0 if nobody said."""
+    settings = Path(run_dir) / "job" / "settings.json"
+    return json.loads(settings.read_text())["client"]["accuracy_sample_count"] if settings.exists() else 0
+
+
+def _told(frame, order: list[int], data_set: Path) -> tuple[list[str], list[str]]:
+    """References and metrics of the samples that were answered."""
+    if order[-1] >= len(frame):
+        raise EvaluationError(f"{data_set}: {len(frame)} samples, but the log answers sample {order[-1]}")
+    chosen = frame.iloc[order]
+    for column in ("gt_output", "metric"):
+        for index, value in zip(order, chosen[column], strict=True):
+            if not isinstance(value, str):
+                raise EvaluationError(f"{data_set}: sample {index}: {column} is {value!r}, needed is text")
+    return list(chosen["gt_output"]), list(chosen["metric"])
 
 
 def read_references(path: Path, sha256: str | None, trust: bool):

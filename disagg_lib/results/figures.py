@@ -215,31 +215,10 @@ def figure_search(run_dir: Path | str) -> Figure:
         needed, todo = "the rows of a search", "Set find_target_qps: true in 03_configuration."
         raise LogError("missing_file", job / "find_target_qps.jsonl", "no trials", needed, todo)
     figure, axis = new_figure(8.0, 4.4)
-    lengths = sorted({row["queries"] for row in trials})
     shares = [row[f"{name}_share"] or 0 for row in trials for name in ("ttft", "tpot")]
     top = min(max(1.2, *shares), 4)  # far above the limit the size says nothing
-    for name, colour, marker, dash in (("ttft", BLUE, "o", "-"), ("tpot", ORANGE, "s", "--")):
-        rows = [row for row in trials if row[f"{name}_share"] is not None]
-        x, y = [row["qps"] for row in rows], [min(row[f"{name}_share"], top) for row in rows]
-        for length in lengths:
-            of_it = [i for i, row in enumerate(rows) if row["queries"] == length]
-            line = [x[i] for i in of_it], [y[i] for i in of_it]
-            axis.plot(
-                *line, color=colour, linestyle=dash, linewidth=0.6 + 0.9 * length / lengths[-1], zorder=2
-            )
-        for valid, word in ((True, "VALID"), (False, "INVALID")):
-            shown = [i for i, row in enumerate(rows) if row["valid"] == valid]
-            axis.scatter(
-                [x[i] for i in shown],
-                [y[i] for i in shown],
-                s=[30 + 60 * rows[i]["queries"] / lengths[-1] for i in shown],
-                marker=marker,
-                facecolors=colour if valid else "white",
-                edgecolors=colour,
-                linewidths=1.4,
-                zorder=3,
-                label=f"{name.upper()}, {word} ({len(shown)})",
-            )
+    _draw_trials(axis, trials, "ttft", top, BLUE, "o", "-")
+    _draw_trials(axis, trials, "tpot", top, ORANGE, "s", "--")
     failed = [row["qps"] for row in trials if row.get("failed")]
     if failed:
         axis.scatter(
@@ -263,6 +242,32 @@ def figure_search(run_dir: Path | str) -> Figure:
         folder_source(run_dir),
     )
     return figure
+
+
+def _draw_trials(axis, trials: list[dict], name: str, top: float, colour: str, marker: str, dash: str) -> None:
+    """The shares of one latency: a line a length of trial, a mark a trial."""
+    rows = [row for row in trials if row[f"{name}_share"] is not None]
+    lengths = sorted({row["queries"] for row in trials})
+
+    def points(chosen: list[dict]) -> tuple[list[float], list[float]]:
+        return [row["qps"] for row in chosen], [min(row[f"{name}_share"], top) for row in chosen]
+
+    for length in lengths:
+        width = 0.6 + 0.9 * length / lengths[-1]
+        line = points([row for row in rows if row["queries"] == length])
+        axis.plot(*line, color=colour, linestyle=dash, linewidth=width, zorder=2)
+    for valid, word in ((True, "VALID"), (False, "INVALID")):
+        shown = [row for row in rows if row["valid"] == valid]
+        axis.scatter(
+            *points(shown),
+            s=[30 + 60 * row["queries"] / lengths[-1] for row in shown],
+            marker=marker,
+            facecolors=colour if valid else "white",
+            edgecolors=colour,
+            linewidths=1.4,
+            zorder=3,
+            label=f"{name.upper()}, {word} ({len(shown)})",
+        )
 
 
 def figure_topology(run_dir: Path | str) -> Figure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -62,7 +62,6 @@ def readme_text(run: GatheredRun, files: Iterable[str], left_out: Iterable[str] 
 
 def _describe(run: GatheredRun, draft: Path) -> None:
     """Write ro-crate-metadata.json: every file, the workflow, and the action that made the logs."""
-    from rocrate.model.computerlanguage import ComputerLanguage
     from rocrate.model.contextentity import ContextEntity
     from rocrate.rocrate import ROCrate
 
@@ -84,6 +83,24 @@ def _describe(run: GatheredRun, draft: Path) -> None:
     ]
     agent = add("#site", "Organization", name="the site that ran it (name withheld)")
     crate.root_dataset["author"] = crate.root_dataset["publisher"] = agent
+    job, files = _add_workflow(crate, add, draft), _add_files(crate, draft)
+    chosen = {
+        "input": [name for name in _INPUTS if name in files],
+        "output": [name for name in files if name.startswith(_OUTPUTS)],
+    }
+    for kind, names in chosen.items():
+        job[kind] = [_slot(add, kind, name, files[name]) for name in names]
+    action = _action(add, read_json_lines(draft / "job/phases.jsonl"))
+    action["instrument"], action["agent"] = job, agent
+    action["object"], action["result"] = ([files[name] for name in names] for names in chosen.values())
+    crate.root_dataset["mentions"] = action
+    crate.metadata.write(draft)
+
+
+def _add_workflow(crate, add: Callable, draft: Path):
+    """job.sh as the workflow, in bash."""
+    from rocrate.model.computerlanguage import ComputerLanguage
+
     home = add("https://www.gnu.org/software/bash/", "WebSite", name="GNU Bash")
     words = {"name": "Bash", "alternateName": "bash", "url": {"@id": home.id}}
     bash = crate.add(ComputerLanguage(crate, "#bash", words))
@@ -93,7 +110,11 @@ def _describe(run: GatheredRun, draft: Path) -> None:
         "version": sha256(draft / "job.sh")[:12],
         "conformsTo": {"@id": f"{_BIOSCHEMAS}/ComputationalWorkflow/1.0-RELEASE"},
     }
-    job = crate.add_workflow(draft / "job.sh", "job.sh", main=True, lang=bash, properties=properties)
+    return crate.add_workflow(draft / "job.sh", "job.sh", main=True, lang=bash, properties=properties)
+
+
+def _add_files(crate, draft: Path) -> dict:
+    """Name -> entity of every file but job.sh."""
     files = {}
     for path in sorted(p for p in draft.rglob("*") if p.is_file() and p.name != "job.sh"):
         name = path.relative_to(draft).as_posix()
@@ -101,29 +122,26 @@ def _describe(run: GatheredRun, draft: Path) -> None:
                       "encodingFormat": _FORMATS.get(path.suffix, "text/plain")}  # fmt: skip
         about = {"about": {"@id": "./"}} if name == "README.md" else {}
         files[name] = crate.add_file(path, name, properties=properties | about)
-    chosen = {
-        "input": [name for name in _INPUTS if name in files],
-        "output": [name for name in files if name.startswith(_OUTPUTS)],
-    }
-    for kind, names in chosen.items():
-        for name in names:
-            slot = f"#{kind}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
-            conforms = {
-                "additionalType": "File",
-                "conformsTo": {"@id": f"{_BIOSCHEMAS}/FormalParameter/1.0-RELEASE"},
-            }
-            files[name]["exampleOfWork"] = add(slot, "FormalParameter", name=name, **conforms)
-        job[kind] = [files[name]["exampleOfWork"] for name in names]
-    phases = read_json_lines(draft / "job/phases.jsonl")
+    return files
+
+
+def _slot(add: Callable, kind: str, name: str, file):
+    """The workflow's parameter of which a file is the value."""
+    slot = f"#{kind}-{re.sub(r'[^A-Za-z0-9]+', '-', name)}"
+    conforms = {"@id": f"{_BIOSCHEMAS}/FormalParameter/1.0-RELEASE"}
+    entity = add(slot, "FormalParameter", name=name, additionalType="File", conformsTo=conforms)
+    file["exampleOfWork"] = entity
+    return entity
+
+
+def _action(add: Callable, phases: list[dict]):
+    """The run of job.sh: when, and how it ended."""
     done = bool(phases) and phases[-1]["phase"] == "done"
     action = add("#run", "CreateAction", name="run of job.sh")
-    action["instrument"], action["agent"] = job, agent
-    action["object"], action["result"] = ([files[name] for name in names] for names in chosen.values())
     action["actionStatus"] = f"http://schema.org/{'Completed' if done else 'Failed'}ActionStatus"
     action["description"] = "LoadGen's runs, with the servers that job.sh started and ended."
     for key, phase in zip(("startTime", "endTime"), phases[:1] + phases[-1:], strict=False):
         action[key] = datetime.fromtimestamp(phase["time_s"], UTC).isoformat(timespec="seconds")
     if not done:
         action["error"] = phases[-1]["phase"] if phases else "the job never began"
-    crate.root_dataset["mentions"] = action
-    crate.metadata.write(draft)
+    return action
