@@ -9,30 +9,13 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import DATA, make_run
 
 from disagg_lib.errors import DisaggError
 from disagg_lib.files import DATA as LIBRARY_DATA
 from disagg_lib.results import figures, published, rows
 
-DATA = Path(__file__).parents[1] / "data"
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
-
-
-def make_run(folder, kind="logs_short", engine="rehearsal", client=None):
-    """A run folder of ours around a log that LoadGen wrote."""
-    shutil.copytree(DATA / kind / "performance", folder / "mlperf/performance")
-    (folder / "job").mkdir()
-    (folder / "experiment.yaml").write_text(
-        f"format: 1\nparameters:\n  engine: {{value: {engine}, from: default}}\n"
-    )
-    servers = [{"name": "ctx0", "role": "context", "ranks": [0, 1, 2, 3], "nodes": [0], "node": 0, "port": 8336},
-               {"name": "gen0", "role": "generation", "ranks": [4, 5, 6, 7], "nodes": [1], "node": 1, "port": 8336}]  # fmt: skip
-    settings = {"engine": engine, "node_count": 2, "gpus_per_node": 4, "servers": servers,
-                "client": {"model_key": "llama3_1-405b-interactive", "scenario": "Server"}}  # fmt: skip
-    (folder / "job/settings.json").write_text(json.dumps(settings))
-    if client is not None:
-        (folder / "job/client_performance.json").write_text(json.dumps(client))
-    return folder
 
 
 def test_published_logs_give_the_published_table():

@@ -1,7 +1,6 @@
 """The gate: a valid log passes; each gated figure, moved by its smallest step over its limit, fails by name."""
 
 import math
-import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from runs import DATA, add_error, make_valid, set_accuracy, set_score, set_value
 
 from disagg_lib.errors import ClaimError
 from disagg_lib.results import rows
@@ -18,64 +18,7 @@ from disagg_lib.results.logs import DETAIL, SUMMARY, LogError, read_run
 from disagg_lib.results.rounds import allowed_over_limit, limits_ms, load_rules, model_of
 from disagg_lib.results.verdict import judge
 
-DATA = Path(__file__).parents[1] / "data"
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data/mlperf_logs"
-GOOD = "{'exact_match': 90.06786234281932, 'rougeL': 21.994593737625706, 'gen_len': 23159918, 'gen_num': 8313, 'gen_tok_len': 5436366, 'tokens_per_sample': 654.0}"
-
-
-def make_valid(folder):
-    """A run that every check passes: 8313 queries of our LoadGen, and the accuracy.txt of such a run."""
-    for part in ("performance", "accuracy"):
-        shutil.copytree(DATA / "logs_full" / part, folder / part)
-    detail = folder / "accuracy" / DETAIL
-    text = detail.read_text()
-    for key in (
-        "qsl_reported_total_count",
-        "generated_query_count",
-    ):  # 64 samples in the repository's small log
-        text = re.sub(rf'("key": "{key}", "value": )64', r"\g<1>8313", text)
-    detail.write_text(text)
-    (folder / "accuracy/accuracy.txt").write_text(f"\nResults\n\n{GOOD}\n\nhash={'0' * 64}\n")
-    return folder
-
-
-def set_value(folder, key, value, label=None):
-    """Set a detail key, and the summary's line where it prints the same, so that the files still agree."""
-    path = folder / "performance" / DETAIL
-    text, count = re.subn(
-        rf'("key": "{re.escape(key)}", "value": )(?:"[^"]*"|[^,]+)(, "time_ms")',
-        rf"\g<1>{value}\g<2>",
-        path.read_text(),
-    )
-    assert count == 1, key
-    path.write_text(text)
-    if label:
-        path = folder / "performance" / SUMMARY
-        text, count = re.subn(rf"(?m)^({re.escape(label)}\s*:).*$", rf"\g<1> {value}", path.read_text())
-        assert count >= 1, label
-        path.write_text(text.replace(' "', " ").replace('"\n', "\n") if str(value).startswith('"') else text)
-
-
-def set_score(folder, name, value):
-    path = folder / "accuracy/accuracy.txt"
-    path.write_text(re.sub(rf"'{name}': [\d.]+", f"'{name}': {value}", path.read_text()))
-
-
-def set_accuracy(folder, key, value):
-    path = folder / "accuracy" / DETAIL
-    path.write_text(re.sub(rf'("key": "{key}", "value": )[^,]+', rf"\g<1>{value}", path.read_text(), count=1))
-
-
-def add_error(folder):
-    """An error line as LoadGen writes it; VALID stays VALID."""
-    path = folder / "performance" / DETAIL
-    line = next(line for line in path.read_text().splitlines() if '"num_errors"' in line)
-    error = line.replace('"num_errors", "value": 0', '"error_runtime", "value": "sample completed twice"')
-    path.write_text(
-        path.read_text().replace(line, error.replace('"is_error": false', '"is_error": true') + "\n" + line)
-    )
-
-
 P = "percentile"
 #: name of the check that must fail -> the smallest step over its limit
 MUTATIONS = {

@@ -12,8 +12,8 @@ import subprocess
 import pandas as pd
 import pytest
 from example import EXAMPLE
-from test_export import make_site_run, site, survivors
-from test_rows import make_run
+from runs import make_run
+from shared_runs import make_site_run, site, survivors
 
 from disagg_lib.errors import ExportError
 from disagg_lib.files import REPOSITORY
