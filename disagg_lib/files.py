@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY_URL = (
+    ""  # where others get this package: a fork puts its own here; stands in pages, crates, submissions
+)
 DATA = Path(__file__).resolve().parent / "data"
 
 

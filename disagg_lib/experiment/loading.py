@@ -40,7 +40,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def read_params_file(path: Path, shown: str) -> dict[str, Any]:
-    """Read one params file: a flat mapping of known keys. `shown` names it in errors.
+    """Read one params file, a flat mapping of known keys, or the experiment.yaml of a run. `shown` names it in errors.
 
     Raises
     ------
@@ -62,8 +62,23 @@ def read_params_file(path: Path, shown: str) -> dict[str, Any]:
         raise ParameterError(
             f"{shown}: found {'nothing' if values is None else 'a ' + type(values).__name__}, needed a mapping: one `key: value` a line"
         )
+    if set(values) == {"format", "parameters"}:
+        values = _of_a_run(values["parameters"], shown)
     refuse_unknown(values, parameter_names(), shown)
     return values
+
+
+def _of_a_run(recorded: Any, shown: str) -> dict[str, Any]:
+    """The values of a run's experiment.yaml; what a shared one does not tell (REDACTED_...) is not given."""
+    try:
+        values = {name: entry["value"] for name, entry in recorded.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise ParameterError(
+            f"{shown}: not as 03_configuration writes experiment.yaml. Take it from a run folder"
+        ) from None
+    return {
+        name: value for name, value in values.items() if value is not None and "REDACTED_" not in str(value)
+    }
 
 
 def _explain(error: Mapping, provenance: Mapping[str, str]) -> str:

@@ -41,6 +41,7 @@ class Experiment(BaseModel):
         ("performance", "accuracy"), "list, in this order; test06 is MLPerf's check of token ids"
     )
     scenario: Literal["Interactive", "Server", "Offline"] = _parameter("Interactive", "what LoadGen plays")
+    round: Literal["v5.1", "v6.0", "v6.1"] = _parameter("v5.1", "the MLPerf round whose rules the run claims")
     # the topology
     num_ctx_servers: int = _parameter(4, "context servers", ge=1, le=10_000)
     ctx_tp_size: int = _parameter(4, "GPUs that share each layer of a context server", ge=1)

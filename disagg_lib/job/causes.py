@@ -4,7 +4,8 @@ import os
 import subprocess
 import time
 
-from .phases import JOB, give_reason, phase, phases, reason, settings
+from .digests import write_digests
+from .phases import JOB, RUN, give_reason, phase, phases, reason, settings
 
 
 def slurm_says(*command):
@@ -69,5 +70,6 @@ def finish(status):
     text = reason() or (
         outside_cause(moment()[0]) or f"the job script ended with status {status}" if status else ""
     )
+    write_digests(RUN)
     phase("failed: " + text if text else "done")
     return status or int(bool(text))

@@ -165,7 +165,7 @@ class Run:
         if errors > failed:
             reasons.append("LoadGen's log holds %d errors, %d requests failed" % (errors, failed))
         late_count = int((1e3 * late_s > limit_ms).sum())
-        words = {key: self.settings[key] for key in ("scenario", "model_key", "endpoint")}
+        words = {key: self.settings[key] for key in ("engine", "scenario", "model_key", "endpoint")}
         result = dict(
             words, mode=self.mode, url=self.url, status=status, valid_client=not reasons, reasons=reasons
         )

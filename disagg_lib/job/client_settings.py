@@ -21,13 +21,14 @@ REQUIRED = ("endpoint", "model", "model_key", "user_conf", "total_sample_count",
 
 
 def read_settings(run_dir):
-    """Return the "client" mapping of RUN/job/settings.json with defaults filled in."""
+    """Return the "client" mapping of RUN/job/settings.json with defaults filled in, and the engine."""
     path = run_dir / "job" / "settings.json"
     try:
-        given = json.loads(path.read_text())["client"]
+        told = json.loads(path.read_text())
+        given = told["client"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ClientError("%s: cannot read the mapping 'client': %r" % (path, error)) from None
     missing = [key for key in REQUIRED if key not in given]
     if missing:
         raise ClientError("%s: client lacks %s" % (path, ", ".join(missing)))
-    return dict(DEFAULTS, **given)
+    return dict(DEFAULTS, engine=told.get("engine"), **given)

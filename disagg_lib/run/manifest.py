@@ -4,11 +4,13 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
 from pathlib import Path
 
+from ..errors import RunFolderError
 from ..experiment.loading import load_recorded
-from ..files import REPOSITORY, sha256
+from ..files import REPOSITORY, REPOSITORY_URL, read_json, sha256
 from .made_with import made_with
 
 RECORDED_PACKAGES = (
@@ -31,9 +33,13 @@ def _git(*arguments: str) -> str | None:
 
 
 def write_manifest(folder: Path) -> dict:
-    """manifest.json: versions, git commit, digest of every file of the run; written anew as the run grows."""
+    """manifest.json: versions, git commit, digest of every file of the run; written anew as the run grows.
+
+    Engine, and digests of what the job was told, are those of the first time: an edited file shows.
+    """
     path = folder / "manifest.json"
     first = json.loads(path.read_text()) if path.exists() else {}
+    recorded = load_recorded(folder)
     versions = {}
     for package in RECORDED_PACKAGES:
         try:
@@ -44,17 +50,64 @@ def write_manifest(folder: Path) -> dict:
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p != path)
     manifest = {
         "format": 1,
-        "made_with": first.get("made_with") or made_with(load_recorded(folder)),
+        "engine": first.get("engine") or recorded.engine,
+        "made_with": first.get("made_with") or made_with(recorded),
         "created": first.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **versions},
         "platform": {"system": platform.system(), "machine": platform.machine()},
         "git": {
+            "url": REPOSITORY_URL or None,
             "commit": _git("rev-parse", "HEAD"),
             "changed_files": None if status is None else len(status.splitlines()),
         },
-        "sha256": {str(p.relative_to(folder)): sha256(p) for p in files},
+        "sha256": {str(p.relative_to(folder)): sha256(p) for p in files} | told_digests(first, folder),
     }
     draft = folder / ".manifest.json"
     draft.write_text(json.dumps(manifest, indent=1) + "\n")
     draft.replace(path)
     return manifest
+
+
+def told_digests(manifest: dict, folder: Path) -> dict[str, str]:
+    """SHA-256 of what the job was told, as first written; the search may have put its target into user.conf."""
+    left = read_json(folder / "job/digests.json").get("sha256", {})
+    return {n: left.get(n, digest) for n, digest in manifest.get("sha256", {}).items() if n.startswith(_TOLD)}
+
+
+def edited_files(folder: Path) -> list[str]:
+    """Files that are not as the manifest, or the job at its end, recorded them: LoadGen's, and what the job was told.
+
+    Raises
+    ------
+    RunFolderError : nothing is recorded, so nothing can be compared.
+    """
+    manifest, left = (
+        read_json(folder / "manifest.json"),
+        read_json(folder / "job/digests.json").get("sha256", {}),
+    )
+    logs = {
+        n: d
+        for n, d in manifest.get("sha256", {}).items()
+        if re.fullmatch(r"mlperf/\w+/mlperf_log_\w+\.\w+", n)
+    }
+    recorded = {**logs, **told_digests(manifest, folder), **left}
+    if not recorded:
+        raise RunFolderError(
+            f"{folder}: found no digests; needed manifest.json, which 03_configuration wrote. Copy the run whole"
+        )
+    return [
+        n
+        for n, digest in sorted(recorded.items())
+        if not (folder / n).is_file() or sha256(folder / n) != digest
+    ]
+
+
+_TOLD = (
+    "experiment.yaml",
+    "config",
+    "user.conf",
+    "job.sh",
+    "job/settings.json",
+    "job/lengths.csv",
+    "job/program/",
+)
