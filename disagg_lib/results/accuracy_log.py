@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import binascii
+import contextlib
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -47,24 +48,32 @@ def read_accuracy_txt(path: Path | str) -> AccuracyScores:
     return AccuracyScores(scores, found[1] if found else "")
 
 
+_QUOTED = re.compile(r"""['"]([\w-]+)['"]:\s*(?:np\.\w+\()?['"]?(-?[\d.]+(?:[eE][+-]?\d+)?)""")
+_PLAIN = re.compile(r"([A-Za-z][\w-]*)\s*[=:]\s*([\d.]+)")
+
+
 def _scores_of(line: str) -> dict[str, float]:
-    """Scores on one line of accuracy.txt."""
-    pairs: dict[str, object] = {}
-    if line.startswith("{"):
-        try:
-            pairs = ast.literal_eval(line)
-        except (ValueError, SyntaxError):
-            # numpy's own repr, `np.float64(44.4)`, is no literal
-            pairs = dict(re.findall(r"""['"]([\w-]+)['"]:\s*(?:np\.\w+\()?['"]?([\d.eE+-]+)""", line))
-    elif not line.startswith("hash="):
-        pairs = dict(re.findall(r"([A-Za-z][\w-]*)\s*[=:]\s*([\d.]+)", line))
+    """Scores on one line of accuracy.txt: a dict, whole or in part, wherever it stands; else `name=value` pairs.
+
+    numpy's own repr, `np.float64(44.4)`, is no literal, and llama2-70b writes some scores as text.
+    """
+    pairs = [] if line.startswith("hash=") else _QUOTED.findall(line) or _PLAIN.findall(line)
     scores = {}
-    for name, value in pairs.items() if isinstance(pairs, dict) else ():
-        try:
-            scores[str(name)] = float(value)  # llama2-70b writes some scores as text
-        except (TypeError, ValueError):
-            continue
+    for name, value in pairs:
+        with contextlib.suppress(ValueError):  # 1.2.3 is a version
+            scores[name] = float(value)
     return scores
+
+
+def is_truncated(raw: bytes) -> bool:
+    """Whether an accuracy log is only head and tail, as MLCommons' truncation leaves it."""
+    return b"\n\n...\n\n" in raw or b"\r\n...\r\n" in raw
+
+
+def whole_log_digest(path: Path) -> str:
+    """SHA-256 of an accuracy log; "" if it is absent or truncated, so that the whole one's cannot be known."""
+    raw = path.read_bytes() if path.is_file() else b""
+    return "" if not raw or is_truncated(raw) else hashlib.sha256(raw).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ def read_accuracy_log(path: Path | str, dtype: str | None = None) -> AccuracyLog
     """
     path = Path(path)
     raw = read_bytes(path, "Copy it from the accuracy run.")
-    truncated = b"\n\n...\n\n" in raw or b"\r\n...\r\n" in raw
+    truncated = is_truncated(raw)
     if not truncated and not raw.rstrip().endswith(b"]"):
         raise LogError("cut_log", path, "no closing `]`")
     qsl_idx, counts, data = _scan_answers(raw, truncated)

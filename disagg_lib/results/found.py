@@ -10,11 +10,12 @@ from pathlib import Path
 
 import yaml
 
+from ..errors import ClaimError
 from .criteria import Claim
 from .logs import DETAIL, LogError, MlperfRun, read_run
 from .rounds import limits_ms, load_rules, model_of
 
-SOURCES = ("measured", "rehearsed", "simulated", "published")
+SOURCES = ("measured", "rehearsed", "simulated", "published", "unstated")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class RunFiles:
     settings: Mapping  # of job/settings.json
     origin: Mapping[str, str]  # of SOURCE.txt
     system: Mapping  # of system.json
-    client: Mapping | None  # of job/client_performance.json
+    clients: Mapping[str, Mapping]  # test mode -> job/client_<mode>.json
+    engines: Mapping[str, str]  # file -> the engine that it names
 
 
 def find_logs(folder: Path | str) -> RunFiles:
@@ -65,20 +67,29 @@ def _run_files(folder: Path, base: Path, performance: Path | None, accuracy: Pat
     described = base / "system.json"
     if tree and not described.is_file():
         described = base.resolve().parents[3] / "systems" / f"{tree['system']}.json"
+    parameters = read_parameters(base / "experiment.yaml")
+    settings = _json(base / "job/settings.json") or {}
+    clients = {mode: _json(base / f"job/client_{mode}.json") for mode in ("performance", "accuracy")}
+    clients = {mode: client for mode, client in clients.items() if client is not None}
+    said = {"experiment.yaml": parameters, "job/settings.json": settings}
+    said |= {f"job/client_{mode}.json": client for mode, client in clients.items()}
+    said |= {"manifest.json": _json(base / "manifest.json") or {}} if parameters else {}
     return RunFiles(
         folder=folder,
         base=base,
         performance=performance,
         accuracy=accuracy,
-        parameters=read_parameters(base / "experiment.yaml"),
-        settings=_json(base / "job/settings.json") or {},
+        parameters=parameters,
+        settings=settings,
         origin=_origin(base / "SOURCE.txt", tree),
         system=_json(described) or {},
-        client=_json(base / "job/client_performance.json"),
+        clients=clients,
+        engines={name: str(values["engine"]) for name, values in said.items() if values.get("engine")},
     )
 
 
 #: a scenario's folder in a results repository of MLCommons, or in a submission
+_RESULTS = r"inference_results_(v\d+\.\d+)"
 _TREE = re.compile(
     r"(?:/(?P<repository>inference_results_v\d+\.\d+)[^/]*)?/"
     r"(?P<path>(?:closed|open|network)/[^/]+/results/(?P<system>[^/]+)/[^/]+/[^/]+)$"
@@ -127,40 +138,69 @@ def _origin(path: Path, tree: re.Match | None) -> dict[str, str]:
     return origin | ({"repository": tree["repository"]} if tree["repository"] else {})
 
 
-def source_of(files: RunFiles) -> str:
-    """measured, rehearsed or published.
+def source_of(files: RunFiles) -> tuple[str, str]:
+    """(measured, rehearsed, published or unstated, the files that say so).
 
-    Our own run folders say it themselves (`engine: rehearsal`). For other folders speaks a SOURCE.txt that names a
-    results repository, a `source:` line in it, or a place in a copy of that repository. Anything else LoadGen measured
-    on something: `measured`.
+    One file of a run folder that says rehearsal is enough: `rehearsed` cannot be edited away in another. A folder of
+    which no file names an engine is `published` if SOURCE.txt, or its place, names a results repository of MLCommons;
+    else what a `source:` line of SOURCE.txt says; else nobody knows.
     """
-    engine = files.parameters.get("engine", files.settings.get("engine"))
-    if engine:
-        return "rehearsed" if engine == "rehearsal" else "measured"
-    if files.origin.get("source") in SOURCES:
-        return files.origin["source"]
-    return "published" if "repository" in files.origin else "measured"
+    rehearsed = [name for name, engine in files.engines.items() if engine == "rehearsal"]
+    if files.engines:
+        return ("rehearsed", ", ".join(rehearsed)) if rehearsed else ("measured", ", ".join(files.engines))
+    if found := re.search(_RESULTS, files.origin.get("repository", "")):
+        return "published", found[0]
+    said = files.origin.get("source", "")
+    return (said, "SOURCE.txt") if said in ("measured", "rehearsed", "simulated") else ("unstated", "")
+
+
+def asserted_source(files: RunFiles, source: str | None) -> tuple[str, str]:
+    """The source that a person asserts, recorded as such; without one, what the files say.
+
+    Raises
+    ------
+    ClaimError : no such source, or `measured` of what was rehearsed or simulated.
+    """
+    stated, by = source_of(files)
+    if source is None or source == stated:
+        return stated, by
+    if source not in SOURCES:
+        raise ClaimError(f"source: found {source!r}; needed one of {', '.join(SOURCES)}")
+    if source == "measured" and stated in ("rehearsed", "simulated"):
+        raise ClaimError(f"{files.folder}: found source {stated} ({by}); asserted is measured. Leave --source out")
+    return source, "asserted with --source"
 
 
 def folder_source(run_dir: Path | str) -> str:
     """Source of a run folder whose job may have left no logs yet."""
-    return source_of(_run_files(Path(run_dir), Path(run_dir), None, None))
+    return source_of(_run_files(Path(run_dir), Path(run_dir), None, None))[0]
 
 
-def claim_of(files: RunFiles, run: MlperfRun, source: str | None = None) -> Claim:
-    """What a run claims: its own settings first, then SOURCE.txt and folder names, then LoadGen's settings."""
+def claim_of(
+    files: RunFiles, run: MlperfRun, source: str | None = None, round: str | None = None, division: str | None = None
+) -> Claim:
+    """What a run claims: what a person asserts, its own settings, then SOURCE.txt and folder names, then LoadGen's settings.
+
+    Raises
+    ------
+    ClaimError : the assertion contradicts what the folder says, or cannot be.
+    """
     parts = re.split(r"[/\\]|__", f"{files.origin.get('path', '')}/{files.base}")
     model_key = str(files.settings.get("client", {}).get("model_key", ""))
     models = (found for name in (model_key, *parts) if (found := model_of(name)))
-    model = next(models, "") or _model_by_samples(run)
-    named = parts[0] in ("closed", "open", "network")
-    found = re.search(r"inference_results_(v\d+\.\d+)", files.origin.get("repository", ""))
+    named = next(models, "")
+    model = named or _model_by_samples(run)
+    divided = parts[0] in ("closed", "open", "network")
+    found = re.search(_RESULTS, files.origin.get("repository", ""))
+    source, source_from = asserted_source(files, source)
     return Claim(
         model=model,
-        scenario=_scenario(run, model, model_key, parts),
-        round=str(files.parameters.get("round") or (found[1] if found else "v5.1")),
-        source=source or source_of(files),
-        division=parts[0] if named else str(files.system.get("division", "closed")),
+        scenario=_scenario(run, model, files.settings.get("client", {}), parts),
+        round=round or str(files.parameters.get("round") or (found[1] if found else "v5.1")),
+        source=source,
+        source_from=source_from,
+        division=division or (parts[0] if divided else str(files.system.get("division", "closed")).lower()),
+        guessed="" if named or not model else f"{run.dataset_samples:g} samples",
         data_set=str(files.settings.get("client", {}).get("data_set", {}).get("kind", "")),
         shortened=_rehearsed_settings(files),
     )
@@ -168,19 +208,19 @@ def claim_of(files: RunFiles, run: MlperfRun, source: str | None = None) -> Clai
 
 def _rehearsed_settings(files: RunFiles) -> tuple[str, ...]:
     """What a rehearsal's parameters shorten that no log shows."""
-    if files.parameters.get("engine") != "rehearsal":
+    if "rehearsal" not in files.engines.values() or "rehearsal_output_tokens" not in files.parameters:
         return ()
     scale = files.parameters.get("rehearsal_time_scale", 1.0)
     pace = () if scale == 1.0 else (f"pace (times x {scale}: limits mean nothing)",)
     return (f"outputs (mean {files.parameters.get('rehearsal_output_tokens')} of 646 tokens)", *pace)
 
 
-def _scenario(run: MlperfRun, model: str, model_key: str, parts: list[str]) -> str:
+def _scenario(run: MlperfRun, model: str, client: Mapping, parts: list[str]) -> str:
     """Interactive is LoadGen's Server with other limits: only names and limits tell."""
-    if run.loadgen_scenario != "Server":
-        return run.loadgen_scenario
-    if "interactive" in model_key:
+    if "interactive" in str(client.get("model_key", "")):
         return "Interactive"
+    if run.loadgen_scenario != "Server" or client.get("scenario"):
+        return str(client.get("scenario", run.loadgen_scenario))
     named = [part.capitalize() for part in parts if part.lower() in ("server", "interactive")]
     if named:
         return named[0]

@@ -55,7 +55,7 @@ PERCENTILES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p97": 0.97, "p99": 0.99, "p
 _TABLE = yaml.safe_load((DATA / "loadgen_keys.yaml").read_text())
 #: figure -> (detail-log keys in order of preference, divisor: ns into ms); the table names its sources
 FIGURES: dict[str, tuple[tuple[str, ...], float]] = {
-    name: (tuple(keys.split()), 1e6 if name.endswith("_ms") and not keys.endswith("_ms") else 1)
+    name: (tuple(keys.split()), 1e6 if name.endswith("_ms") and not keys.endswith("duration_ms") else 1)
     for name, (keys, *_) in _TABLE["figures"].items()
 }
 #: summary label -> detail key: the summary prints what the detail log holds
@@ -64,9 +64,9 @@ SUMMARY_LABELS: dict[str, str] = _TABLE["labels"] | {
 }
 
 _TEXTS, _MET, _SEEDS, _MODES = (_TABLE[name] for name in ("texts", "met", "seeds", "modes"))
-_FLAGS = {*_MET.values(), "requested_use_token_latencies", "effective_sample_concatenate_permutation"}
+_FLAGS = {*_MET.values(), *_TABLE["flags"]}
 _NUMBERS = {key for keys, _ in FIGURES.values() for key in keys} | {
-    *("num_errors", "effective_target_latency_percentile", *_SEEDS)
+    *("num_errors", "effective_target_latency_percentile", "effective_max_duration_ms", *_SEEDS)
 }
 
 _Figures = make_dataclass("_Figures", [(name, float) for name in FIGURES], frozen=True)
@@ -106,9 +106,17 @@ class MlperfRun(_Figures):
 
     @property
     def duration_s(self) -> float:
-        """Time over which LoadGen counted the completed samples (s); NaN without a rate."""
-        samples = self.query_count * self.samples_per_query
+        """Time by which LoadGen divides (s): Offline's longest latency; Server's samples/s leaves its last query out."""
+        if self.loadgen_scenario == "Offline":
+            return self.latency_max_ms / 1e3
+        samples = self.query_count * self.samples_per_query - (self.loadgen_scenario == "Server")
         return samples / self.samples_per_s if self.samples_per_s else NAN
+
+    @property
+    def tokens_per_sample(self) -> float:
+        """Mean output tokens: tokens/s counts those of every sample."""
+        samples = self.query_count * self.samples_per_query
+        return self.completed_tokens_per_s * self.duration_s / samples if samples else NAN
 
 
 def read_run(log_dir: Path | str) -> MlperfRun:
@@ -133,8 +141,8 @@ def read_run(log_dir: Path | str) -> MlperfRun:
     detail, errors, warnings = parse_detail(detail_text, log_dir / DETAIL)
     mode = _MODES.get(str(detail.get("effective_test_mode")), "")
     _refuse_cut(detail, summary_text, mode, log_dir)
-    _refuse_mixed(detail, summary_text, log_dir)
     _refuse_bad_values(detail, log_dir / DETAIL)
+    _refuse_mixed(detail, summary_text, log_dir)
     figures = {name: _figure(detail, keys, divisor) for name, (keys, divisor) in FIGURES.items()}
     scenario = str(detail["effective_scenario"])
     token_latencies = detail.get("requested_use_token_latencies", False)
@@ -302,7 +310,9 @@ def _refuse_mixed(detail: Mapping, summary_text: str, log_dir: Path) -> None:
 
 def _same(printed: str, value: object) -> bool:
     """Whether the summary's text and the detail log's value mean the same."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool):
+        return printed.lower() in (("yes", "1", "true") if value else ("no", "0", "false"))
+    if not isinstance(value, int | float):
         return printed == str(value)
     if isinstance(value, int) and printed.isdigit():
         return int(printed) == value

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..errors import DisaggError
-from .accuracy_log import read_accuracy_txt
-from .criteria import Claim
-from .found import SOURCES, RunFiles, claim_of, find_logs
-from .logs import DETAIL, NAN, LogError, MlperfRun, read_run
+from .accuracy_criteria import AccuracyHalf
+from .accuracy_log import read_accuracy_txt, whole_log_digest
+from .found import RunFiles, claim_of, find_logs
+from .logs import ACCURACY, DETAIL, NAN, LogError, MlperfRun, read_run
 from .rounds import limits_ms
 from .verdict import Verdict, judge
 
@@ -27,9 +28,11 @@ COLUMNS = (
     "latency_mean_s", "latency_p50_s", "latency_p90_s", "latency_p99_s", "query_latency_p99_s", "duration_s", "min_duration_ms", "query_count", "error_count",
     "accuracy_rougeL", "accuracy_exact_match", "tokens_per_sample",
     "loadgen_scenario", "loadgen_version", "test_datetime", "log_path", "error",
+    "not_judged", "source_from", "guessed", "early_stopping_latency_ms",
 )  # fmt: skip
 WORDS = frozenset((
     "folder", "division", "submitter", "system", "model", "accelerator", "scenario", "round", "source", "loadgen_valid",
+    "submittable", "not_judged", "source_from", "guessed",
     "first_failed", "shortened", "loadgen_scenario", "loadgen_version", "test_datetime", "log_path", "error",
 ))  # fmt: skip
 _COUNTS = ("accelerators_total", "nodes", "min_duration_ms", "query_count", "error_count")
@@ -42,49 +45,54 @@ class RunResult:
 
     files: RunFiles
     run: MlperfRun
-    accuracy_run: MlperfRun | None
+    accuracy: AccuracyHalf
     verdict: Verdict
-    scores: Mapping[str, float]
-    accuracy_error: str  # "" or why the accuracy run's logs cannot be read; the performance run stands
 
 
-def read_result(folder: Path | str, source: str | None = None, claim: Claim | None = None) -> RunResult:
+def read_result(folder: Path | str, source: str | None = None, **asserted: str | None) -> RunResult:
     """Read and judge one folder.
 
     Parameters
     ----------
     folder : a run folder, a published folder, or LoadGen's own output folder.
-    source : overrides what the folder says (`published` for logs that were downloaded without a SOURCE.txt).
-    claim : judge by this instead of what the run itself claims.
+    source, asserted : what a person says of it: `measured` where nobody states the source; `round`, `division`.
 
     Raises
     ------
-    LogError : a log is missing, cut short or contradicts itself.
+    LogError : a log is missing, cut short or contradicts itself. ClaimError : what is asserted cannot be.
     """
     files = find_logs(folder)
-    if source is not None and source not in SOURCES:
-        raise DisaggError(f"source: found {source!r}; needed one of {', '.join(SOURCES)}")
-    accuracy_run, accuracy_error = None, ""
-    if files.accuracy and (files.accuracy / DETAIL).is_file():
-        try:
-            accuracy_run = read_run(files.accuracy)
-        except LogError as error:
-            accuracy_error = str(error)
-    run = read_run(files.performance) if files.performance else accuracy_run
+    accuracy = _read_accuracy(files.accuracy) if files.accuracy else AccuracyHalf()
+    run = read_run(files.performance) if files.performance else accuracy.run
     if run is None:
-        todo = accuracy_error or "Measure again."
+        todo = accuracy.errors.get("accuracy_log") or "Measure again."
         raise LogError("missing_file", files.folder, "no readable run", "a performance run", todo)
-    written = files.accuracy / "accuracy.txt" if files.accuracy else None
-    scores = read_accuracy_txt(written) if written and written.is_file() else None
-    claim = claim or claim_of(files, run, source)
-    verdict = judge(run, claim, scores, accuracy_run, files.client, accuracy_error)
-    return RunResult(files, run, accuracy_run, verdict, scores.scores if scores else {}, accuracy_error)
+    claim = claim_of(files, run, source, **asserted)
+    return RunResult(files, run, accuracy, judge(run, claim, accuracy, files))
 
 
-def run_row(run_dir: Path | str, source: str | None = None) -> dict:
+def _read_accuracy(folder: Path) -> AccuracyHalf:
+    """The accuracy half; what cannot be read costs the accuracy, not the row."""
+    errors = {}
+
+    def read(name: str, there: bool, reader: Callable):
+        try:
+            return reader() if there else None
+        except LogError as error:
+            errors[name] = str(error)
+
+    run = read("accuracy_log", (folder / DETAIL).is_file(), lambda: read_run(folder))
+    written = folder / "accuracy.txt"
+    scores = read("accuracy_txt", written.is_file(), lambda: read_accuracy_txt(written))
+    log = folder / ACCURACY
+    return AccuracyHalf(run, scores, errors, log.is_file(), whole_log_digest(log) if scores else "")
+
+
+def run_row(run_dir: Path | str, source: str | None = None, **asserted: str | None) -> dict:
     """One row of the table: every column of COLUMNS; figures are LoadGen's to the last digit (ns / 1e6 = ms)."""
-    result = read_result(run_dir, source)
-    run, verdict, files, scores = result.run, result.verdict, result.files, result.scores
+    result = read_result(run_dir, source, **asserted)
+    run, verdict, files = result.run, result.verdict, result.files
+    scores = result.accuracy.scores.scores if result.accuracy.scores else {}
     claim, system = verdict.claim, files.system
     path = files.origin.get("path", "").split("/")  # division/submitter/results/system/benchmark/scenario/...
     known = path if len(path) > 5 and path[2] == "results" else [""] * 6
@@ -104,26 +112,30 @@ def run_row(run_dir: Path | str, source: str | None = None) -> dict:
         "scenario": claim.scenario,
         "round": claim.round,
         "source": claim.source,
+        "source_from": claim.source_from,
+        "guessed": claim.guessed,
         "valid": verdict.valid,
         "submittable": verdict.submittable,
         "first_failed": verdict.failed[0].name if verdict.failed else "",
         "shortened": ", ".join([*(check.name for check in verdict.shortened), *claim.shortened]),
+        "not_judged": ", ".join(check.name for check in verdict.not_judged),
+        "early_stopping_latency_ms": run.early_stopping_latency_ms or NAN,
         "completed_tokens_per_s_per_gpu": run.completed_tokens_per_s / gpus if gpus > 0 else NAN,
         "ttft_limit_ms": limits[0],
         "tpot_limit_ms": limits[1],
-        **{name: getattr(run, f"{name[:-2]}_ms") / 1e3 for name in COLUMNS if "latency_" in name},
+        **{name: getattr(run, f"{name[:-2]}_ms") / 1e3 for name in COLUMNS if name.endswith("_s") and "latency_" in name},
         "accuracy_rougeL": scores.get("rougeL", NAN),
         "accuracy_exact_match": scores.get("exact_match", NAN),
         "tokens_per_sample": scores.get("tokens_per_sample", NAN),
         "log_path": f"{files.origin['path'] if known[0] else run.log_dir}/{DETAIL}",
-        "error": result.accuracy_error,
+        "error": " ".join(result.accuracy.errors.values()),
     }
 
 
 def empty_row(folder: Path | str) -> dict:
     """A row without a figure: words are empty, figures NaN, nothing is valid."""
     row = {name: "" if name in WORDS else NAN for name in COLUMNS}
-    return row | {"folder": str(folder), "valid": False, "submittable": False}
+    return row | {"folder": str(folder), "valid": False, "submittable": "no"}
 
 
 def _whole(value: object) -> float:
@@ -136,34 +148,52 @@ def _whole(value: object) -> float:
 
 def as_table(rows: list[dict]) -> pd.DataFrame:
     """Rows as a table with COLUMNS; counts whole, NaN where there is none."""
-    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"valid": bool, "submittable": bool, **WHOLE})
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"valid": "boolean", **WHOLE})
 
 
-def runs_table(folders: Iterable[Path | str], source: str | None = None) -> pd.DataFrame:
+def runs_table(
+    folders: Iterable[Path | str], source: str | None = None, **asserted: str | None
+) -> pd.DataFrame:
     """One row a folder, in the order given; a folder that cannot be read is a row with its `error`.
 
     Returns
     -------
-    DataFrame with COLUMNS; `valid`, `submittable` bool, `loadgen_valid` LoadGen's own word.
+    DataFrame with COLUMNS; `valid` true, false or, for a model without whole rules, nothing; `submittable` yes, no or
+    `not yet`; `loadgen_valid` LoadGen's own word.
     """
     rows = []
     for folder in folders:
         try:
-            rows.append(run_row(folder, source))
+            rows.append(run_row(folder, source, **asserted))
         except DisaggError as error:
             rows.append({**empty_row(folder), "error": str(error)})
     return as_table(rows)
 
 
-def verdict_of(run_dir: Path | str, source: str | None = None) -> Verdict:
+def verdict_of(run_dir: Path | str, source: str | None = None, **asserted: str | None) -> Verdict:
     """The gate's word on a folder."""
-    return read_result(run_dir, source).verdict
+    return read_result(run_dir, source, **asserted).verdict
 
 
 def verdict_text(run_dir: Path | str, source: str | None = None) -> str:
     """The verdict in a few sentences: which limit fails and by how much, what was shortened, what to do."""
-    return verdict_of(run_dir, source).text()
+    verdict = verdict_of(run_dir, source)
+    return "\n".join([verdict.text(), *unverified([verdict.claim.source], [verdict.claim.round])])
 
+
+def unverified(sources: Iterable[str], rounds: Iterable[str]) -> list[str]:
+    """What MLCommons asks for beside every score that it did not publish itself."""
+    if set(sources) <= {"published"}:
+        return []
+    return [f"Unverified MLPerf {'/'.join(sorted(set(rounds)))} Inference figures. {NOT_VERIFIED}"]
+
+
+#: Source: MLCommons' messaging guidelines
+NOT_VERIFIED = (
+    "Result not verified by MLCommons Association. The MLPerf name and logo are registered and unregistered trademarks of "
+    "MLCommons Association in the United States and other countries. All rights reserved. Unauthorized use strictly "
+    "prohibited. See www.mlcommons.org for more information."
+)
 
 #: what fits a terminal: column -> (heading, decimals)
 TERMINAL = {
@@ -174,7 +204,8 @@ TERMINAL = {
     "ttft_limit_ms": ("TTFT limit ms", 0),
     **{f"tpot_{part}_ms": (f"TPOT {part} ms", 2) for part in ("mean", "p50", "p90", "p99")},
     "tpot_limit_ms": ("TPOT limit ms", 0), "first_failed": ("first failed check", None),
-    "shortened": ("shortened on purpose", None),
+    "shortened": ("shortened on purpose", None), "not_judged": ("not judged", None), "guessed": ("model guessed from", None),
+    "early_stopping_latency_ms": ("early stopping ms", 2),
 }  # fmt: skip
 
 
@@ -183,12 +214,18 @@ def table_cells(table: pd.DataFrame) -> list[list[str]]:
     good = table[table["loadgen_scenario"] != ""]  # read; an unreadable accuracy run leaves the rest standing
     if good.empty:
         return []
-    cells = [["run", *(Path(str(folder)).name or str(folder) for folder in good["folder"])]]
+    cells = [["run", *map(row_name, good.to_dict("records"))]]
     for name, (heading, decimals) in TERMINAL.items():
         shown = [_cell(value, decimals) for value in good[name]]
         if set(shown) != {"-"}:
             cells.append([heading, *shown])
     return cells
+
+
+def row_name(row: dict) -> str:
+    """What tells a row from others: the folder's name; in a published tree, where that is the scenario, who and on what."""
+    name = Path(str(row["folder"])).name or str(row["folder"])
+    return f"{row['submitter']} {row['system']} {row['model']} {name}" if row["submitter"] and row["source"] == "published" else name
 
 
 def format_table(table: pd.DataFrame) -> str:
@@ -198,6 +235,8 @@ def format_table(table: pd.DataFrame) -> str:
         rows = cells if len(cells[0]) <= 4 else list(zip(*cells, strict=True))  # few: a run is a column
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        read = table[table["loadgen_scenario"] != ""]
+        lines += unverified(read["source"], read["round"])
     for row in table[table["error"] != ""].itertuples():
         lines.append(row.error if row.error.startswith(row.folder) else f"{row.folder}: {row.error}")
     return "\n".join(lines)
@@ -205,7 +244,9 @@ def format_table(table: pd.DataFrame) -> str:
 
 def _cell(value: object, decimals: int | None) -> str:
     """A figure with its decimals, `-` for what is not there."""
-    if isinstance(value, bool):
+    if value is pd.NA:
+        return "-"
+    if isinstance(value, bool | np.bool_):
         return "yes" if value else "no"
     if decimals is None:
         return str(value) or "-"

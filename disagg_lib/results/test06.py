@@ -1,12 +1,21 @@
 """TEST06: first token, end token and length of each answer."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import EvaluationError
 from .scoring import END_TOKEN
+
+VERIFIED = "mlperf/test06/verify_accuracy.txt"
+LINES = ("First token check pass", "EOS check pass", "Sample length check pass")
+
+
+def failed_lines(text: str) -> list[str]:
+    """The lines that verify_accuracy.txt lacks or that are not True (or Skipped, as Offline's first tokens)."""
+    return [line for line in LINES if not re.search(rf"(?m)^{line}: (?:True|Skipped)\s*$", text)]
 
 
 def verify_test06(run_dir: Path) -> dict[str, str]:

@@ -1,9 +1,8 @@
 """The validity gate: every check a reviewer makes on a run, by name, with figure, limit, margin and what to do.
 
 Three words, never mixed: `loadgen_valid` is LoadGen's own; `valid` says that no check of the claimed round and scenario
-failed, of the checks that this run's files allow; `submittable` is exactly: valid, and measured. So a measured run whose
-accuracy was not evaluated can be both, which a search for the QPS needs; its verdict says what is not judged yet, and the
-export of a submission lists what is missing. A measured run of a model without rules is not valid: nothing can judge it.
+failed, of the checks that this run's files allow, and is None for a model without rules; `submittable` is yes, no or
+`not yet`: measured and without a failure, but something that a submission wants is not judged.
 """
 
 from __future__ import annotations
@@ -13,28 +12,29 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import ClaimError
-from .accuracy_log import AccuracyScores
+from .accuracy_criteria import AccuracyHalf, accuracy_checks
 from .criteria import (
+    CLAIMED,
     FAIL,
     NOT_JUDGED,
     SHORTENED,
-    Check,
     Claim,
-    accuracy_checks,
+    Criterion,
     claim_checks,
-    client_checks,
     count_checks,
+    latency_checks,
     loadgen_checks,
-    rule_check,
     setting_checks,
     token_latency_checks,
 )
+from .folder_criteria import folder_checks
+from .found import RunFiles
 from .logs import MlperfRun
 from .rounds import load_rules
 
 #: what a rehearsal leaves short so that it ends in minutes
 SHORTENED_IN_REHEARSAL = ("min_duration", "duration", "query_count", "performance_sample_count", "equal_issue",
-                          "token_counts")  # fmt: skip
+                          "token_counts", "tokens_per_sample")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Verdict:
     """The gate's word on one run."""
 
     claim: Claim
-    checks: tuple[Check, ...]
+    checks: tuple[Criterion, ...]
     loadgen_valid: str
     suggestion: str
     note: str = ""  # what changes no verdict and should be known
 
-    def of(self, status: str) -> tuple[Check, ...]:
+    def of(self, status: str) -> tuple[Criterion, ...]:
         """The checks with one status, in order."""
         return tuple(check for check in self.checks if check.status == status)
 
@@ -56,14 +56,18 @@ class Verdict:
     not_judged = property(lambda self: self.of(NOT_JUDGED))
 
     @property
-    def valid(self) -> bool:
-        """No check failed."""
-        return not self.failed
+    def valid(self) -> bool | None:
+        """No check failed; None if none did, but nobody has whole rules for this model."""
+        if self.failed:
+            return False
+        return True if load_rules()["models"].get(self.claim.model, {}).get("accuracy") else None
 
     @property
-    def submittable(self) -> bool:
-        """Valid, and measured."""
-        return self.valid and self.claim.source == "measured"
+    def submittable(self) -> str:
+        """yes | no | not yet: the last if nothing failed and something is not judged."""
+        if self.failed or self.claim.source != "measured":
+            return "no"
+        return "not yet" if self.not_judged else "yes"
 
     def text(self) -> str:
         """A few sentences for a person: the word, why, what was shortened, what to do."""
@@ -71,23 +75,9 @@ class Verdict:
 
 
 def judge(
-    run: MlperfRun,
-    claim: Claim,
-    scores: AccuracyScores | None = None,
-    accuracy_run: MlperfRun | None = None,
-    client: Mapping | None = None,
-    accuracy_error: str = "",
+    run: MlperfRun, claim: Claim, accuracy: AccuracyHalf | None = None, files: RunFiles | None = None
 ) -> Verdict:
-    """Judge a performance run, and its accuracy where there is one, by the rules of what it claims.
-
-    Parameters
-    ----------
-    run : the performance run.
-    claim : model, scenario and round to judge by, and where the figures come from.
-    scores : of accuracy.txt; without it accuracy reads 'not judged'.
-    accuracy_run : LoadGen's own files of the accuracy run.
-    accuracy_error : why the accuracy run's logs cannot be read, if they are there and cannot.
-    client : our client's job/client_performance.json; None where another client ran.
+    """Judge a performance run, its accuracy half and the files beside them by the rules of what it claims.
 
     Raises
     ------
@@ -98,24 +88,29 @@ def judge(
         known = ", ".join(rules["rounds"])
         raise ClaimError(f"round {claim.round}: found no rules for it; there are {known}")
     # what a person can act on comes first: the first failed check is the one that the table names
-    makers = (token_latency_checks, claim_checks, setting_checks, count_checks, loadgen_checks)
-    model = rules["models"].get(claim.model, {})
+    makers = token_latency_checks, claim_checks, setting_checks, count_checks, latency_checks, loadgen_checks
+    model, accuracy = rules["models"].get(claim.model, {}), accuracy or AccuracyHalf()
     found = [check for make in makers for check in make(run, claim, rules["rounds"][claim.round], model)]
-    found += client_checks(client)
-    found += accuracy_checks(claim, model, scores, accuracy_run)
-    if accuracy_error:
-        found.append(rule_check("accuracy_log", False, "unreadable", "readable", accuracy_error))
+    found += folder_checks(run, claim, files, accuracy.scores) if files else []
+    found += accuracy_checks(run, claim, model, accuracy)
     checks = tuple(_soften(check, claim) for check in found)
-    return Verdict(claim, checks, run.loadgen_valid, _suggest(run, checks), _client_words(client or {}))
+    client = files.clients.get("performance", {}) if files else {}
+    return Verdict(claim, checks, run.loadgen_valid, _suggest(run, checks), _client_words(client))
 
 
-def _soften(check: Check, claim: Claim) -> Check:
-    """In a rehearsal some checks are short on purpose and accuracy means nothing."""
+def _soften(check: Criterion, claim: Claim) -> Criterion:
+    """In a rehearsal some checks are short on purpose and accuracy means nothing.
+
+    What no checker asks for was seen in all published runs of one model alone: it fails no published run of another.
+    """
     if claim.source in ("rehearsed", "simulated"):
         if check.name.startswith("accuracy"):
             return replace(check, status=NOT_JUDGED)
         if check.status == FAIL and check.name in SHORTENED_IN_REHEARSAL:
             return replace(check, status=SHORTENED)
+    proven = load_rules()["beyond_the_checker"]
+    if claim.source == "published" and claim.model != proven["model"] and check.name in proven["checks"]:
+        return replace(check, status=NOT_JUDGED) if check.status == FAIL else check
     return check
 
 
@@ -137,7 +132,7 @@ def _client_words(client: Mapping) -> str:
     return " ".join(words)
 
 
-def _suggest(run: MlperfRun, checks: tuple[Check, ...]) -> str:
+def _suggest(run: MlperfRun, checks: tuple[Criterion, ...]) -> str:
     """A first guess at the load, from how far the worst latency is over its limit; "" where none is due."""
     gated = ("ttft_p99", "tpot_p99")
     over = [c for c in checks if c.status == FAIL and c.name in gated and c.figure >= c.limit]
@@ -153,8 +148,11 @@ def _suggest(run: MlperfRun, checks: tuple[Check, ...]) -> str:
 
 def _sentences(verdict: Verdict) -> Iterator[str]:
     claim = verdict.claim
-    what = f"{claim.model or 'unknown model'} {claim.scenario}, rules of {claim.round}, {claim.source}"
-    yield f"{'VALID' if verdict.valid else 'INVALID'} ({what}; LoadGen's own word: {verdict.loadgen_valid or 'none'})."
+    guess = f", guessed from {claim.guessed}" if claim.guessed else ""
+    what = f"{claim.model or 'unknown model'}{guess}, {claim.scenario}, rules of {claim.round}, {claim.source}"
+    what += f" ({claim.source_from})" if claim.source_from.startswith("asserted") else ""
+    word = {True: "VALID", False: "INVALID", None: "NOT JUDGED: no whole rules for this model"}[verdict.valid]
+    yield f"{word} ({what}; LoadGen's own word: {verdict.loadgen_valid or 'none'})."
     for check in verdict.failed:
         yield f"  {check.name}: {_figures(check)}. {check.advice}"
     if verdict.suggestion:
@@ -167,15 +165,18 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
         yield f"  Shortened on purpose: {', '.join([*listed, *claim.shortened])}."
     if verdict.not_judged:
         yield f"  Not judged: {', '.join(check.name for check in verdict.not_judged)}."
-    if verdict.submittable:
-        yield f"  Submittable: yes{', by what was judged: the rest is still missing' if verdict.not_judged else ''}."
+    if claim.source == "unstated":
+        yield "  Submittable: no, because nobody states its source. If you measured it, assert it: --source measured."
     elif claim.source != "measured":
         yield f"  Submittable: no, because its source is {claim.source}."
-    else:
+    elif verdict.failed:
         yield f"  Submittable: no, because {verdict.failed[0].name} fails."
+    else:
+        missing = "; ".join(dict.fromkeys(check.advice for check in verdict.not_judged if check.advice))
+        yield f"  Submittable: {verdict.submittable}{': ' + missing if missing else ''}"
 
 
-def _figures(check: Check) -> str:
+def _figures(check: Criterion) -> str:
     """e.g. `88.1 ms against 80 ms (10.1 % over)`."""
     text = f"{_number(check.figure)} {check.unit}".strip() + f" against {_number(check.limit)}"
     if math.isnan(check.margin) or check.unit != "ms" or check.name == "min_duration":

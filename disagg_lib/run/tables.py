@@ -1,8 +1,5 @@
 """What a run folder tells, as tables."""
 
-import itertools
-import json
-import shlex
 from pathlib import Path
 
 import pandas as pd
@@ -44,15 +41,6 @@ def given_parameters(run: Path) -> list[tuple[str, object, str]]:
     """Parameters of experiment.yaml that are not defaults: name, value, where from."""
     recorded = yaml.safe_load((run / "experiment.yaml").read_text(encoding="utf-8"))["parameters"]
     return [(n, e["value"], str(e["from"])) for n, e in recorded.items() if e.get("from") != "default"]
-
-
-def repeat_command(run: Path) -> str:
-    """The command that makes such a run again: its params files, then what was given by hand."""
-    given = given_parameters(run)
-    files = list(dict.fromkeys(where for _, _, where in given if where.endswith((".yaml", ".yml"))))
-    by_hand = [("-p", name, json.dumps(value)) for name, value, where in given if where == "given"]
-    words = [*(files or ["params/rehearsal.yaml"]), *itertools.chain(*by_hand)]
-    return shlex.join(["python", "-m", "disagg_lib", "run", *words])
 
 
 def parameters_table(e: Experiment) -> pd.DataFrame:

@@ -11,8 +11,9 @@ from pathlib import Path
 from ..errors import ExportError
 from ..files import read_json_lines, sha256
 from ..results.found import folder_source
+from ..results.rows import NOT_VERIFIED
 from .pages import run_summary, static_page
-from .shared import GatheredRun, Shared, gather, put, write_into
+from .shared import GatheredRun, Shared, gather, put, renew_digests, write_into
 
 _PROFILES = {
     "https://w3id.org/ro/wfrun/process/0.5": ("Process Run Crate", "0.5"),
@@ -45,8 +46,9 @@ def export_crate(run_dir: Path | str, dest: Path | str) -> Shared:
             put(draft / run.redactor.text(name, name), run.redactor.text(text, name))
         for name, picture in run.pictures.items():
             put(draft / run.redactor.text(name, name), picture)
-        put(draft / "README.md", readme_text(run, run.texts | run.pictures))
+        put(draft / "README.md", readme_text(run, run.texts | run.pictures, run.left_out))
         put(draft / "redaction.json", json.dumps(run.redactor.listed(), indent=1) + "\n")
+        renew_digests(draft)
         _describe(run, draft)
 
     path = write_into(dest, write, run.redactor)
@@ -75,8 +77,13 @@ def _describe(run: GatheredRun, draft: Path) -> None:
     crate.name = f"MLPerf Inference run {title} ({source})"
     crate.description = (
         f"Llama-3.1-405B on disaggregated TensorRT-LLM, LoadGen's Server scenario; source: {source}. "
-        "Names and paths of the site are replaced; redaction.json counts the replacements."
+        f"Names and paths of the site are replaced; redaction.json counts the replacements. {NOT_VERIFIED}"
     )
+    git = json.loads(run.texts.get("manifest.json", "{}")).get("git") or {}
+    if git.get("url"):
+        crate.root_dataset["isBasedOn"] = add(
+            git["url"], "SoftwareSourceCode", name="disagg_lib", version=git.get("commit") or ""
+        )
     crate.license = add("https://spdx.org/licenses/Apache-2.0", "CreativeWork", name="Apache License 2.0")
     crate.root_dataset["conformsTo"] = [
         add(url, "CreativeWork", name=name, version=version) for url, (name, version) in _PROFILES.items()

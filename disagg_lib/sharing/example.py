@@ -8,10 +8,9 @@ import tempfile
 from pathlib import Path
 
 from ..errors import ExportError
-from ..files import sha256
 from ..results.found import folder_source
 from .crate import readme_text
-from .shared import Shared, gather, put, write_into
+from .shared import Shared, all_digests, gather, put, renew_digests, write_into
 
 LARGEST_KEPT_KB = 150  # of a file of the example; a notebook or a picture may have 1000
 #: pages hold what notebooks hold; the modules are the repository's
@@ -50,9 +49,7 @@ def export_example(run_dir: Path | str, dest: Path | str) -> Shared:
         for name, content in files.items():
             put(draft / name, content)
         put(draft / "README.md", readme_text(run, files, left_out))
-        manifest = json.loads(files.get("manifest.json", b"{}"))
-        manifest["sha256"] = _all_digests(draft)  # of the files as they are here, redacted
-        put(draft / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        renew_digests(draft)
 
     with tempfile.TemporaryDirectory(prefix=".example-", dir=dest.parent) as scratch:
         written = write_into(Path(scratch) / "new", write, run.redactor)
@@ -68,16 +65,10 @@ def refuse_foreign(example: Path) -> None:
         return
     manifest = example / "manifest.json"
     named = json.loads(manifest.read_text())["sha256"] if manifest.is_file() else {}
-    found = _all_digests(example)
+    found = all_digests(example)
     other = sorted(name for name in found | named if found.get(name) != named.get(name))
     if other or not named:
         raise ExportError(
             f"{example}: found {other[0] if other else 'no manifest.json'}, not as an earlier example left it; "
             "needed nothing but that example. Move the folder away"
         )
-
-
-def _all_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder but its manifest.json."""
-    paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    return {name: sha256(path) for name, path in sorted(paths.items()) if name != "manifest.json"}

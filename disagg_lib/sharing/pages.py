@@ -7,20 +7,22 @@ import html
 import io
 import json
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from textwrap import indent
 
+from ..files import read_json
 from ..results.found import folder_source
 from ..results.logs import LogError
 from ..results.outputs import FIGURES
 from ..results.rows import format_table, runs_table, verdict_text
-from ..run.tables import given_parameters, repeat_command
+from ..run.tables import given_parameters
 from .shared import GatheredRun, Shared, gather, put, write_into
 
 
 def export_html(run_dir: Path | str, dest: Path | str) -> Shared:
-    """One self-contained page per executed notebook, and index.html of the run, which needs none of them.
+    """One self-contained page per executed notebook, index.html of the run, which needs none of them, and experiment.yaml.
 
     Pages load nothing from anywhere: pictures are inside, scripts are taken out.
 
@@ -35,6 +37,7 @@ def export_html(run_dir: Path | str, dest: Path | str) -> Shared:
         for stem, name in notebooks.items():
             put(draft / f"{stem}.html", notebook_page(run.redactor.text(run.texts[name], name), notebooks))
         put(draft / "index.html", _index(run, notebooks))
+        put(draft / "experiment.yaml", run.redactor.text(run.texts["experiment.yaml"], "experiment.yaml"))
 
     path = write_into(dest, write, run.redactor)
     return Shared(path, tuple(run.redactor.listed()), run.left_out)
@@ -95,14 +98,36 @@ def _index(run: GatheredRun, notebooks: Iterable[str]) -> str:
             data = base64.b64encode(picture.getvalue()).decode()
             pictures.append(f"![{title}](data:image/png;base64,{data})")
         except LogError as error:
-            pictures.append(f"    No figure of {title}: {error}")
-    text = run_summary(run, "index.html", pictures, [f"{stem}.html" for stem in notebooks])
+            if error.case != "missing_file":  # what such a run does not have is no news
+                pictures.append(f"    No figure of {title}: {error}")
+    text = run_summary(run, "index.html", pictures, [f"{stem}.html" for stem in notebooks], run.left_out)
     title = html.escape(text.split("\n", 1)[0].strip("# "))
     head = f"<meta charset='utf-8'><title>{title}</title><style>{_STYLE}</style>"
     return f"<!doctype html><html lang='en'>{head}{static_page(markdown2html(text))}"
 
 
 _REHEARSED = """No GPU was there: a stand-in served at the modelled GPUs' pace; the processes, HTTP and LoadGen were real."""
+
+
+def _settings_words(settings: dict) -> str:
+    """Layout, data set and decoding, which no parameter says by itself."""
+    client, servers = settings.get("client", {}), settings.get("servers", [])
+    roles = [f"{server['role']} server of {len(server['ranks'])} GPUs" for server in servers]
+    decoding = ("min_output_tokens", "max_output_tokens", "temperature", "top_p", "top_k")
+    parts = {
+        "Layout": ", ".join(f"{roles.count(role)} x {role}" for role in dict.fromkeys(roles)),
+        "Data set": client.get("data_set", {}).get("kind", ""),
+        "Decoding": ", ".join(f"{name} {client[name]}" for name in decoding if name in client),
+    }
+    return " ".join(f"{name}: {words}." for name, words in parts.items() if words)
+
+
+def how_to_repeat(run: GatheredRun, experiment: str) -> str:
+    """Commands that make the run again from the shared `experiment`, indented."""
+    git = read_json(run.folder / "manifest.json").get("git") or {}
+    where = [f"git clone {git['url']}"] if git.get("url") else []
+    where += [f"git checkout {git['commit']}  # of this package"] if git.get("commit") else []
+    return indent("\n".join([*where, shlex.join(["python", "-m", "disagg_lib", "run", experiment])]), "    ")
 
 
 def run_summary(
@@ -124,15 +149,18 @@ def run_summary(
         for name, value, where in given_parameters(run.folder)
     ]
     manifest = json.loads(run.texts.get("manifest.json", "{}"))
-    versions = {**manifest.get("versions", {}), "commit": (manifest.get("git") or {}).get("commit")}
+    git = manifest.get("git") or {}
+    versions = {**manifest.get("versions", {}), "repository": git.get("url"), "commit": git.get("commit")}
     parts = [
         f"# {run.folder.resolve().name} ({source})",
         f"**source: {source}.** {_REHEARSED if source == 'rehearsed' else ''}",
         "## The verdict", indent(verdict, "    "),
         "## The figures", indent(table, "    "), *pictures,
         "## What was run", "\n".join(["| parameter | value | from |", "|---|---|---|", *rows]),
+        _settings_words(read_json(run.folder / "job/settings.json")),
         ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-        "## How to repeat it", f"    {repeat_command(run.folder)}",
+        "## How to repeat it", how_to_repeat(run, "experiment.yaml"),
+        "Its paths and names of the site are left out: give your own in a second file, such as params/site.yaml.",
         "## The notebooks, executed", "\n".join(f"- [{Path(name).stem}]({name})" for name in notebooks),
         "## What is not here" if left_out else "", "\n".join(f"- `{item}`" for item in left_out),
     ]  # fmt: skip

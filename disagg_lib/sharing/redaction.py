@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import getpass
 import html
+import ipaddress
 import json
 import re
 import shlex
@@ -27,7 +28,11 @@ _COMMON = frozenset({
     *("test", "tests", "data", "work", "home", "nobody", "none", "null", "true"),
     *("false", "local", "all", "nvidia", "mlperf", "node", "nodes", "host", "orchestrator"),
     *("localhost", "container", "name", "from", "value"),
+    *["ok", "id", "ms", "ns", "us", "in", "is", "of", "to", "no", "or", "on", "at", "by", "it", "as", "an", "be", "do", "go", "if", "my", "so", "up", "tp", "pp", "gb", "kb", "mb", "io", "np", "pd", "py", "sh"],
 })  # fmt: skip
+_REGISTRIES = frozenset(
+    {"nvcr.io", "nvcr", "docker.io", "docker", "ghcr.io", "ghcr", "quay.io", "quay"}
+)  # everybody's
 _OWN_HOSTS = frozenset({"localhost", "127.0.0.1", "0.0.0.0", "::1", "nodes", "none", "null"})
 #: what may stand before a name: no letter or digit, but in JSON a line break ends with a letter, and a colour with an m
 _BEFORE = r"(?:(?<![A-Za-z0-9])|(?<=\\\\[ntr])|(?<=\[\dm)|(?<=\[\d\dm))"
@@ -60,10 +65,10 @@ _USERS = (
 )
 _ACCOUNTS = (
     re.compile(
-        r"(?:--account[= ]|#SBATCH\s+-A\s*|SLURM_(?:JOB_)?ACCOUNT=|\bAccount=)[\"']?(?P<name>[\w.-]+)"
+        r"(?:--account[= ]|#SBATCH\s+-A\s*|SLURM_(?:JOB_)?ACCOUNT=|\b[Aa]ccount=)[\"']?(?P<name>[\w.-]+)"
     ),
     re.compile(
-        r"(?:--partition[= ]|#SBATCH\s+-p\s*|SLURM_(?:JOB_)?PARTITION=|\bPartition=)[\"']?(?P<name>[\w.-]+)"
+        r"(?:--partition[= ]|#SBATCH\s+-p\s*|SLURM_(?:JOB_)?PARTITION=|\b[Pp]artition=)[\"']?(?P<name>[\w.-]+)"
     ),
 )
 _HOSTS = (
@@ -74,11 +79,19 @@ _HOSTS = (
     re.compile(rf"\[(?P<name>[A-Za-z]{_NAME}):\d{{2,}}(?::\d+)?\]"),  # MPI's signal handler
     re.compile(rf"(?m)(?:^|[\s])(?P<name>[A-Za-z]{_NAME}):\d+:\d+ \[\d+\] NCCL"),
     re.compile(rf"(?m)^\s*-\s+[\"']?(?P<name>{_NAME}):\d{{4,5}}\b"),
+    # the registry of an image, in Docker's form and in enroot's (HOST#image)
+    re.compile(rf"(?:\b(?:docker|dockerd|podman|oras)://|--container-image[= ][\"']?)(?:[^\s/@\"']+@)?(?P<name>{_NAME}\.{_NAME})(?=[#:/])"),
     re.compile(rf"\b(?:srun|slurmstepd|sbatch|scancel|slurmd): error: (?P<name>{_NAME}): "),
     re.compile(rf"(?m)(?:^|[\s\"'=(])[a-z_][\w-]{{1,31}}@(?P<name>{_NAME})(?=[:\s\"')]|$)"),
 )  # fmt: skip
 _ADDRESS = re.compile(
     r"(?<!VER=)(?<!==)(?<![\w.-])(?!127\.|0\.0\.0\.0)(?P<name>(?:\d{1,3}\.){3}\d{1,3})(?![\w.-])"
+)
+_ADDRESS6 = re.compile(r"(?<![\w.:])(?P<name>[0-9A-Fa-f]{0,4}(?::[0-9A-Fa-f]{0,4}){2,7})(?![\w:])")
+#: MAC addresses, InfiniBand's of 20 octets, its GUIDs in both forms, and those of GPUs
+_HARDWARE = re.compile(
+    r"(?<![\w:-])(?P<name>(?:[0-9A-Fa-f]{2}[:-]){5}(?:(?:[0-9A-Fa-f]{2}:){14})?[0-9A-Fa-f]{2}|(?:[0-9A-Fa-f]{4}:){3}[0-9A-Fa-f]{4}"
+    r"|0x[0-9A-Fa-f]{16}|(?:GPU|MIG)-[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12})(?![\w:-])"
 )
 #: an absolute path of two parts or more; not the path of a URL, not what every machine has
 _PATH = re.compile(
@@ -103,6 +116,10 @@ def collect_names(
                 found["path"].add(text)
             elif name in _PARAMETERS:
                 found[_PARAMETERS[name]].add(text)
+            elif name == "container_image" and (
+                registry := re.match(rf"(?:docker://)?({_NAME}\.{_NAME})[#:/]", text)
+            ):
+                found["host"].add(registry[1])
     found["path"] |= {str(run_dir.resolve()), str(Path.home()), str(Path.cwd())} - {"/"}
     found["user"].add(getpass.getuser())
     found["host"] |= {socket.gethostname(), socket.getfqdn()}
@@ -136,7 +153,7 @@ def _worth(kind: str, name: str) -> bool:
         return name.count("/") > 1 or (len(name) > 4 and name[1:].lower() not in _COMMON)
     # NODE_1 is config.yaml's own placeholder; addresses have a pattern of their own
     ours = name.lower() in _COMMON | _OWN_HOSTS or re.fullmatch(r"NODE_\d+|[\d.]+", name)
-    return not ours and len(name) >= 3
+    return not ours and name not in _REGISTRIES and len(name) >= 2
 
 
 def _variants(name: str) -> list[str]:
@@ -186,7 +203,10 @@ class Redactor:
             text = self.words.sub(lambda match: self._mark(file, self.placeholders[match[0]]), text)
         for pattern in _ACCOUNTS:
             text = self._cut(pattern, "REDACTED_account", text, file)
-        return self._cut(_ADDRESS, "REDACTED_address", text, file)
+        text = self._cut(_HARDWARE, "REDACTED_hardware", text, file)
+        for pattern in (_ADDRESS, _ADDRESS6):
+            text = self._cut(pattern, "REDACTED_address", text, file)
+        return text
 
     def _path(self, match: re.Match, file: str) -> str:
         known = match[0][: len(match[0]) - len(match["rest"])]
@@ -236,6 +256,18 @@ class Redactor:
         return [{"file": file, "placeholder": mark, "times": times} for (file, mark), times in replaced]
 
 
+def _no_address(name: str) -> bool:
+    """Whether digits with points or colons are something else: a version, a time, a slice of Python, loopback."""
+    if ":" not in name:
+        return any(int(part) > 255 for part in name.split("."))
+    try:
+        address = ipaddress.ip_address(name)
+    except ValueError:
+        return True
+    short = len([group for group in name.split(":") if group]) < 3 and not address.is_link_local
+    return short or address.is_loopback
+
+
 _NO_SECRETS = re.compile(
     r"[\d.]+|(?:null|none|true|false|given|default|required|optional|string|redacted)\b.*", re.IGNORECASE
 )
@@ -249,5 +281,5 @@ def _harmless(name: str, mark: str, file: str) -> bool:
         code = file.endswith(".py") and re.fullmatch(r"[A-Za-z_.]+", name)
         return bool(code or _NO_SECRETS.fullmatch(name))
     if mark == "REDACTED_address":
-        return any(int(part) > 255 for part in name.split("."))
+        return _no_address(name)
     return mark == "REDACTED_account" and name.lower() in ("none", "null", "")

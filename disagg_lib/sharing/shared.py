@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import re
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ExportError
+from ..files import read_json, sha256
 from ..results.found import read_parameters
 from .redaction import Redactor, collect_names
 
@@ -83,23 +85,37 @@ def gather(run_dir: Path | str) -> GatheredRun:
     return GatheredRun(folder, texts, pictures, tuple(left_out), names, redactor)
 
 
-def write_into(dest: Path | str, write: Callable[[Path], None], redactor: Redactor) -> Path:
-    """Let `write` fill a draft folder; it becomes `dest` only if no secret is in it. Nothing is overwritten."""
+def write_into(
+    dest: Path | str, write: Callable[[Path], None], redactor: Redactor, merge: bool = False
+) -> Path:
+    """Let `write` fill a draft folder; it becomes `dest` only if no secret is in it. Nothing is overwritten.
+
+    With `merge`, `dest` may be there: it gets the draft's files, unless one of them is there and differs.
+    """
     dest = Path(dest)
-    if dest.exists():
+    if dest.exists() and not (merge and dest.is_dir()):
         raise ExportError(f"{dest}: is already there; nothing is overwritten. Give another name")
     dest.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".export-", dir=dest.parent))
     try:
         write(draft)
-        for path in sorted(p for p in draft.rglob("*") if p.is_file()):
-            redactor.refuse_rest(path.read_bytes(), path.relative_to(draft).as_posix())
-            redactor.refuse_rest(path.relative_to(draft).as_posix().encode(), "a file's name")
+        files = [path.relative_to(draft) for path in sorted(draft.rglob("*")) if path.is_file()]
+        for name in files:
+            redactor.refuse_rest((draft / name).read_bytes(), name.as_posix())
+            redactor.refuse_rest(name.as_posix().encode(), "a file's name")
+        for name in files:
+            if (dest / name).exists() and (dest / name).read_bytes() != (draft / name).read_bytes():
+                raise ExportError(
+                    f"{dest / name}: is there and would change; nothing is overwritten. Give another folder"
+                )
         draft.chmod(0o755)
-        draft.replace(dest)
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
+        if not dest.exists():
+            draft.replace(dest)
+        for name in files if draft.exists() else ():
+            (dest / name).parent.mkdir(parents=True, exist_ok=True)
+            (draft / name).replace(dest / name)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
     return dest
 
 
@@ -107,3 +123,23 @@ def put(path: Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def all_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder but its manifest.json."""
+    paths = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
+    return {name: sha256(path) for name, path in sorted(paths.items()) if name != "manifest.json"}
+
+
+def renew_digests(draft: Path) -> None:
+    """The digests that a redacted copy states are of the files as they are in it."""
+    left = draft / "job/digests.json"
+    if left.is_file():
+        names = read_json(left)["sha256"]
+        put(
+            left,
+            json.dumps({"sha256": {n: d for n, d in all_digests(draft).items() if n in names}}, indent=1)
+            + "\n",
+        )
+    manifest = read_json(draft / "manifest.json") | {"sha256": all_digests(draft)}
+    put(draft / "manifest.json", json.dumps(manifest, indent=1) + "\n")

@@ -1,14 +1,14 @@
 """Runs to share: one with a name of the site in every corner, and a measured one with its system description."""
 
-import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 
 import yaml
-from runs import make_run, make_valid
+from runs import make_run, make_valid_run
 
+from disagg_lib.files import sha256
 from disagg_lib.results.logs import ACCURACY
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -81,27 +81,33 @@ def survivors(folder, site):
 
 def make_measured(folder, division="open"):
     """A valid, measured run folder with its evaluation, and a system description."""
-    run = make_run(folder / "run", kind="logs_full", engine="trtllm")
-    whole = make_valid(folder / "whole")
-    shutil.copytree(whole / "accuracy", run / "mlperf/accuracy")
-    log = (
-        b"[\n"
-        + b",\n".join(
-            b'{ "seq_id" : %d, "qsl_idx" : %d, "data" : "%s" }' % (i, i, b"07000000" * 50) for i in range(60)
-        )
-        + b"\n]\n"
-    )
-    (run / "mlperf/accuracy" / ACCURACY).write_bytes(log)
-    text = (run / "mlperf/accuracy/accuracy.txt").read_text()
-    (run / "mlperf/accuracy/accuracy.txt").write_text(
-        re.sub("hash=.*", f"hash={hashlib.sha256(log).hexdigest()}", text)
-    )
-    (run / "user.conf").write_text("*.Server.target_qps = 13\n")
+    run = make_valid_run(folder / "run")
     (run / "job.sh").write_text("#!/bin/bash\ncd /lustre/zproj/models\n")
+    shutil.rmtree(run / "mlperf/test06")
+    lines = b",\n".join(
+        b'{ "seq_id" : %d, "qsl_idx" : %d, "data" : "%s" }' % (i, i, b"07000000" * 50) for i in range(60)
+    )
+    (run / "mlperf/accuracy" / ACCURACY).write_bytes(b"[\n" + lines + b"\n]\n")
+    path = run / "mlperf/accuracy/accuracy.txt"
+    path.write_text(re.sub("hash=.*", f"hash={sha256(run / 'mlperf/accuracy' / ACCURACY)}", path.read_text()))
     system = yaml.safe_load((REPOSITORY / "params/system.example.yaml").read_text())
     system = {key: value or "x" for key, value in system.items()} | {
         "division": division,
         "submitter": "Nobody",
     }
     (folder / "system.yaml").write_text(yaml.safe_dump(system))
+    record(run)
     return run, folder / "system.yaml"
+
+
+def record(run, engine="trtllm"):
+    """The digests of the run as it is now, and the checkpoint that 01 verified."""
+    files = {p.relative_to(run).as_posix(): sha256(p) for p in run.rglob("*") if p.is_file()}
+    checkpoint = {"repo": "nvidia/Llama-3.1-405B-Instruct-FP4", "revision": "abc", "digest": "0" * 64}
+    values = {
+        "engine": engine,
+        "made_with": {"checkpoint": checkpoint},
+        "git": {"commit": "abc123"},
+        "sha256": files,
+    }
+    (run / "manifest.json").write_text(json.dumps(values))

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from shared_runs import make_site_run, site
 
+from disagg_lib.files import sha256
+from disagg_lib.results import rows
 from disagg_lib.results.logs import DETAIL
 from disagg_lib.sharing.crate import export_crate
 
@@ -26,6 +28,19 @@ def test_crate_describes_every_file_and_the_run(tmp_path):
     assert run["instrument"] == {"@id": "job.sh"} and run["startTime"] == "1970-01-01T00:16:40+00:00"
     assert run["actionStatus"].endswith("CompletedActionStatus")
     assert {"@id": f"mlperf/performance/{DETAIL}"} in run["result"]
+
+
+def test_digests_in_a_crate_are_of_the_files_in_it(tmp_path):
+    run = make_site_run(tmp_path / "run", site())
+    (run / "job/digests.json").write_text(
+        json.dumps({"sha256": {"experiment.yaml": sha256(run / "experiment.yaml")}})
+    )
+    (run / "logs/blob").write_bytes(b"\0\1\2\xff")
+    folder = export_crate(run, tmp_path / "crate").path
+    named = json.loads((folder / "manifest.json").read_text())["sha256"]
+    assert len(named) > 10 and all(sha256(folder / name) == digest for name, digest in named.items())
+    assert "digests" not in {check.name for check in rows.verdict_of(folder).failed}
+    assert "logs/blob: no text" in (folder / "README.md").read_text()
 
 
 def test_crate_of_a_failed_job_says_so(tmp_path):

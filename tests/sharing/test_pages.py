@@ -5,13 +5,16 @@ import re
 import shutil
 from pathlib import Path
 
-import yaml
+import pytest
+from runs import set_json
 from shared_runs import NOTEBOOK, make_site_run, site
 
+from disagg_lib.errors import ParameterError
+from disagg_lib.experiment.loading import load_experiment
 from disagg_lib.results import outputs
 from disagg_lib.results.logs import SUMMARY
-from disagg_lib.run.tables import repeat_command
 from disagg_lib.sharing import pages
+from disagg_lib.sharing.crate import export_crate
 from disagg_lib.sharing.pages import export_html
 from disagg_lib.sharing.recompute import recompute
 
@@ -19,17 +22,18 @@ from disagg_lib.sharing.recompute import recompute
 def test_pages_load_nothing_and_the_index_says_it_all(tmp_path):
     run = make_site_run(tmp_path / "run", site())
     shared = export_html(run, tmp_path / "html")
-    assert sorted(p.name for p in shared.path.iterdir()) == ["05_analysis.html", "index.html"]
-    for page in shared.path.iterdir():
+    assert sorted(p.name for p in shared.path.iterdir()) == [
+        "05_analysis.html",
+        "experiment.yaml",
+        "index.html",
+    ]
+    for page in shared.path.glob("*.html"):
         text = page.read_text()
         assert "<script" not in text and not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", text)
         assert not re.search(r"@import|url\(\s*['\"]?http", text)
     index = (shared.path / "index.html").read_text()
     assert "rehearsed" in index and "Shortened on purpose" in index and "python 3.11.2" in index
-    assert (
-        index.count("data:image/png;base64,") == 3
-        and "python -m disagg_lib run params/site.yaml -p account" in index
-    )
+    assert index.count("data:image/png;base64,") == 3 and "python -m disagg_lib run experiment.yaml" in index
 
 
 def test_pages_follow_the_readers_dark_setting_and_link_to_pages_that_are_there():
@@ -46,6 +50,16 @@ def test_pages_follow_the_readers_dark_setting_and_link_to_pages_that_are_there(
     assert ".ipynb" not in page and ">gone</a>" in page
 
 
+def test_index_names_layout_data_set_what_is_not_here_and_who_did_not_verify_it(tmp_path):
+    run = make_site_run(tmp_path / "run", site())
+    set_json(run / "job/settings.json", client={"data_set": {"kind": "synthetic"}, "top_k": 1})
+    (run / "logs/blob").write_bytes(b"\0\1\2\xff")
+    index = (export_html(run, tmp_path / "html").path / "index.html").read_text()
+    assert "1 x context server of 4 GPUs" in index and "Data set: synthetic." in index and "top_k 1" in index
+    assert "logs/blob" in index and "No figure of search" not in index
+    assert "Result not verified by MLCommons Association" in index
+
+
 def test_index_of_a_failed_run_says_why_there_is_no_verdict(tmp_path):
     run = make_site_run(tmp_path / "run", site())
     (run / "mlperf/performance" / SUMMARY).write_text("")
@@ -53,14 +67,20 @@ def test_index_of_a_failed_run_says_why_there_is_no_verdict(tmp_path):
     assert "No verdict: " in index and "cut log" in index and index.count("data:image/png") == 2
 
 
-def test_the_command_to_repeat_a_run_is_quoted(tmp_path):
+def test_what_is_shared_says_how_to_repeat_it_and_check_takes_it(tmp_path):
     run = make_site_run(tmp_path / "run", site())
-    recorded = yaml.safe_load((run / "experiment.yaml").read_text())
-    recorded["parameters"]["test_modes"] = {"value": ["performance"], "from": "given"}
-    (run / "experiment.yaml").write_text(yaml.safe_dump(recorded))
-    command = repeat_command(run)
-    assert command.startswith("python -m disagg_lib run params/site.yaml -p ")
-    assert """-p test_modes '["performance"]'""" in command
+    folder = export_crate(run, tmp_path / "crate").path
+    readme = (folder / "README.md").read_text()
+    assert "git checkout abc123" in readme and "python -m disagg_lib run experiment.yaml" in readme
+    e = load_experiment([folder / "experiment.yaml"], {"container": "none"})
+    assert (e.engine, e.test_modes, e.account) == ("rehearsal", ("performance",), None)
+
+
+@pytest.mark.parametrize("text", ["format: 1\nparameters: 3\n", "format: 1\nparameters: {engine: trtllm}\n"])
+def test_another_experiment_yaml_is_refused(tmp_path, text):
+    (tmp_path / "experiment.yaml").write_text(text)
+    with pytest.raises(ParameterError, match="Take it from a run folder"):
+        load_experiment([tmp_path / "experiment.yaml"])
 
 
 def test_tables_and_figures_are_rebuilt_to_the_byte_wherever_the_run_lies(tmp_path):

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import DATA
-from shared_runs import make_measured, make_site_run, site, survivors
+from shared_runs import make_measured, make_site_run, record, site, survivors
 
 from disagg_lib.errors import ExportError, SecretError
 from disagg_lib.results import found, outputs, rows
@@ -68,6 +68,8 @@ def test_no_name_of_the_site_survives_in_a_submission(tmp_path_factory, names):
             shutil.copy(path, run / name)
     recorded = (tmp / "other/experiment.yaml").read_text().replace("value: rehearsal", "value: trtllm")
     (run / "experiment.yaml").write_text(recorded)
+    (run / "user.conf").write_text("*.Server.target_qps = 13\n")
+    record(run)
     assert {key for key, _ in survivors(run, names)} == set(names)
     tree = export_submission(run, tmp / "tree", system).path
     assert survivors(tree, names) == set() and len(list(tree.rglob("job.sh"))) == 1
@@ -91,6 +93,16 @@ LINES = {
     "<td>/lustre/zcell/x</td>": "zcell",
     "/lustre/zproj/models_of_zanna/x": "zanna",
     "mail zora@zcorp.example": "zora",
+    "peer fd12:3456:789a::17 port 5000": "fd12:3456:789a::17",
+    "link fe80::1ff:fe23:4567:890a%ib0": "fe80::1ff",
+    "listening on [2001:db8:0:1:1:1:1:1]:8000": "2001:db8",
+    "ether 3c:ec:ef:12:34:56 txqueuelen": "3c:ec:ef:12:34:56",
+    "node_guid: 0c42:a103:0012:3456": "0c42:a103",
+    "port GUID 0x0c42a10300123456": "0c42a103",
+    "GPU 0: NVIDIA GB200 (UUID: GPU-01234567-89ab-cdef-0123-456789abcdef)": "89ab-cdef",
+    "docker://registry.zcorp.example/team/x:1": "zcorp",
+    "--container-image=images.zcorp.example#team/x:1": "zcorp",
+    "account=zacct7": "zacct7",
     "File '/Users/zuser/x.py'": "zuser",
 }
 
@@ -107,13 +119,21 @@ def test_forms_in_which_names_stand_in_logs_are_replaced(tmp_path, line):
     "line",
     ["POST http://127.0.0.1:8000/v1/completions 200", "GET /health 200", "TRT_VER=10.11.0.33", "use_token_latencies: true",
      "time 3/4 of 10/20", "first_token_latency = 4500000000", "*.Server.target_qps = 3.85", "a/b/c is relative", "token: null",
-     "</p></div>", "https://w3id.org/ro/crate/1.1", "tokens: 123456789", "[TRT-LLM] [I] rank 0 of node 3"],
+     "</p></div>", "https://w3id.org/ro/crate/1.1", "tokens: 123456789", "12:34:56 01:02:03", "x[1::2]", "std::vector", "nvcr.io/nvidia/x:1", "[TRT-LLM] [I] rank 0 of node 3"],
 )  # fmt: skip
 def test_ordinary_lines_stay_as_they_are(tmp_path, line):
     run = make_site_run(tmp_path / "run", site())
     (run / "logs/more.log").write_text(line + "\n")
     export_crate(run, tmp_path / "crate")
     assert (tmp_path / "crate/logs/more.log").read_text() == line + "\n"
+
+
+def test_names_of_two_letters_are_replaced(tmp_path):
+    run = make_site_run(tmp_path / "run", site(user="qz", account="xy"))
+    (run / "logs/more.log").write_text("qz started it for xy; in ms\n")
+    export_crate(run, tmp_path / "crate")
+    text = (tmp_path / "crate/logs/more.log").read_text()
+    assert "qz" not in text and "xy" not in text and "; in ms" in text
 
 
 def test_redacted_files_are_still_json_yaml_and_jsonl(tmp_path):
