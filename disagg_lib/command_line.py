@@ -170,7 +170,16 @@ def calibrate(runs, out):
     is_flag=True,
     help="Rebuild each run's tables and figures from its raw logs and compare digests.",
 )
-def results(folders, csv_file, recompute):
+@click.option(
+    "--source",
+    type=click.Choice(["measured", "published"]),
+    help="Assert it where nobody states it; the row says so.",
+)
+@click.option(
+    "--round", "round_", metavar="vN.M", help="The round to judge by; default: what the run claims."
+)
+@click.option("--division", type=click.Choice(["closed", "open"]), help="The division to judge by.")
+def results(folders, csv_file, recompute, source, round_, division):
     """Print one row for each run folder (its path, or its name in results/) or LoadGen log folder."""
     from .results.rows import format_table, runs_table
     from .run.folder import RESULTS
@@ -178,7 +187,7 @@ def results(folders, csv_file, recompute):
     folders = [
         name if Path(name).exists() or not (RESULTS / name).is_dir() else RESULTS / name for name in folders
     ]
-    table = runs_table(folders)
+    table = runs_table(folders, source, round=round_, division=division)
     _write_csv(table, csv_file)
     click.echo(format_table(table))
     wrong = bool((table["error"].fillna("") != "").any())
@@ -243,7 +252,7 @@ def evaluate(run_dir, dataset, tokenizer, trust_dataset):
     "--submission",
     type=click.Path(),
     metavar="DEST",
-    help="The MLPerf v5.1 submission tree of a measured run.",
+    help="The MLPerf submission tree of a measured run, new or one that another scenario goes into.",
 )
 @click.option(
     "--system",

@@ -100,6 +100,7 @@ def figure_interactivity(table) -> Figure:
         "rehearsed": ("s", ORANGE),
         "simulated": ("^", MID),
         "published": ("x", INK),
+        "unstated": ("D", LIGHT),
     }
     for (source, scenario), rows in placed.groupby(["source", "scenario"], sort=True):
         (marker, colour), solid = marks[source], scenario == "Interactive"

@@ -106,7 +106,7 @@ def run_row(run_dir: Path | str, source: str | None = None, **asserted: str | No
         "submitter": known[1] or system.get("submitter", ""),
         "system": known[3] or system.get("system_name") or str(files.parameters.get("system_name") or ""),
         "model": known[4] or claim.model,
-        "accelerator": system.get("accelerator_model_name", ""),
+        "accelerator": system.get("accelerator_model_name") or str(files.parameters.get("gpu_system") or "").upper(),
         "accelerators_total": gpus,
         "nodes": nodes,
         "scenario": claim.scenario,

@@ -54,7 +54,7 @@ def simulate_table(e: Experiment, seeds: Sequence[int]) -> pd.DataFrame:
         for seed in seeds:
             row = summarise(simulate(deployment, _load(e, seed), lengths))
             settings = {"topology": plan.layout_of(deployment), "prompt_lengths": name, "seed": seed}
-            verdict = {"loadgen_valid": "VALID" if row["valid"] else "INVALID", "submittable": False}
+            verdict = {"loadgen_valid": "VALID" if row["valid"] else "INVALID", "submittable": "no"}
             rows.append(settings | row | verdict)
     return pd.DataFrame(rows)
 
@@ -122,7 +122,7 @@ def plan_table(ranked: Sequence[plan.PlanRow]) -> pd.DataFrame:
     rows = []
     for rank, row in enumerate(ranked, 1):
         values, valid = row.as_dict(), row.p_valid >= 0.5
-        verdict = {"loadgen_valid": "VALID" if valid else "INVALID", "valid": valid, "submittable": False}
+        verdict = {"loadgen_valid": "VALID" if valid else "INVALID", "valid": valid, "submittable": "no"}
         rows.append({"topology": values.pop("layout"), "rank": rank, **values, **verdict})
     return pd.DataFrame(rows)
 

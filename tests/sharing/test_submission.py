@@ -226,7 +226,7 @@ def test_a_server_behind_a_network_is_no_closed_submission(tmp_path):
     ):
         (run / file).write_text((run / file).read_text().replace("trtllm", "external"))
     set_json(run / "job/settings.json", endpoint_url="https://llm.example.org/v1")
-    record(run)
+    record(run, engine="external")
     with pytest.raises(
         ExportError, match="llm.example.org over a network; closed wants LoadGen on the system"
     ):
