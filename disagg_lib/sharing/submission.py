@@ -14,6 +14,7 @@ import yaml
 
 from ..errors import ExportError, SecretError
 from ..files import read_json
+from ..results.found import folder_source
 from ..results.logs import ACCURACY, DETAIL, SUMMARY
 from ..results.rounds import load_rules
 from ..results.rows import RunResult, read_result
@@ -77,8 +78,10 @@ def export_submission(run_dir: Path | str, dest: Path | str, system: Path | str)
 
     Source: facts of this project on the tree, found with the official checkers of v5.1.1 and of 2026.
     """
-    fields = _system_fields(Path(system))
     run = gather(run_dir)
+    if (source := folder_source(run.folder)) != "measured":
+        raise ExportError(f"{run.folder}: its source is {source}; needed: measured")
+    fields = _system_fields(Path(system))
     result = read_result(run.folder, division=fields["division"])
     _refuse(run, result, fields, Path(system))
     public = {str(value) for value in fields.values()}  # a submission names its submitter and its system
@@ -99,8 +102,6 @@ def export_submission(run_dir: Path | str, dest: Path | str, system: Path | str)
 def _refuse(run: GatheredRun, result: RunResult, fields: dict, system: Path) -> None:
     """Raise for what is no submission, or contradicts itself."""
     verdict, settings = result.verdict, result.files.settings
-    if verdict.claim.source != "measured":
-        raise ExportError(f"{run.folder}: its source is {verdict.claim.source}; needed: measured")
     if edited := edited_files(run.folder):
         raise ExportError(
             f"{run.folder / edited[0]}: differs from what manifest.json or job/digests.json recorded"
