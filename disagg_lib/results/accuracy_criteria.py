@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from .accuracy_log import AccuracyScores
-from .criteria import APART, FAIL, NOT_JUDGED, Claim, Criterion, held
-from .logs import NAN, MlperfRun
+from .criteria import APART, FAIL, NOT_JUDGED, Claim, Criterion, held, located
+from .logs import DETAIL, NAN, MlperfRun
 from .rounds import load_rules
 
 
@@ -25,10 +25,14 @@ class AccuracyHalf:
 
 def accuracy_checks(run: MlperfRun, claim: Claim, model: dict, half: AccuracyHalf) -> Iterator[Criterion]:
     """Every check on the accuracy half; what is absent is not judged, by name."""
+    return located("accuracy/accuracy.txt", _all_checks(run, claim, model, half))
+
+
+def _all_checks(run: MlperfRun, claim: Claim, model: dict, half: AccuracyHalf) -> Iterator[Criterion]:
     for name, error in half.errors.items():
         yield held(name, False, "unreadable", "readable", error)
     if half.run:
-        yield from _log_checks(run, claim, model, half.run)
+        yield from located(f"accuracy/{DETAIL}", _log_checks(run, claim, model, half.run))
     yield from _score_checks(claim, model, half.scores)
     if half.scores:
         yield from _count_checks(run, model, half.scores)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from .logs import NAN, PERCENTILES, MlperfRun
@@ -41,6 +41,7 @@ class Criterion:
     limit: float | str
     unit: str
     advice: str
+    file: str = ""  # that holds the figure
 
     @property
     def margin(self) -> float:
@@ -54,6 +55,11 @@ def held(name: str, good: bool, figure: float | str, limit: float | str, advice:
     """A figure held against a limit; unit and advice are those of data/rounds.yaml unless better ones are given."""
     unit, todo = load_rules()["checks"].get(name, ("", ""))
     return Criterion(name, PASS if good else FAIL, figure, limit, unit, advice or todo)
+
+
+def located(file: str, checks: Iterable[Criterion]) -> Iterator[Criterion]:
+    """The same checks, which say what file their figure is of."""
+    return (check if check.file else replace(check, file=file) for check in checks)
 
 
 def _flag(name: str, on: bool) -> Criterion:

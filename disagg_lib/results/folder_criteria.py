@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..files import sha256
 from .accuracy_log import AccuracyScores
-from .criteria import CLAIMED, FAIL, NOT_JUDGED, ROUNDED, Claim, Criterion, held
+from .criteria import CLAIMED, FAIL, NOT_JUDGED, ROUNDED, Claim, Criterion, held, located
 from .found import RunFiles
 from .logs import MlperfRun
 from .rounds import load_rules
@@ -26,17 +26,17 @@ def folder_checks(
 ) -> Iterator[Criterion]:
     """Every check on the files beside the logs, as far as there are any."""
     for mode, client in files.clients.items():
-        yield from _client_failures(mode, client)
+        yield from located(f"job/client_{mode}.json", _client_failures(mode, client))
     if client := files.clients.get("performance"):
-        yield from _client_counts(run, client)
-    yield from _engine(files)
+        yield from located("job/client_performance.json", _client_counts(run, client))
+    yield from located("job/settings.json", _engine(files))
     if claim.source in CLAIMED:
-        yield from _absent_files(files)
+        yield from located("the run folder", _absent_files(files))
     if files.parameters:  # published ones may be of another run than the log, and were accepted
-        yield from _user_conf(run, claim, files.base / "user.conf")
-    yield from _digests(files)
-    yield from _written_scores(files, scores)
-    yield from _test06(files.base / VERIFIED, claim)
+        yield from located("user.conf", _user_conf(run, claim, files.base / "user.conf"))
+    yield from located(RECORD, _digests(files))
+    yield from located("accuracy/accuracy.txt", _written_scores(files, scores))
+    yield from located(VERIFIED, _test06(files.base / VERIFIED, claim))
 
 
 def _test06(verified: Path, claim: Claim) -> Iterator[Criterion]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import urllib.parse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,12 @@ def asserted_source(files: RunFiles, source: str | None) -> tuple[str, str]:
     if source == "measured" and stated in ("rehearsed", "simulated"):
         raise ClaimError(f"{files.folder}: found source {stated} ({by}); asserted is measured. Leave --source out")
     return source, "asserted with --source"
+
+
+def network_host(settings: Mapping) -> str:
+    """The host of `engine: external` that LoadGen reaches over a network; "" for one on its own machine, or none."""
+    host = urllib.parse.urlsplit(str(settings.get("endpoint_url") or "")).hostname or ""
+    return "" if settings.get("engine") != "external" or host in ("127.0.0.1", "localhost", "::1") else host
 
 
 def folder_source(run_dir: Path | str) -> str:

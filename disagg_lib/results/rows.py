@@ -223,9 +223,9 @@ def table_cells(table: pd.DataFrame) -> list[list[str]]:
 
 
 def row_name(row: dict) -> str:
-    """What tells a row from others: the folder's name; in a published tree, where that is the scenario, who and on what."""
+    """What tells a row from others: the folder's name, or of a published run who, on what, which model and scenario."""
     name = Path(str(row["folder"])).name or str(row["folder"])
-    return f"{row['submitter']} {row['system']} {row['model']} {name}" if row["submitter"] and row["source"] == "published" else name
+    return f"{row['submitter']} {row['system']} {row['model']} {row['scenario']}" if row["submitter"] and row["source"] == "published" else name
 
 
 def format_table(table: pd.DataFrame) -> str:

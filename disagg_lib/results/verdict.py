@@ -24,12 +24,13 @@ from .criteria import (
     count_checks,
     latency_checks,
     loadgen_checks,
+    located,
     setting_checks,
     token_latency_checks,
 )
 from .folder_criteria import folder_checks
-from .found import RunFiles
-from .logs import MlperfRun
+from .found import RunFiles, network_host
+from .logs import DETAIL, MlperfRun
 from .rounds import load_rules
 
 #: what a rehearsal leaves short so that it ends in minutes
@@ -91,11 +92,12 @@ def judge(
     makers = token_latency_checks, claim_checks, setting_checks, count_checks, latency_checks, loadgen_checks
     model, accuracy = rules["models"].get(claim.model, {}), accuracy or AccuracyHalf()
     found = [check for make in makers for check in make(run, claim, rules["rounds"][claim.round], model)]
+    found = list(located(f"{run.log_dir.name}/{DETAIL}", found))
     found += folder_checks(run, claim, files, accuracy.scores) if files else []
     found += accuracy_checks(run, claim, model, accuracy)
     checks = tuple(_soften(check, claim) for check in found)
-    client = files.clients.get("performance", {}) if files else {}
-    return Verdict(claim, checks, run.loadgen_valid, _suggest(run, checks), _client_words(client))
+    note = _client_words(files.clients.get("performance", {})) + _network_words(files) if files else ""
+    return Verdict(claim, checks, run.loadgen_valid, _suggest(run, checks), note.strip())
 
 
 def _soften(check: Criterion, claim: Claim) -> Criterion:
@@ -132,6 +134,12 @@ def _client_words(client: Mapping) -> str:
     return " ".join(words)
 
 
+def _network_words(files: RunFiles) -> str:
+    """Says which division a run is of, if LoadGen reached its server over a network."""
+    host = network_host(files.settings)
+    return f" LoadGen reached {host} over a network: such a run is of the network division, or of open." if host else ""
+
+
 def _suggest(run: MlperfRun, checks: tuple[Criterion, ...]) -> str:
     """A first guess at the load, from how far the worst latency is over its limit; "" where none is due."""
     gated = ("ttft_p99", "tpot_p99")
@@ -154,7 +162,7 @@ def _sentences(verdict: Verdict) -> Iterator[str]:
     word = {True: "VALID", False: "INVALID", None: "NOT JUDGED: no whole rules for this model"}[verdict.valid]
     yield f"{word} ({what}; LoadGen's own word: {verdict.loadgen_valid or 'none'})."
     for check in verdict.failed:
-        yield f"  {check.name}: {_figures(check)}. {check.advice}"
+        yield f"  {check.name}: {_figures(check)}, {check.file}. {check.advice}"
     if verdict.suggestion:
         yield f"  {verdict.suggestion}"
     if verdict.note:

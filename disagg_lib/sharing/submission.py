@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import re
-import urllib.parse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import yaml
 
 from ..errors import ExportError, SecretError
 from ..files import read_json
-from ..results.found import folder_source
+from ..results.found import folder_source, network_host
 from ..results.logs import ACCURACY, DETAIL, SUMMARY
 from ..results.rounds import load_rules
 from ..results.rows import RunResult, read_result
@@ -116,10 +115,9 @@ def _refuse(run: GatheredRun, result: RunResult, fields: dict, system: Path) -> 
             raise ExportError(
                 f"{system}: {field}: found {fields[field]}; the run's job/settings.json says {settings[key]}"
             )
-    host = urllib.parse.urlsplit(str(settings.get("endpoint_url") or "")).hostname
-    if external and fields["division"] == "closed" and host not in ("127.0.0.1", "localhost", "::1"):
+    if (host := network_host(settings)) and fields["division"] == "closed":
         raise ExportError(
-            f"{run.folder}: engine: external, LoadGen reached {host or 'its server'} over a network; closed wants LoadGen on the "
+            f"{run.folder}: engine: external, LoadGen reached {host} over a network; closed wants LoadGen on the "
             "system under test. Over a network it is the network division, which is not written here, or open"
         )
 

@@ -189,7 +189,7 @@ def words_of(folder):
         assert str(folder) in str(error)
         return {error.case}, ""
     found = [*verdict.failed, *verdict.not_judged]
-    assert all(check.advice for check in found) and all(check.name in verdict.text() for check in found)
+    assert all(check.advice and check.file for check in found) and all(check.name in verdict.text() for check in found)
     return {check.name for check in found} | {verdict.claim.source}, verdict.submittable
 
 
