@@ -77,5 +77,6 @@ def settings_of(e: Experiment) -> dict:
             "stall_timeout_s": e.stall_timeout_s + 60,
             # Opened before the run. Somebody else's server may keep a thread for each.
             "connections": 8 if e.engine == "external" else 64,
+            "test_modes": list(e.test_modes),
         },
     }
