@@ -10,13 +10,13 @@ from disagg_lib.job import warmup
 
 
 def test_warm_up_ends_once_two_waves_are_alike_and_leaves_nothing_that_counts(tmp_path):
-    run = make_run(tmp_path / "run", qps=2000)
+    run = make_run(tmp_path / "run", qps=400)
     with Server(step_s=0.02) as server:
         done, result = run_client(run, server.url, "warmup")
     waves = result["waves"]
     assert done.returncode == 0 and result["stable"], done.stdout + done.stderr
     assert waves[0]["requests"] == warmup.FEWEST_OPEN < waves[-1]["requests"] == waves[-2]["requests"]
-    assert 200 < waves[-1]["requests"] < 800  # 2000/s, each open for 0.1 to 0.2 s and more
+    assert 30 < waves[-1]["requests"] < 300  # 400/s, each open for 0.1 to 0.2 s and more
     assert sum(wave["requests"] for wave in waves) == server.asked
     assert not (run / "mlperf").exists() and not list(run.glob("job/queries*"))
     lines = [json.loads(line) for line in (run / "job/progress.jsonl").read_text().splitlines()]
