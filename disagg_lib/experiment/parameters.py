@@ -15,8 +15,8 @@ SLURM_WORD = r"^[A-Za-z0-9][A-Za-z0-9_.,@+-]*$"
 # Without user and query: secrets stand there.
 ENDPOINT_URL = r"^https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./-]*)?$"
 FAULTS = (
-    r"^(none|crash_loading(:\w+)?|crash_midrun(:\w+(:\d+)?)?|health_503|no_tokens|slow_tokens|"
-    r"truncated_stream(:\d+)?)$"
+    r"^(none|crash_loading(_quiet)?(:\w+)?|(crash_midrun(_quiet)?|gen_refuses)(:\w+(:\d+)?)?|no_request_id|"
+    r"health_503|no_tokens|slow_tokens|no_detokenize|(truncated_stream|eos_first)(:\d+)?)$"
 )
 
 

@@ -24,7 +24,14 @@ GENERATION = {
     "kv_cache_dtype": "fp8", "use_cuda_graph": True, "cuda_graph_padding_enabled": True,
     "cuda_graph_batch_sizes": [1, 2, 4, 8], "print_iter_log": True, "enable_iter_perf_stats": True,
 }  # fmt: skip
-STREAM = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 5, "min_tokens": 5, "stream": True}
+STREAM = {
+    "model": "m",
+    "prompt": [1, 2, 3],
+    "max_tokens": 5,
+    "min_tokens": 5,
+    "stream": True,
+    "detokenize": False,
+}
 
 
 def free_ports(count):
@@ -165,4 +172,4 @@ def events(content):
 
 
 def token_ids(content):
-    return [i for event in events(content)[0] for c in event["choices"] for i in c.get("token_ids", [])]
+    return [i for event in events(content)[0] for c in event["choices"] for i in c["token_ids"]]
