@@ -152,7 +152,9 @@ def test_a_server_that_is_already_up_is_measured(tmp_path, endpoint):
         (run / "job/settings.json").write_text(json.dumps(settings))
         state = finish(run)
     assert (state.state, state.reason) == ("done", "")
-    assert {body["model"] for body in server.bodies} == {"mine"} and server.asked == 60 + 20 + 1
+    assert {body["model"] for body in server.bodies} == {
+        "mine"
+    } and server.asked == 60 + 20 + 2  # ready, and how ids come
     assert {head.split(b" ")[1].decode() for head in server.heads} == {endpoint}
     key = "messages" if "chat" in endpoint else "prompt"
     assert all(key in body for body in server.bodies)
