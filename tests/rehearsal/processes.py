@@ -147,7 +147,8 @@ def nested_job(folder, context=None, environment=None, ready=True):
         for name, port, role in (("ctx", ports[1], "context"), ("gen", ports[2], "generation")):
             job.start(name, "/models/llama", "--host", "127.0.0.1", "--port", port, "--tp_size", 4, "--pp_size", 1,
                       "--max_batch_size", 128, "--max_num_tokens", 4096, "--max_seq_len", 22016,
-                      "--extra_llm_api_options", folder / f"config.{name}.yaml", "--server_role", role)  # fmt: skip
+                      "--extra_llm_api_options", folder / f"config.{name}.yaml", "--server_role", role,
+                      REHEARSAL_SERVER_NAME=f"{name}0")  # fmt: skip
         job.start("orchestrator", "disaggregated", "-c", folder / "config.yaml", "-t", 10, "-r", 30)
         if ready:
             job.wait_for("orchestrator", "ready on")
