@@ -22,13 +22,21 @@ def topology_table(e: Experiment) -> pd.DataFrame:
 
 
 def phases_table(run: Path) -> pd.DataFrame:
-    """One row a phase of the run's job: phase, began_s (after the first), took_s (NaN for the last)."""
+    """One row a phase of the run's job: phase, began_s (after the first), took_s (NaN for the last), ids.
+
+    ids : the way in which a test mode's token ids came (`job/token_ids.py`), "text" if the tokenizer made them.
+    """
     rows = read_json_lines(run / "job/phases.jsonl")
     table = pd.DataFrame(rows, columns=["time_s", "phase"])
     began = table["time_s"] - table["time_s"].min()
-    return pd.DataFrame(
-        {"phase": table["phase"], "began_s": began.round(1), "took_s": began.diff(-1).abs().round(1)}
-    )
+    ids = [_ids_way(run, phase) if phase in ("accuracy", "test06") else "" for phase in table["phase"]]
+    took = began.diff(-1).abs().round(1)
+    return pd.DataFrame({"phase": table["phase"], "began_s": began.round(1), "took_s": took, "ids": ids})
+
+
+def _ids_way(run: Path, mode: str) -> str:
+    path = run / f"job/client_{mode}.json"
+    return (json.loads(path.read_text()).get("ids") or "") if path.is_file() else ""
 
 
 def search_table(run: Path) -> pd.DataFrame:

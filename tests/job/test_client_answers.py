@@ -8,6 +8,8 @@ from endpoint import Server
 from scripted import END_ID, Scripted, answer, tensorrt, text_only, vllm
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from disagg_lib.run.tables import phases_table
+
 
 @pytest.fixture
 def tokenizer(tmp_path):
@@ -38,6 +40,16 @@ def test_answers_of_one_token_and_the_end_have_both_ids_whichever_way(tmp_path, 
     assert done.returncode == 0, done.stdout + done.stderr
     assert result["ids"] == way and error_lines(run, mode) == []
     assert {(tuple(ids), count) for ids, count in logged(run, mode)} == {((1007, END_ID), 2)}
+
+
+def test_the_table_of_phases_says_which_way_ids_came(tmp_path):
+    run = make_run(tmp_path / "run")
+    with Scripted(tensorrt) as server:
+        run_client(run, server.url, "accuracy")
+    phases = ["ready", "accuracy", "failed: " + 400 * "x"]
+    lines = [json.dumps({"time_s": float(n), "phase": phase}) + "\n" for n, phase in enumerate(phases)]
+    (run / "job/phases.jsonl").write_text("".join(lines))
+    assert list(phases_table(run)["ids"]) == ["", "detokenize", ""]
 
 
 def test_ids_need_no_tokenizer_where_the_server_sends_them(tmp_path):
