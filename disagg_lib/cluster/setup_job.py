@@ -43,10 +43,11 @@ fail() { echo "$*"; exit 1; }
 
 def job_header(e: Experiment, kind: str, time_limit: str, gpus: bool = True, **options: str) -> str:
     options = {"job-name": f"disagg_setup_{kind}", "nodes": "1", "ntasks": "1", "time": time_limit} | options
-    if gpus and e.engine != "external":
+    if gpus and e.request_gpus and e.engine != "external":
         options["gpus-per-node"] = str(e.gpus_per_node)
     options |= {key: value for key in ("partition", "account") if (value := getattr(e, key))}
     lines = [f"#SBATCH --{key}={value}".removesuffix("=") for key, value in options.items()]
+    lines += [f"#SBATCH {option}" for option in e.sbatch_options]
     return "\n".join(["#!/bin/bash", *lines, "#SBATCH --output=output.txt", "#SBATCH --no-requeue", PREAMBLE])
 
 

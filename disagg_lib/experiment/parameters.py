@@ -12,6 +12,35 @@ from .topology import Server, plan_servers
 
 MODEL_PATH_IN_SCRATCH = "models/Llama3.1-405B/fp4-quantized-modelopt/llama3.1-405b-instruct-hf-torch-fp4"  # the harness looks here
 SLURM_WORD = r"^[A-Za-z0-9][A-Za-z0-9_.,@+-]*$"
+SBATCH_OPTION = r"--([a-z][a-z-]+)(=[^\s#'\"\\]+)?"
+OUR_SBATCH_OPTIONS = [
+    "job-name",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "exclusive",
+    "mem",
+    "time",
+    "partition",
+    "account",
+    "output",
+    "error",
+    "open-mode",
+    "requeue",
+    "no-requeue",
+    "signal",
+    "segment",
+    "comment",
+    "array",
+    "chdir",
+    "export",
+    "wrap",
+    "parsable",
+    "test-only",
+    "wait",
+    "hold",
+]
 # Without user and query: secrets stand there.
 ENDPOINT_URL = r"^https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./-]*)?$"
 FAULTS = (
@@ -135,6 +164,16 @@ class Experiment(BaseModel):
     setup_jobs: Literal["none", "probe", "all"] = _parameter(
         "probe", "jobs of 00_setup: none, a look at one node, or also image and client where absent"
     )
+    mpi: Literal["pmix", "pmi2", "none"] = _parameter(
+        "pmix", "srun's --mpi; 00's probe says what yours offers"
+    )
+    request_gpus: bool = _parameter(True, "false: no --gpus-per-node, where Slurm does not manage the GPUs")
+    sbatch_options: tuple[str, ...] = _parameter(
+        (), "further sbatch options, such as --reservation; none that the job script sets"
+    )
+    load_stagger_s: int = _parameter(
+        5, "seconds between the starts of servers that share a node (dialect 1.x)", ge=0, le=600
+    )
     # the other ways to serve and to measure
     system_name: str | None = _parameter(None, "SYSTEM_NAME of the NVIDIA harness", pattern=r"^[\w.-]+$")
     harness_dir: str | None = _parameter(None, "path of closed/NVIDIA, for client: nvidia_harness")
@@ -179,6 +218,19 @@ class Experiment(BaseModel):
     def _modes(cls, value):
         if not value or len(set(value)) != len(value):
             raise ValueError("at least one of 'performance', 'accuracy' and 'test06', each once")
+        return value
+
+    @field_validator("sbatch_options")
+    @classmethod
+    def _options(cls, value):
+        for option in value:
+            match = re.fullmatch(SBATCH_OPTION, option)
+            if not match:
+                raise ValueError(f"--name or --name=value, without blanks and quotes, not {option!r}")
+            if match[1] in OUR_SBATCH_OPTIONS:
+                raise ValueError(
+                    f"none of the job script's own options, and --{match[1]} is one. Leave it out"
+                )
         return value
 
     @field_validator("endpoint_url")
@@ -251,9 +303,13 @@ def what_is_needed(name: str) -> str:
     field = Experiment.model_fields[name]
     kind, options = parameter_kind(name)
     limits = {type(m).__name__: m for m in field.metadata}
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[
-        kind if kind is not list else str
-    ]
+    words = {
+        list: "a list of text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+    }[kind]
     if options:
         listed = ", ".join(repr(option) for option in options)
         words = f"a list of {listed}" if kind is list else f"one of {listed}"

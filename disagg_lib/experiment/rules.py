@@ -1,5 +1,6 @@
 """What several parameters owe each other: each rule yields a sentence for what is broken."""
 
+import re
 from collections.abc import Iterator
 
 from ..errors import ParameterError, TopologyError
@@ -14,7 +15,12 @@ def check_together(e: Experiment) -> None:
     ------
     ParameterError, TopologyError : the first that is broken.
     """
-    rules = {_engine: ParameterError, _harness: ParameterError, _search: ParameterError}
+    rules = {
+        _engine: ParameterError,
+        _paths: ParameterError,
+        _harness: ParameterError,
+        _search: ParameterError,
+    }
     if e.engine != "external":
         rules |= {_divisors: TopologyError, _claims: TopologyError, _placement: ParameterError}
     for rule, kind in rules.items():
@@ -23,13 +29,30 @@ def check_together(e: Experiment) -> None:
 
 
 def _engine(e: Experiment) -> Iterator[str]:
-    if e.engine == "rehearsal" and e.container != "none":
-        yield "container: found 'pyxis' with engine: rehearsal, which runs outside containers. Set container: none"
     if e.engine == "external" and e.endpoint_url is None:
         yield "endpoint_url: not given, but engine: external measures the server behind it. Set endpoint_url"
     if e.trtllm_dialect == "1.x" and e.kv_transfer_backend == "MPI":
         why = "each server is a step of its own and no MPI world joins them"
         yield f"kv_transfer_backend: found 'MPI' in dialect 1.x, where {why}. Use NIXL or UCX"
+
+
+# pyxis writes mounts and paths into a shell text of its own, between double quotes; of an image's name it keeps the words.
+PLAIN_PATH = r"[A-Za-z0-9_./+@=~-]+"
+_PLAIN = {
+    "container_mounts": f"{PLAIN_PATH}([:,]{PLAIN_PATH})*",
+    "container_image": r"[A-Za-z0-9_./+@=~:#-]+",
+    "work_dir": PLAIN_PATH,
+}
+
+
+def _paths(e: Experiment) -> Iterator[str]:
+    for key, plain in _PLAIN.items() if e.container == "pyxis" else ():
+        if not re.fullmatch(plain, getattr(e, key) or "x"):
+            why = "pyxis would expand other characters than letters, digits and _./+@=~-"
+            yield f"{key}: found {getattr(e, key)!r}; {why}. Use a plain path"
+    if e.engine == "trtllm" and e.trtllm_dialect == "1.x" and re.search(r"\s", e.model_path):
+        key = "model_dir" if e.model_dir else "scratch_dir"
+        yield f"{key}: found {getattr(e, key)!r}; trtllm-llmapi-launch splits its command at blanks. Use a plain path"
 
 
 def _harness(e: Experiment) -> Iterator[str]:

@@ -45,6 +45,7 @@ def settings_of(e: Experiment) -> dict:
         "time_limit_s": e.time_limit_s,
         "load_timeout_s": e.load_timeout_s,
         "stall_timeout_s": e.stall_timeout_s,
+        "error_grace_s": 60,  # from an error in a loading server's log on, without another line and without /health
         "servers": [{name: getattr(server, name) for name in _OF_A_SERVER} for server in e.servers],
         "find_target_qps": {
             "low_qps": e.search_bounds_qps[0],
