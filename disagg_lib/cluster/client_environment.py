@@ -11,8 +11,7 @@ from ..errors import JobError, SetupError
 from ..experiment.parameters import Experiment
 from ..experiment.rules import PLAIN_PATH
 from ..files import sha256
-from ..run.made_with import cite_client
-from .machine import pinned_versions
+from ..run.made_with import cite_client, pinned_versions
 from .setup_job import failed_row, job_header, require_given, run_setup_job
 
 CLIENT_PACKAGES = ("mlcommons-loadgen", "numpy", "uvloop")

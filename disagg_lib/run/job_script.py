@@ -38,9 +38,25 @@ def _variables(e: Experiment) -> dict[str, str]:
     if e.trtllm_dialect == "v5.1":
         # This release chooses the KV transport by environment alone.
         variables |= {f"TRTLLM_USE_{e.transfer_backend}_KVCACHE": "1", "TRTLLM_MNNVL_AR_ENABLED": "1"}
-        if e.container == "pyxis" and e.work_dir:  # its TensorRT-LLM lives in the mounted tree
-            variables["PYTHONPATH"] = f"{e.work_dir}/.llm_aarch64/lib/python3.12/site-packages"
+        if path := tensorrt_llm_path(e):
+            variables["PYTHONPATH"] = path
     return variables
+
+
+def tensorrt_llm_path(e: Experiment) -> str | None:
+    """Where v5.1's TensorRT-LLM lies in the container: in the mounted tree, which the image does not hold."""
+    mounted = e.container == "pyxis" and e.trtllm_dialect == "v5.1" and e.work_dir
+    return f"{e.work_dir}/.llm_aarch64/lib/python3.12/site-packages" if mounted else None
+
+
+def container_options(e: Experiment) -> list[str]:
+    """srun's options for a container as the job's, but for its name and the run folder's mount."""
+    options = {"image": e.container_image, "mounts": e.container_mounts, "workdir": e.work_dir}
+    return [f"--container-{name}={value}" for name, value in options.items() if value] + [
+        # Root inside is not who the job is outside: PMIx would refuse each rank.
+        "--no-container-remap-root",
+        "--container-mount-home",
+    ]
 
 
 _HARNESS_CONSTANTS = {

@@ -30,6 +30,8 @@ GOOD = {
     "path /scratch": "readable",
     "scratch": "writable",
     "free_kb": "900000000",
+    "mpi": "MPI plugin types are... none pmi2 pmix",
+    "tensorrt_llm": "1.0.0rc4",
     "end": "",
 }
 
@@ -294,6 +296,7 @@ def test_a_setup_job_that_fails_says_its_last_lines(tmp_path):
         )
 
 
+SPEAKS = "TensorRT-LLM in the container, {}: trtllm_dialect is {}"
 SPANS = "one NVLink domain (a server spans several nodes)"
 
 
@@ -320,6 +323,14 @@ def test_a_good_node_meets_every_requirement():
         ({"scratch": "mktemp: permission denied"}, {}, "scratch_dir is writable"),
         ({"free_kb": ""}, {}, "1 GB free in scratch_dir"),
         ({"python3": "bash: python3: command not found"}, {}, "python3 3.8 or newer"),
+        ({"mpi": "MPI plugin types are... none pmi2"}, {}, "srun offers --mpi=pmix"),
+        ({"tensorrt_llm": "1.2.0"}, {}, SPEAKS.format("of MLPerf v5.1 (0.20 to 1.0)", "v5.1")),
+        ({"tensorrt_llm": "1.1.0"}, {"trtllm_dialect": "1.x"}, SPEAKS.format("1.2 or newer", "1.x")),
+        (
+            {"tensorrt_llm": "ModuleNotFoundError: No module named"},
+            {},
+            SPEAKS.format("of MLPerf v5.1 (0.20 to 1.0)", "v5.1"),
+        ),
         ({"fabric": "a 1 a 1 a 2 a 2"}, {"gen_tp_size": 8}, SPANS),
         ({"fabric": "N/A N/A N/A N/A"}, {"gen_tp_size": 8}, SPANS),
         ({"fabric": "0 00000000-0000-0000-0000-000000000000"}, {"gen_tp_size": 8}, SPANS),
@@ -328,6 +339,31 @@ def test_a_good_node_meets_every_requirement():
 )
 def test_each_lack_of_a_node_is_found(found, given, requirement):
     assert unmet(found, **given) == ["on gb01: " + requirement]
+
+
+def test_the_probe_looks_inside_the_image_as_the_jobs_steps_will(site):
+    def srun(**given):
+        text = probe.probe_script(load_experiment((), {**site, **given}))
+        return next((line for line in text.splitlines() if "import tensorrt_llm" in line), "")
+
+    line = srun(work_dir="/work", mpi="pmi2")
+    assert f"srun --mpi=pmi2 --container-image={site['container_image']} --container-mounts=" in line
+    assert "--no-container-remap-root" in line and "PYTHONPATH=/work/.llm_aarch64/" in line
+    assert "PYTHONPATH" not in srun(work_dir="/work", trtllm_dialect="1.x")
+    assert srun(container="none") == srun(container_image=None) == ""
+
+
+def test_what_an_image_says_is_its_version_or_the_first_error(site, tmp_path):
+    e = load_experiment((), site)
+    look = probe._look_inside(e).replace(str(site["container_image"]), "x")
+    for said, found in (
+        ("[TensorRT-LLM] hello\ntensorrt_llm 1.2.0\nbye", "1.2.0"),
+        ("Traceback\nModuleNotFoundError: No module\nsrun: error: gb01", "ModuleNotFoundError: No module"),
+        ("odd\nend", "end"),
+    ):
+        (tmp_path / "said").write_text(said)
+        script = f'say() {{ echo "$2"; }}; srun() {{ cat {tmp_path}/said; }}\n{look}'
+        assert subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout == found + "\n"
 
 
 def test_a_probe_cut_short_is_refused(tmp_path):

@@ -83,6 +83,7 @@ def test_the_probe_of_a_node_without_gpus_and_pyxis_says_so(site):
         "4 GPUs (name, memory, driver)",
         "srun knows --container-image (pyxis)",
         "/no/such/folder is visible",
+        "TensorRT-LLM in the container, of MLPerf v5.1 (0.20 to 1.0): trtllm_dialect is v5.1",
     ]
 
 
