@@ -206,8 +206,6 @@ def experiment_checks(e: Experiment) -> list[Check]:
     checks += _container(e)
     if e.engine != "rehearsal" and e.client == "loadgen":
         checks += [_data_set(e), *_client(e)]
-        if e.dataset_path and {"accuracy", "test06"} & set(e.test_modes):
-            checks += _scoring(e)
     return checks + (_harness(e) if e.client == "nvidia_harness" else [])
 
 
@@ -314,8 +312,15 @@ def _data_set(e: Experiment) -> Check:
     return _rule("data_set", ok, found, level, prevents=prevents)
 
 
-def _scoring(e: Experiment) -> Iterator[Check]:
-    """What the accuracy run's score needs, looked at before the run: hours later it is missed."""
+def scoring_checks(e: Experiment) -> Iterator[Check]:
+    """What an accuracy run's score needs, looked at before the run, since hours later it is missed. Opens the data set."""
+    if (
+        e.engine == "rehearsal"
+        or e.client != "loadgen"
+        or not e.dataset_path
+        or "accuracy" not in e.test_modes
+    ):
+        return
     try:
         load_decoder(Path(e.model_path))
         tokens = json.loads((Path(e.model_path) / "tokenizer.json").read_text(encoding="utf-8"))
@@ -424,7 +429,7 @@ def _cluster_rules(e: Experiment, script: str) -> Iterator[Check]:
 
 def check_experiment(e: Experiment) -> list[Check]:
     """Every rule that can be checked from here, before anything is submitted."""
-    checks = experiment_checks(e)
+    checks = [*experiment_checks(e), *scoring_checks(e)]
     if e.launcher == "slurm":
         checks += [*_last_probe(e), *cluster_checks(e, make_job_script(e))]
     return checks

@@ -19,7 +19,8 @@ CLUSTER = {"engine": "trtllm", "launcher": "slurm", "container": "pyxis"}
 
 
 def unmet(experiment):
-    return {check.rule: check for check in preflight.experiment_checks(experiment) if not check.ok}
+    checks = [*preflight.experiment_checks(experiment), *preflight.scoring_checks(experiment)]
+    return {check.rule: check for check in checks if not check.ok}
 
 
 @pytest.fixture
