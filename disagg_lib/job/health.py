@@ -103,7 +103,7 @@ class Pulse:
 
 
 def refuse_silent():
-    """Failed: a server does not answer just now, which explains what its clients meet."""
+    """Failed: a server does not answer just now, which explains why the client failed."""
     for name, address in addresses().items():
         if http_status(*address) != 200:
             raise Failed(outside_cause(moment()[0]) or silence(name))

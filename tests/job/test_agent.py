@@ -64,45 +64,6 @@ def test_a_rank_is_quoted_alone(tmp_path):
     assert told(tmp_path / "log", mark="1:") == "1: RuntimeError: b | 1: end"
 
 
-def progress(run, **counts):
-    line = {
-        "mode": "performance",
-        "time_s": time.time(),
-        "done": 0,
-        "failed": 0,
-        "tokens": 0,
-        "outstanding": 5,
-    }
-    with (run / "job/progress.jsonl").open("a") as file:
-        file.write(json.dumps(line | counts) + "\n")
-
-
-def test_fifty_failures_in_a_row_end_a_run_and_forty_nine_do_not(room):
-    here = room()
-    here.settings(servers=[])
-    (here.run / "logs/mlperf_benchmark_performance.log").write_text(
-        "request failed: sample 3: cut: 0 events\n"
-    )
-    progress(here.run, done=7, failed=10, tokens=70)
-    watch = here.start("watch", "performance")
-    try:
-        time.sleep(1)
-        progress(here.run, done=7, failed=59, tokens=70)
-        time.sleep(1)
-        progress(here.run, done=8, failed=59, tokens=80)
-        time.sleep(1)
-        progress(here.run, done=8, failed=108, tokens=80)
-        time.sleep(1)
-        assert watch.poll() is None
-        progress(here.run, done=8, failed=109, tokens=80)
-        assert watch.wait(10) == 1
-    finally:
-        watch.kill()
-    assert here.reason == (
-        "50 requests in a row failed, after 8 that were served: request failed: sample 3: cut: 0 events"
-    )
-
-
 @pytest.fixture
 def node(room, tmp_path):
     """A node on which job 7 runs; job 6 has ended, job 8 has not; enroot keeps its containers in a folder."""

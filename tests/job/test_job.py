@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from endpoint import Server
+from test_client import Server
 
 from disagg_lib import errors
 from disagg_lib.cluster import follow, launch
@@ -37,6 +37,7 @@ PHASES = [
     "workers",
     "orchestrator",
     "ready",
+    "warmup",
     "performance",
     "accuracy",
     "teardown",
@@ -150,11 +151,13 @@ def test_a_server_that_is_already_up_is_measured(tmp_path, endpoint):
         settings = json.loads((run / "job/settings.json").read_text())
         settings["client"]["accuracy_sample_count"] = 20
         (run / "job/settings.json").write_text(json.dumps(settings))
+        lengths = (run / "job/lengths.csv").read_text()  # short answers, or a warm-up has many open at once
+        (run / "job/lengths.csv").write_text(re.sub(r",\d+$", ",5", lengths, flags=re.M))
         state = finish(run)
     assert (state.state, state.reason) == ("done", "")
-    assert {body["model"] for body in server.bodies} == {
-        "mine"
-    } and server.asked == 60 + 20 + 2  # ready, and how ids come
+    told = [json.loads((run / f"job/client_{mode}.json").read_text()) for mode in ("performance", "accuracy")]
+    assert [(result["issued"], result["done"]) for result in told] == [(60, 60), (20, 20)]
+    assert {body["model"] for body in server.bodies} == {"mine"}
     assert {head.split(b" ")[1].decode() for head in server.heads} == {endpoint}
     key = "messages" if "chat" in endpoint else "prompt"
     assert all(key in body for body in server.bodies)
@@ -303,7 +306,9 @@ def test_a_client_that_hangs_with_no_query_open_is_a_stall(tmp_path):
     wait(
         run,
         until=lambda state: (
-            state.ended or (state.progress and state.progress["done"] and not state.progress["outstanding"])
+            state.ended
+            or (state.phase == "performance" and state.progress["mode"] == "performance")
+            and (state.progress["done"] and not state.progress["outstanding"])
         ),
     )
     for process in processes_of(run):

@@ -38,7 +38,7 @@ def test_a_server_that_dies_quietly_while_loading_is_named_with_its_error(tmp_pa
     assert no_process_left(run)
 
 
-@pytest.mark.parametrize("qps", [40.0, 1.0])  # failures in a row tell, or the silence
+@pytest.mark.parametrize("qps", [40.0, 1.0])  # the client's failure leads to it, or the silence itself
 def test_a_server_that_dies_quietly_in_mid_run_is_named_by_its_silence(tmp_path, qps):
     run = make_quiet(
         tmp_path / "run", fault="crash_midrun:gen0:4", server_target_qps=qps, rehearsal_queries=400

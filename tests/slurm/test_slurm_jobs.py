@@ -19,6 +19,7 @@ PHASES = [
     "workers",
     "orchestrator",
     "ready",
+    "warmup",
     "performance",
     "accuracy",
     "teardown",
