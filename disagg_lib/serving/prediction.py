@@ -127,6 +127,16 @@ def plan_table(ranked: Sequence[plan.PlanRow]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+# CPU seconds of the real orchestrators: a request of 9400 ids, a streamed token (150 requests, Python 3.11, no uvloop).
+ORCHESTRATOR_CPU_S = {"v5.1": (19.3e-3, 21e-6), "1.x": (13.5e-3, 35e-6)}
+
+
+def orchestrator_cores(dialect: str, qps: float, output_tokens: float = 646) -> float:
+    """How much of a core TensorRT-LLM's own orchestrator takes at this load."""
+    a_request_s, a_token_s = ORCHESTRATOR_CPU_S[dialect]
+    return qps * (a_request_s + output_tokens * a_token_s)
+
+
 def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], seeds: Sequence[int] = range(4)) -> str:
     """What the ranking depends on (prompt spreads, PP, aggregated servers, calibration), and the choice as a params file."""
     best, notes = ranked[0], []
@@ -138,6 +148,9 @@ def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], seeds: Sequence[in
     if best.deployment.context.pp > 1:
         instead = f"{one_stage.layout} gives {one_stage.target_qps:.2f}" if one_stage else "nothing fits"
         notes.append(f"PP of context servers is unproven; measure it first. Without it {instead} queries/s")
+    if (cores := orchestrator_cores(e.trtllm_dialect, best.target_qps)) > 0.5:
+        why = f"{cores:.2f} of a core at {best.target_qps:.2f} queries/s, measured on another processor"
+        notes.append(f"The orchestrator is one Python process: {why}. Above about 0.8 it is the limit")
     # The two stacks are calibrated apart: these servers keep factors 1.
     together = plan.aggregated_alternative(
         replace(budget_of(e, gpus), calibration=calibrate.UNCALIBRATED), seeds
