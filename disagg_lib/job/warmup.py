@@ -125,9 +125,9 @@ async def until_alike(waves, smallest, wanted):
 
     smallest: requests of the first wave. wanted: function, a wave's mean latency in s -> requests of the next.
     """
-    size, sent, begin_s = smallest, [], time.perf_counter()
+    size, sent = smallest, []
     while len(sent) < MOST_WAVES:
-        if sent and time.perf_counter() - begin_s + sent[-1]["seconds"] > LIMIT_S:
+        if sent and sum(wave["seconds"] for wave in sent) + sent[-1]["seconds"] > LIMIT_S:
             break
         sent.append(await waves.send(size))
         wave = sent[-1]

@@ -34,7 +34,7 @@ def settings_of(e: Experiment) -> dict:
         data_set = {"kind": "synthetic", "lengths": "job/lengths.csv"}
     full_queries, full_s = performance_run(e)
     # Servers that send text alone: the client makes ids of it after an accuracy or TEST06 run.
-    has_model = e.engine == "trtllm" or (e.engine == "external" and e.model_dir)
+    has_model = e.engine == "trtllm" or e.model_dir
     return {
         "engine": e.engine,
         "launcher": e.launcher,

@@ -1,7 +1,11 @@
 """Warm-up: the client's own requests before the clock, counted as nothing."""
 
+import asyncio
+import itertools
 import json
+from types import SimpleNamespace
 
+import pytest
 from client_runs import LENGTHS, make_run, run_client
 from endpoint import Server
 from scripted import Scripted, tensorrt, text_only
@@ -85,3 +89,16 @@ def test_lengths_come_from_the_whole_data_set_which_is_ordered_by_task(tmp_path)
     )
     settings = {"data_set": {"kind": "synthetic", "lengths": "job/lengths.csv"}, "total_sample_count": 500}
     assert [pair[0] for pair in warmup.lengths_of(run, settings, 5)] == [1, 101, 201, 301, 401]
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(1.0, warmup.MOST_WAVES), (110.0, 2)])
+def test_warm_up_that_never_gets_steady_has_an_end(seconds, count):
+    class Unsteady:
+        recorder, numbers = SimpleNamespace(log=print), itertools.count(1)
+
+        async def send(self, size):
+            known = {"requests": size, "failed": 0, "seconds": seconds, "latency_mean_ms": 1.0}
+            return {**known, "tpot_mean_ms": 2.0 ** next(self.numbers)}
+
+    stable, waves = asyncio.run(warmup.until_alike(Unsteady(), 8, lambda latency_s: 8))
+    assert not stable and len(waves) == count
