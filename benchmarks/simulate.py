@@ -14,11 +14,11 @@ CODE = """
 import time
 started = time.perf_counter()
 from disagg_lib.serving.lengths import built_in_lengths
-from disagg_lib.serving.loadgen_rules import draw_load
+from disagg_lib.serving.loadgen_rules import random_load
 from disagg_lib.serving.plan import GRAPH_SIZES
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate
 deployment = Deployment("gb200", ServerGroup(14, 4), ServerGroup(4, 4, 1, 512, 512, GRAPH_SIZES))
-lengths, load = built_in_lengths(), draw_load(13.0, 1)
+lengths, load = built_in_lengths(), random_load(13.0, 1)
 simulate(deployment, load, lengths)
 ready = time.perf_counter() - started
 walls, cpus = [], []

@@ -119,6 +119,12 @@ class Experiment(BaseModel):
     )
     # the load
     server_target_qps: float = _parameter(3.85, "queries per second that LoadGen offers", gt=0, le=100_000)
+    min_query_count: int | None = _parameter(
+        None,
+        "queries at the least; not given: LoadGen's own, one permutation of the data set",
+        ge=1,
+        le=1_000_000,
+    )
     max_in_flight: int = _parameter(2048, "Offline: requests open at once", ge=1)
     dataset_path: str | None = _parameter(None, "the MLPerf pickle; not given: the synthetic data set")
     trust_dataset: bool = _parameter(False, "true: open a pickle of unknown checksum (a pickle can run code)")

@@ -3,6 +3,7 @@
 from ..experiment.parameters import Experiment
 from ..serving import lengths
 from ..serving.lengths import SAMPLE_COUNT
+from ..serving.loadgen_rules import seeds_of
 from .durations import MIN_DURATION_S, TEARDOWN_S, performance_run, runs_of
 
 
@@ -14,6 +15,8 @@ def user_conf_text(e: Experiment) -> str:
     """
     short = {"min_duration": 1, "min_query_count": e.rehearsal_queries, "sample_concatenate_permutation": 0}
     whole = {"min_duration": 1000 * MIN_DURATION_S, "performance_sample_count_override": SAMPLE_COUNT}
+    if e.min_query_count:
+        whole["min_query_count"] = e.min_query_count
     settings = {"target_qps": e.server_target_qps, **(short if e.shortened else whole)}
     return "".join(f"*.{loadgen_scenario(e)}.{name} = {value}\n" for name, value in settings.items())
 
@@ -65,6 +68,7 @@ def settings_of(e: Experiment) -> dict:
             "max_in_flight": e.max_in_flight if e.scenario == "Offline" else None,
             "tokenizer": f"{e.model_path}/tokenizer.json" if has_model else None,
             "user_conf": "user.conf",
+            "seeds": seeds_of(e.round),
             "total_sample_count": SAMPLE_COUNT,
             "accuracy_sample_count": e.rehearsal_accuracy_samples if e.shortened else SAMPLE_COUNT,
             "data_set": data_set,

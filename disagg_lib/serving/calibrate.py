@@ -15,7 +15,7 @@ import yaml
 from ..errors import CalibrationError
 from ..files import DATA
 from .lengths import LENGTHS, built_in_lengths
-from .loadgen_rules import Load, draw_load, percentile
+from .loadgen_rules import Load, percentile, random_load
 from .simulate import Deployment, simulate, summarise
 
 FIGURES = ("ttft_mean_ms", "ttft_p50_ms", "tpot_mean_ms", "tpot_p50_ms")
@@ -96,7 +96,7 @@ def predict(
 ) -> dict[str, float]:
     """Figures of a run as the model has them: the median over seeds (one recorded load needs no seeds)."""
     deployment = calibration.apply(run.deployment)
-    loads = [run.load] if run.load is not None else [draw_load(run.target_qps, seed) for seed in seeds]
+    loads = [run.load] if run.load is not None else [random_load(run.target_qps, seed) for seed in seeds]
     rows = [summarise(simulate(deployment, load, run.lengths)) for load in loads]
     return {name: float(np.median([row[name] for row in rows])) for name in names}
 

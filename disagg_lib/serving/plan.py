@@ -18,7 +18,7 @@ from . import rules
 from .calibrate import UNCALIBRATED, Calibration
 from .latency import read_table, server_shapes
 from .lengths import MAX_OUTPUT_TOKENS, built_in_lengths
-from .loadgen_rules import draw_load
+from .loadgen_rules import random_load
 from .simulate import INTERACTIVE_LIMITS_MS, Deployment, ServerGroup, simulate, summarise
 
 CONTEXT_TOKENS = (2048, 4096, 8192)
@@ -283,7 +283,7 @@ def highest_valid_qps(
     """
 
     def valid(qps: float) -> bool:
-        return summarise(simulate(deployment, draw_load(qps, seed), lengths), limits_ms)["valid"]
+        return summarise(simulate(deployment, random_load(qps, seed), lengths), limits_ms)["valid"]
 
     low = high = max(guess, 0.01)
     factor = 1.06  # bracket with growing steps: the guess is near, or it is nowhere near
@@ -362,7 +362,7 @@ def _row(budget: Budget, d: Deployment, seeds: Sequence[int], qps: np.ndarray) -
     lengths, limits_ms = budget.lengths, budget.limits_ms
     recommended = max(float(qps.min()), 0.01)  # 0: never VALID
     others = range(1000, 1000 + len(seeds))
-    rows = [summarise(simulate(d, draw_load(recommended, seed), lengths), limits_ms) for seed in others]
+    rows = [summarise(simulate(d, random_load(recommended, seed), lengths), limits_ms) for seed in others]
     names = "completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms", "context_utilisation"
     median = {name: float(np.median([row[name] for row in rows])) for name in names}
     guess = 0.9 * float(np.median(qps))

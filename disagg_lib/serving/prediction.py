@@ -12,7 +12,7 @@ from ..experiment.loading import load_experiment, load_recorded
 from ..experiment.parameters import Experiment
 from . import calibrate, plan
 from .lengths import data_set_lengths, shorten_outputs
-from .loadgen_rules import Load, draw_load
+from .loadgen_rules import Load, random_load
 from .simulate import Deployment, SimulatedRun, simulate, summarise
 
 PROMPT_CVS = (0.45, 0.35, 0.55)  # the built-in spread of prompt lengths, and the two reported beside it
@@ -35,8 +35,8 @@ def spreads(e: Experiment) -> list[tuple[str, np.ndarray]]:
 
 def _load(e: Experiment, seed: int) -> Load:
     if e.shortened:
-        return draw_load(e.server_target_qps, seed, 0.001, e.rehearsal_queries, equal_issue=False)
-    return draw_load(e.server_target_qps, seed)
+        return random_load(e.server_target_qps, seed, 0.001, e.rehearsal_queries, equal_issue=False)
+    return random_load(e.server_target_qps, seed)
 
 
 def simulate_table(e: Experiment, seeds: Sequence[int]) -> pd.DataFrame:

@@ -43,6 +43,14 @@ def test_interactive_limits_stand_in_the_log(clean_run):
     assert value(run, "requested_server_tpot_latency") == 80_000_000
 
 
+def test_a_claimed_rounds_seeds_stand_in_the_log(tmp_path):
+    with Server() as server:
+        done, _ = run_client(make_run(tmp_path / "run", 200, 20, seeds=[2**63 + 11, 12, 13]), server.url)
+    assert done.returncode == 0, done.stderr
+    names = [f"effective_{kind}_rng_seed" for kind in ("qsl", "sample_index", "schedule")]
+    assert [value(tmp_path / "run", name) for name in names] == [2**63 + 11, 12, 13]
+
+
 def test_request_is_what_the_benchmark_sends(clean_run):
     body = clean_run[3].bodies[0]
     expected = {"model": "m", "temperature": 1.0, "top_p": 0.001, "top_k": 1, "stream": True}

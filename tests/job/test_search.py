@@ -10,7 +10,7 @@ from search_runs import line
 from disagg_lib.job import margins
 from disagg_lib.job.search import find_target_qps
 from disagg_lib.serving.lengths import built_in_lengths
-from disagg_lib.serving.loadgen_rules import draw_load
+from disagg_lib.serving.loadgen_rules import random_load
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate
 
 LENGTHS = built_in_lengths()
@@ -34,7 +34,7 @@ def simulated_trial(name, seed):
 
     @functools.cache
     def trial(qps, queries):
-        load = draw_load(
+        load = random_load(
             qps, seed, min_duration_s=0.001, min_query_count=queries, equal_issue=queries == 8313
         )
         run = simulate(TOPOLOGIES[name], load, LENGTHS)

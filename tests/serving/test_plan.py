@@ -10,7 +10,7 @@ from disagg_lib.experiment.loading import load_experiment
 from disagg_lib.serving import plan
 from disagg_lib.serving.calibrate import Calibration
 from disagg_lib.serving.lengths import built_in_lengths
-from disagg_lib.serving.loadgen_rules import draw_load
+from disagg_lib.serving.loadgen_rules import random_load
 from disagg_lib.serving.plan import (
     Budget,
     aggregated_alternative,
@@ -111,7 +111,7 @@ def test_the_search_ends_between_valid_and_invalid():
     qps = highest_valid_qps(TWENTY_GPUS, lengths, seed=3, guess=1.0)
 
     def valid(q):
-        return summarise(simulate(TWENTY_GPUS, draw_load(q, 3), lengths))["valid"]
+        return summarise(simulate(TWENTY_GPUS, random_load(q, 3), lengths))["valid"]
 
     assert valid(qps) and not valid(qps * 1.01)
 
@@ -159,7 +159,7 @@ def test_beyond_saturation_queues_grow_and_below_they_do_not():
     lengths = built_in_lengths()
     most = min(plan.saturation_qps(TWENTY_GPUS, lengths))
     waits = [
-        simulate(TWENTY_GPUS, draw_load(share * most, 1), lengths).ttft_ms[-500:].mean() / 1e3
+        simulate(TWENTY_GPUS, random_load(share * most, 1), lengths).ttft_ms[-500:].mean() / 1e3
         for share in (0.85, 1.15)
     ]
     assert waits[0] < 10 < 100 < waits[1]

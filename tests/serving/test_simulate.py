@@ -16,7 +16,7 @@ from disagg_lib.rehearsal.engine import ContextEngine, GenerationEngine, Sequenc
 from disagg_lib.serving import engines, rules, simulate
 from disagg_lib.serving.latency import read_table
 from disagg_lib.serving.lengths import LENGTHS, SAMPLE_COUNT, built_in_lengths, shorten_outputs
-from disagg_lib.serving.loadgen_rules import Load, draw_load, percentile, worst_allowed
+from disagg_lib.serving.loadgen_rules import Load, percentile, random_load, worst_allowed
 from disagg_lib.serving.simulate import Deployment, ServerGroup, queue_lengths, summarise
 
 GRAPHS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512)
@@ -255,19 +255,19 @@ def test_simulation_and_rehearsal_engine_agree_to_the_microsecond(context, gener
     ("target_qps", "count"), [(0.05, 8313), (3.85, 8313), (13.0, 8313), (14.5, 16626), (30, 24939)]
 )
 def test_queries_come_in_whole_permutations_until_the_duration_has_passed(target_qps, count):
-    load = draw_load(target_qps, seed=1)
+    load = random_load(target_qps, seed=1)
     assert len(load.samples) == count and load.arrivals_s[-1] >= 600
     assert (np.bincount(load.samples) == count // 8313).all()
     assert load.arrivals_s[0] == 0 and (np.diff(load.arrivals_s) > 0).all()
 
 
 def test_a_short_run_draws_exactly_its_queries():
-    load = draw_load(3.85, 1, min_duration_s=1, min_query_count=459, equal_issue=False)
+    load = random_load(3.85, 1, min_duration_s=1, min_query_count=459, equal_issue=False)
     assert len(load.samples) == 459 and len(set(load.samples)) > 430
 
 
 def test_arrivals_are_poisson_at_the_target():
-    gaps = np.diff(draw_load(13.0, 5).arrivals_s)
+    gaps = np.diff(random_load(13.0, 5).arrivals_s)
     assert gaps.mean() == pytest.approx(1 / 13, rel=0.03) and gaps.std() == pytest.approx(
         gaps.mean(), rel=0.03
     )
@@ -285,13 +285,13 @@ def test_early_stopping_looks_at_the_allowed_query():
 def test_the_same_seed_gives_the_same_run_and_another_another():
     lengths = built_in_lengths()
     one, two, other = (
-        summarise(simulate.simulate(TWENTY_GPUS, draw_load(3.5, s), lengths)) for s in (1, 1, 2)
+        summarise(simulate.simulate(TWENTY_GPUS, random_load(3.5, s), lengths)) for s in (1, 1, 2)
     )
     assert one == two and one["ttft_p99_ms"] != other["ttft_p99_ms"]
 
 
 def test_balancing_tokens_cuts_the_tail_that_round_robin_leaves():
-    lengths, load = built_in_lengths(), draw_load(3.85, 1)
+    lengths, load = built_in_lengths(), random_load(3.85, 1)
     balanced = dataclasses.replace(
         TWENTY_GPUS,
         context=dataclasses.replace(TWENTY_GPUS.context, router="load_balancing", router_tokens=True),
@@ -305,7 +305,7 @@ def test_each_limit_can_be_the_one_that_binds():
 
     def row(system="gb200", context=16, qps=5.4, limits=simulate.INTERACTIVE_LIMITS_MS, **changes):
         d = Deployment(system, ServerGroup(context, 4), dataclasses.replace(GENERATION, **changes))
-        found = summarise(simulate.simulate(d, draw_load(qps, 1), lengths), limits)
+        found = summarise(simulate.simulate(d, random_load(qps, 1), lengths), limits)
         return found["binds"], found["valid"]
 
     assert row(context=4, qps=3.85) == ("ttft", False)
@@ -316,7 +316,7 @@ def test_each_limit_can_be_the_one_that_binds():
 
 
 def test_a_full_kv_cache_makes_requests_queue_for_admission():
-    lengths, load = built_in_lengths(), draw_load(3.85, 1)
+    lengths, load = built_in_lengths(), random_load(3.85, 1)
     small = dataclasses.replace(TWENTY_GPUS, generation=dataclasses.replace(GENERATION, kv_fraction=0.3))
     roomy, tight = (simulate.simulate(d, load, lengths) for d in (TWENTY_GPUS, small))
     capacity = read_table("gb200", 4).kv_capacity_tokens(0.3, 512)
@@ -333,7 +333,7 @@ def test_a_full_kv_cache_makes_requests_queue_for_admission():
 def test_a_request_that_never_fits_is_refused():
     tiny = dataclasses.replace(TWENTY_GPUS, generation=dataclasses.replace(GENERATION, kv_fraction=0.005))
     with pytest.raises(SimulationError, match="room for .* KV-cache tokens"):
-        simulate.simulate(tiny, draw_load(1.0, 1), built_in_lengths())
+        simulate.simulate(tiny, random_load(1.0, 1), built_in_lengths())
 
 
 def test_an_unknown_router_is_refused():
@@ -341,11 +341,11 @@ def test_an_unknown_router_is_refused():
         TWENTY_GPUS, generation=dataclasses.replace(GENERATION, router="kv_cache_aware")
     )
     with pytest.raises(SimulationError, match="kv_cache_aware"):
-        simulate.simulate(odd, draw_load(1.0, 1), built_in_lengths())
+        simulate.simulate(odd, random_load(1.0, 1), built_in_lengths())
 
 
 def test_utilisation_is_the_share_of_time_that_a_server_computes():
-    run = simulate.simulate(TWENTY_GPUS, draw_load(3.85, 1), built_in_lengths())
+    run = simulate.simulate(TWENTY_GPUS, random_load(3.85, 1), built_in_lengths())
     assert run.context_busy.shape == (4, engines.TRACE_BINS)
     assert 0.75 < run.context_busy[:, 10:200].mean() < 0.9
     assert run.context_busy.max() < 1.5 and 0.99 < run.generation_busy[:, 10:200].mean() < 1.01
