@@ -94,16 +94,17 @@ def _explain(error: Mapping, provenance: Mapping[str, str]) -> str:
 
 
 _PATHS = (
-    *("scratch_dir", "model_dir", "dataset_path", "calibration_file", "lengths_file", "harness_dir"),
+    *("scratch_dir", "model_dir", "dataset_path", "stack", "lengths_file", "harness_dir"),
     *("client_dir", "container_image"),
 )
 
 
 def _absolute_paths(e: Experiment, root: Path) -> dict[str, str]:
-    """Paths that were given or have a default, below `root`; an image that is no .sqsh file is a registry's name."""
+    """Paths that were given or have a default, below `root`; an image that is no .sqsh file is a registry's name, a stack without .yaml a shipped one's."""
     given = {name: value for name in _PATHS if (value := getattr(e, name))}
-    if not given.get("container_image", ".sqsh").endswith(".sqsh"):
-        del given["container_image"]
+    for name, ending in (("container_image", ".sqsh"), ("stack", ".yaml")):
+        if not given.get(name, ending).endswith(ending):
+            del given[name]
     return {name: os.path.normpath(root / expand(value)) for name, value in given.items()}
 
 

@@ -83,6 +83,19 @@ class Experiment(BaseModel):
     gen_batch_size: int = _parameter(512, "requests in one generation step, at the most", ge=1)
     gen_max_num_tokens: int = _parameter(512, "tokens in one generation step, at the most", ge=1)
     gen_gpu_memory_fraction: float = _parameter(0.95, "share of free GPU memory for the KV cache", gt=0, lt=1)
+    ctx_capacity_policy: Literal["MAX_UTILIZATION", "GUARANTEED_NO_EVICT"] = _parameter(
+        "MAX_UTILIZATION", "when a context server takes a request"
+    )
+    gen_capacity_policy: Literal["MAX_UTILIZATION", "GUARANTEED_NO_EVICT"] = _parameter(
+        "GUARANTEED_NO_EVICT",
+        "when a generation server takes a request: room for its prompt, or for all it may say",
+    )
+    gen_cuda_graphs: Literal["original", "powers_of_two"] = _parameter(
+        "original", "batch sizes captured as CUDA graphs: the original's list, or powers of two (v6.0)"
+    )
+    routing: Literal["round_robin", "least_tokens"] = _parameter(
+        "round_robin", "who gets a request: servers in turn, or the one with the fewest tokens to do"
+    )
     max_seq_len: int = _parameter(22016, "tokens; 20000 in + 2000 out, up to a multiple of 32", ge=32)
     kv_transfer_backend: Literal["UCX", "NIXL", "MPI"] | None = _parameter(
         None, "KV cache transport; not given: MPI in v5.1 (the original's), NIXL in 1.x"
@@ -113,7 +126,13 @@ class Experiment(BaseModel):
     gpu_system: str = _parameter(
         "gb200", "step-time table of plan, simulate and rehearsal (gb200 | gb300 | b200)", pattern=r"^\w+$"
     )
-    calibration_file: str | None = _parameter(None, "factors that `calibrate` fitted; not given: 1 and 1")
+    stack: str | None = _parameter(
+        None,
+        "constants of the serving model: v5.1, v6.0, none, or a file of `calibrate`; not given: the dialect's",
+    )
+    prompt_mean_tokens: int = _parameter(
+        9400, "mean of the built-in prompt lengths; the stacks' constants hold at 9400", ge=500, le=19_000
+    )
     lengths_file: str | None = _parameter(
         None, "CSV of token lengths or prompt histogram; not given: the built-in shapes"
     )
@@ -250,6 +269,10 @@ class Experiment(BaseModel):
     @property
     def transfer_backend(self) -> str:
         return self.kv_transfer_backend or {"v5.1": "MPI", "1.x": "NIXL"}[self.trtllm_dialect]
+
+    @property
+    def serving_stack(self) -> str:
+        return self.stack or {"v5.1": "v5.1", "1.x": "v6.0"}[self.trtllm_dialect]
 
     @property
     def model_path(self) -> str:

@@ -20,6 +20,7 @@ class Knobs:
 
     time_scale: float
     system: str
+    stack: str
     fault: str
     fault_server: str
     fault_count: int
@@ -48,7 +49,8 @@ def read_knobs(environment) -> Knobs:
             f"REHEARSAL_FAULT is {fault!r}; one of {', '.join(FAULTS)}, see --help for what may follow."
         )
     count = int(count or (20 if name in LATE_FAULTS else 7))
-    return Knobs(scale, environment.get("REHEARSAL_SYSTEM", "gb200"), name, server or "gen0", count)
+    system, stack = environment.get("REHEARSAL_SYSTEM", "gb200"), environment.get("REHEARSAL_STACK", "none")
+    return Knobs(scale, system, stack, name, server or "gen0", count)
 
 
 def log(name: str, text: str) -> None:

@@ -18,6 +18,7 @@ How it differs from TensorRT-LLM:
 Environment:
   REHEARSAL_TIME_SCALE   seconds that pass for each second of the model (default 1.0)
   REHEARSAL_SYSTEM       latency table (default gb200)
+  REHEARSAL_STACK        constants on it, by name or file (default none)
   REHEARSAL_SERVER_NAME  the name in messages and faults of a server started as MODEL (default: role@port)
   REHEARSAL_FAULT        what goes wrong; SERVER is ctx0, ctx1, gen0 ... (default gen0), N a number of requests
       crash_loading[:SERVER], crash_midrun[:SERVER[:N]]   the server dies, while loading or after N requests (20)

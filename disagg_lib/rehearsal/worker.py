@@ -11,6 +11,7 @@ from aiohttp import web
 from ..serving import rules
 from ..serving.latency import read_table
 from ..serving.lengths import output_tokens_at
+from ..serving.stacks import read_stack
 from .answers import END_TOKEN, Answer, Body, DisaggregatedParams, begin_stream, is_chat, need, read_body
 from .configuration import EngineArgs
 from .engine import ContextEngine, GenerationEngine, Sequence
@@ -29,7 +30,7 @@ class Worker:
         self.name, self.role, self.model, self.args, self.knobs = name, role, model, args, knobs
         self.dialect, self.fault = dialect, knobs.fault_of(name)
         self.unknown_fields = {"detokenize"} if knobs.fault == "no_detokenize" else set()
-        self.table = read_table(knobs.system, args.tp, args.pp)
+        self.table = read_table(knobs.system, args.tp, args.pp).under(read_stack(knobs.stack))
         self.numbers = itertools.count(1)
         self.served = 0
         engine = ContextEngine if role == "context" else GenerationEngine
@@ -118,7 +119,7 @@ class Worker:
         self, request, asked: Body, tokens: list[int], checksum: int, params: DisaggregatedParams, most: int
     ) -> web.StreamResponse:
         sequence = Sequence(len(tokens), self._length(asked, checksum, most))
-        kv_need = rules.kv_tokens(sequence.input_tokens, sequence.output_tokens)
+        kv_need = self.engine.kv_asked(sequence)
         fits = kv_need <= self.kv_capacity
         need(fits, f"the request needs {kv_need} KV-cache tokens; there are {self.kv_capacity}", 500)
         gpus = self.args.tp * self.args.pp

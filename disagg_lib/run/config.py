@@ -53,7 +53,7 @@ def _context(e: Experiment) -> dict[str, Any]:
         "disable_overlap_scheduler": True,
         "enable_chunked_prefill": True,
         "scheduler_config": {
-            "capacity_scheduler_policy": "MAX_UTILIZATION",
+            "capacity_scheduler_policy": e.ctx_capacity_policy,
             "context_chunking_policy": "FIRST_COME_FIRST_SERVED",
         },
         # From 1.0 CUDA graphs are on by default, for context servers, too.
@@ -62,16 +62,24 @@ def _context(e: Experiment) -> dict[str, Any]:
 
 
 def _generation(e: Experiment) -> dict[str, Any]:
-    sizes = cuda_graph_sizes(e.gen_batch_size)
+    scheduler = {}
+    if (
+        e.gen_capacity_policy != "GUARANTEED_NO_EVICT"
+    ):  # every release's own, which the original leaves unsaid
+        scheduler["scheduler_config"] = {"capacity_scheduler_policy": e.gen_capacity_policy}
+    sizes = cuda_graph_sizes(e.gen_batch_size, e.gen_cuda_graphs)
     if e.trtllm_dialect == "v5.1":
         graphs = {
             "use_cuda_graph": True,
             "cuda_graph_padding_enabled": True,
             "cuda_graph_batch_sizes": sizes,
         }
-        return graphs | {"moe_backend": "TRTLLM"}
+        return scheduler | graphs | {"moe_backend": "TRTLLM"}
     graphs = {"enable_padding": True, "batch_sizes": sizes}
-    return {"cuda_graph_config": graphs, "moe_config": {"backend": "TRTLLM"}}
+    return scheduler | {"cuda_graph_config": graphs, "moe_config": {"backend": "TRTLLM"}}
+
+
+_ROUTERS = {"round_robin": {}, "least_tokens": {"router": {"type": "load_balancing", "use_tokens": True}}}
 
 
 def _group(e: Experiment, role: str) -> dict[str, Any]:
@@ -79,6 +87,7 @@ def _group(e: Experiment, role: str) -> dict[str, Any]:
     return {
         "num_instances": len(servers),
         "urls": [f"{node_placeholder(s.node)}:{s.port}" for s in servers],
+        **_ROUTERS[e.routing],
         **_engine_arguments(e, role),
     }
 

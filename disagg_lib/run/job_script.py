@@ -20,6 +20,7 @@ def _variables(e: Experiment) -> dict[str, str]:
         return own_python | {
             "REHEARSAL_TIME_SCALE": str(e.rehearsal_time_scale),
             "REHEARSAL_SYSTEM": e.gpu_system,
+            "REHEARSAL_STACK": e.serving_stack,
             "REHEARSAL_FAULT": e.fault,
             # Five servers share a laptop: none may start a thread a core.
             "OMP_NUM_THREADS": "1",

@@ -1,5 +1,7 @@
 """What a run folder tells, as tables."""
 
+import itertools
+import json
 from pathlib import Path
 
 import numpy as np

@@ -124,6 +124,29 @@ def official_load(
         count += SAMPLE_COUNT
 
 
+@dataclass(frozen=True)
+class OfficialLoads:
+    """The loads of a round at any target QPS: one sequence, stretched."""
+
+    claimed: str = "v5.1"
+    min_query_count: int = 100
+
+    def at(self, target_qps: float) -> Load:
+        """The queries at this target."""
+        return official_load(self.claimed, target_qps, min_query_count=self.min_query_count)
+
+
+@dataclass(frozen=True)
+class RandomLoads:
+    """Loads of other seeds than a round's."""
+
+    seed: int
+
+    def at(self, target_qps: float) -> Load:
+        """The queries at this target."""
+        return random_load(target_qps, self.seed)
+
+
 def random_load(
     target_qps: float,
     seed: int,
