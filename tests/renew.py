@@ -24,6 +24,15 @@ CASES = {
     "v5.1_20gpu_slurm_pyxis": SITE,
     "v5.1_20gpu_slurm_none": SITE | {"container": "none", "container_image": None, "container_mounts": None},
     "1.x_20gpu_slurm_pyxis": SITE | {"trtllm_dialect": "1.x"},
+    "1.x_least_tokens": SITE
+    | {
+        "trtllm_dialect": "1.x",
+        "routing": "least_tokens",
+        "gen_capacity_policy": "MAX_UTILIZATION",
+        "gen_cuda_graphs": "powers_of_two",
+        "round": "v6.0",
+        "min_query_count": 49878,
+    },
     "1.x_shared_node": SITE
     | {
         "trtllm_dialect": "1.x",

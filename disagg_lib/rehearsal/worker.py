@@ -30,7 +30,8 @@ class Worker:
         self.name, self.role, self.model, self.args, self.knobs = name, role, model, args, knobs
         self.dialect, self.fault = dialect, knobs.fault_of(name)
         self.unknown_fields = {"detokenize"} if knobs.fault == "no_detokenize" else set()
-        self.table = read_table(knobs.system, args.tp, args.pp).under(read_stack(knobs.stack))
+        self.stack = read_stack(knobs.stack)
+        self.table = read_table(knobs.system, args.tp, args.pp).under(self.stack)
         self.numbers = itertools.count(1)
         self.served = 0
         engine = ContextEngine if role == "context" else GenerationEngine
@@ -92,6 +93,7 @@ class Worker:
 
     async def _context(self, asked: Body, tokens: list[int], chat: bool, checksum: int) -> web.Response:
         sequence = Sequence(len(tokens), 1)
+        await asyncio.sleep(self.knobs.time_scale * self.stack.ttft_ms / 1000)
         self.engine.submit(sequence)
         await sequence.done.wait()
         number = next(self.numbers)

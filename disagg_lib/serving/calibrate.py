@@ -218,7 +218,9 @@ def _generation_parts(d: Deployment, batch: float, mean_tokens: float) -> tuple[
     """ms of compute with attention, and of communication, of a generation step by the table."""
     t, group = read_table(d.system, d.generation.tp, d.generation.pp), d.generation
     size = rules.captured_batch(math.ceil(batch), group.cuda_graph_sizes, group.cuda_graph_padding) or batch
-    attention = rules.interpolate_grid(t.kv_batch, t.kv_length, t.kv_ms, batch, mean_tokens)
+    attention = d.stack.generation_attention * rules.interpolate_grid(
+        t.kv_batch, t.kv_length, t.kv_ms, batch, mean_tokens
+    )
     compute = rules.interpolate(t.generation_batch, t.generation_ms, size)
     return compute + attention, rules.interpolate(t.generation_batch, t.generation_comm_ms, size)
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, DisaggError
 from ..experiment.loading import load_recorded
 from ..experiment.parameters import Experiment
 from ..results.style import BLUE, INK, ORANGE, new_figure, set_title
 from .calibrate import FIGURES, Observed, observe_record, predict
-from .plan import deployment_of, layout_of
-from .simulate import INTERACTIVE_LIMITS_MS
+from .figures import as_image
+from .plan import deployment_of, layout_of, limits_of
 
 KEPT = ("ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms")
 
@@ -35,10 +35,11 @@ def compare(run_dir: Path, e: Experiment | None = None) -> pd.DataFrame:
     ------
     CalibrationError : the run kept no record of its queries, or some failed.
     """
-    run = observed(run_dir, e)
+    e = e or load_recorded(run_dir)
+    run, limits = observed(run_dir, e), limits_of(e)
     predicted, rows = predict(run), []
     for figure in FIGURES:
-        measured, limit = run.figures[figure], INTERACTIVE_LIMITS_MS[figure.startswith("tpot")]
+        measured, limit = run.figures[figure], limits[figure.startswith("tpot")]
         agrees = (measured <= limit) == (predicted[figure] <= limit)
         error = predicted[figure] / measured - 1
         rows.append((figure, measured, predicted[figure], error, limit, agrees))
@@ -98,3 +99,19 @@ def record(path: Path, run_dir: Path, e: Experiment, table: pd.DataFrame, source
     ledger.to_csv(draft, index=False)
     draft.replace(path)
     return ledger
+
+
+def compared(run_dir: Path, e: Experiment) -> list:
+    """What 05 shows: the figure and the table, written into the ledger beside the run; or the reason why there is nothing to compare."""
+    if e.engine == "external":
+        return ["An external server has no layout to predict from."]
+    try:
+        table = compare(run_dir, e)
+    except DisaggError as error:
+        return [f"Not compared: {error}"]
+    source = "rehearsed" if e.engine == "rehearsal" else "measured"
+    record(Path(run_dir).parent / "ledger.csv", run_dir, e, table, source)
+    return [
+        as_image(figure_comparison(table, source)),
+        table.round({"measured_ms": 1, "predicted_ms": 1, "error": 3}),
+    ]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import LengthsError
-from ..results.accuracy_log import first_answers
+from ..results.accuracy import first_answers
 from .lengths import LENGTHS, SAMPLE_COUNT, built_in_lengths
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import PlanError
 from ..experiment.cuda_graphs import cuda_graph_sizes
 from ..experiment.parameters import Experiment
+from ..results import rounds
 from .latency import server_shapes
 from .lengths import MAX_OUTPUT_TOKENS
 from .loadgen_rules import OfficialLoads, RandomLoads
@@ -24,6 +25,7 @@ QPS_ERROR, QUICK_QPS_ERROR = 0.004, 0.03
 # Where find_target_qps looks, as factors of the predicted range: spreads of the prompt lengths and a tenth of the step times
 # move the edge by 15 to 20 % (docs/boundaries.md); the search may go below the lower one.
 SEARCH_BOUNDS = (0.8, 1.3)
+MODEL = "llama3.1-405b"
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,16 @@ def layout_of(d: Deployment) -> str:
     if d.context is None:
         return f"{shape_of(d.generation)} aggregated"
     return f"{shape_of(d.context)} ctx + {shape_of(d.generation)} gen"
+
+
+def limits_of(e: Experiment) -> tuple[float, float]:
+    """TTFT and TPOT limit (ms) of the experiment's scenario; PlanError for Offline, which has none and is not predicted."""
+    limits = rounds.limits_ms(MODEL, e.scenario)
+    if limits is None:
+        raise PlanError(
+            f"scenario {e.scenario} has no TTFT and TPOT limits to plan for. Predicted are Interactive and Server."
+        )
+    return limits
 
 
 def deployment_of(e: Experiment) -> Deployment:

@@ -58,14 +58,15 @@ def simulate_table(e: Experiment, draws: int = DRAWS, other_seeds: bool = False)
     ------
     PlanError : the QPS is beyond what the servers can keep up with.
     """
-    deployment, rows = plan.deployment_of(e), []
+    deployment, limits, rows = plan.deployment_of(e), plan.limits_of(e), []
     for name, drawn in spreads(e, draws):
         if e.shortened or other_seeds:  # then loads differ, too
             drawn = (drawn * draws)[:draws]
         screen.check_saturation(deployment, e.server_target_qps, _as_served(e, drawn[0]))
         for draw, lengths in enumerate(drawn):
             load = _load(e, draw if e.shortened or other_seeds else None)
-            row = summarise(simulate(deployment, load, _as_served(e, lengths)))
+            row = summarise(simulate(deployment, load, _as_served(e, lengths)), limits)
+            row |= {"ttft_limit_ms": limits[0], "tpot_limit_ms": limits[1]}
             settings = {"topology": plan.layout_of(deployment), "prompt_lengths": name, "draw": draw}
             verdict = {"loadgen_valid": "VALID" if row["valid"] else "INVALID", "submittable": False}
             rows.append(settings | row | verdict)
@@ -77,7 +78,9 @@ def highest_qps_table(e: Experiment, draws: int = DRAWS) -> pd.DataFrame:
     deployment = plan.deployment_of(e)
     row = {"GPUs": e.gpu_count, "topology": plan.layout_of(deployment), "stack": deployment.stack.name}
     for name, drawn in spreads(e, draws):
-        row[name] = _range(plan.qps_over_draws(deployment, drawn, loads_of(e), guess=e.server_target_qps))
+        row[name] = _range(
+            plan.qps_over_draws(deployment, drawn, loads_of(e), plan.limits_of(e), e.server_target_qps)
+        )
     return pd.DataFrame([row | {"server_target_qps": e.server_target_qps, "source": "simulated"}])
 
 
@@ -117,14 +120,14 @@ def format_simulation(table: pd.DataFrame) -> str:
     return (
         f"{first['topology']} at {first['target_qps']:g} queries/s; source: simulated, medians over draws of the lengths\n"
         f"{pd.DataFrame(rows).T.rename_axis('prompt lengths').reset_index().to_string(index=False)}\n"
-        "Limits: TTFT 4500 ms, TPOT 80 ms; margin: at the query that early stopping looks at."
+        f"Limits: TTFT {first['ttft_limit_ms']:g} ms, TPOT {first['tpot_limit_ms']:g} ms; margin: at the query that early stopping looks at."
     )
 
 
 def budget_of(e: Experiment, gpus: int | None = None, draws: int = DRAWS) -> screen.Budget:
     """`gpus` (or plan_gpus, or what the parameters need), with the parameters' system, round, lengths, stack and scheduling."""
     return screen.Budget(
-        gpus or e.plan_gpus or e.gpu_count, e.gpu_system, e.gpus_per_node, spreads(e, draws)[0][1], stack=read_stack(e.serving_stack),
+        gpus or e.plan_gpus or e.gpu_count, e.gpu_system, e.gpus_per_node, spreads(e, draws)[0][1], plan.limits_of(e), stack=read_stack(e.serving_stack),
         chunks_overlap=e.trtllm_dialect != "v5.1", routing=e.routing, gen_capacity_policy=e.gen_capacity_policy, loads=loads_of(e),
     )  # fmt: skip
 
@@ -168,7 +171,7 @@ def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], draws: int = 4) ->
     best, notes = ranked[0], []
     gpus = best.gpus + best.gpus_idle
     for name, drawn in spreads(e, draws)[1:]:
-        qps = plan.qps_over_draws(best.deployment, drawn, loads_of(e), guess=best.target_qps)
+        qps = plan.qps_over_draws(best.deployment, drawn, loads_of(e), plan.limits_of(e), best.target_qps)
         notes.append(f"With {name} of the prompt length instead of {INPUT_CV}: {_range(qps)} queries/s")
     one_stage = next((row for row in ranked if row.deployment.context.pp == 1), None)
     if best.deployment.context.pp > 1:
