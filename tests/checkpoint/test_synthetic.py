@@ -10,7 +10,7 @@ import transformers
 from disagg_lib.checkpoint.structure import REHEARSAL, verify_checkpoint
 from disagg_lib.checkpoint.synthetic import make_rehearsal_checkpoint
 from disagg_lib.errors import ModelError
-from disagg_lib.job.prompts import load_tokenizer
+from disagg_lib.job.token_ids import load_tokenizer
 from disagg_lib.results.scoring import END_TOKEN, load_decoder
 
 IDS = [1000, 5095, 17]
@@ -41,8 +41,8 @@ def test_transformers_reads_its_tokenizer(made):
 
 
 def test_client_and_scorer_read_the_stand_ins_texts_with_it(made):
-    encode, _ = load_tokenizer(made / "tokenizer.json")
-    assert list(encode(" " + TEXT)) == IDS
+    encode, end_id, _ = load_tokenizer(made / "tokenizer.json")
+    assert list(encode(" " + TEXT)) == IDS and end_id == END_TOKEN
     assert load_decoder(made)([[*IDS, END_TOKEN]]) == [TEXT]
 
 
