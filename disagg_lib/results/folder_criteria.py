@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 import re
@@ -113,9 +112,9 @@ def _user_conf(run: MlperfRun, claim: Claim, path: Path) -> Iterator[Criterion]:
     names = ["*", *load_rules()["models"].get(claim.model, {}).get("names", [])]
     found = None
     for model, scenario, key, value in lines:
-        key = _REQUESTED.get(f"{scenario}.{key}", _REQUESTED.get(key, key))
+        key = _REQUESTED.get(f"{run.loadgen_scenario}.{key}", _REQUESTED.get(key, key))
         asked = run.detail.get(f"requested_{key}")
-        ours = model in names and fnmatch.fnmatch(run.loadgen_scenario, scenario)
+        ours = model in names and scenario in ("*", run.loadgen_scenario)
         if ours and isinstance(asked, int | float) and not _same(value, asked):
             found = found or (f"{key} = {value}", f"requested_{key} = {asked}")
     if lines:

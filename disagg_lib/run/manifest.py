@@ -60,7 +60,8 @@ def write_manifest(folder: Path) -> dict:
             "commit": _git("rev-parse", "HEAD"),
             "changed_files": None if status is None else len(status.splitlines()),
         },
-        "sha256": {str(p.relative_to(folder)): sha256(p) for p in files} | told_digests(first, folder),
+        "sha256": {str(p.relative_to(folder)): sha256(p) for p in files}
+        | told_digests(first.get("sha256", {}), folder),
     }
     draft = folder / ".manifest.json"
     draft.write_text(json.dumps(manifest, indent=1) + "\n")
@@ -68,10 +69,10 @@ def write_manifest(folder: Path) -> dict:
     return manifest
 
 
-def told_digests(manifest: dict, folder: Path) -> dict[str, str]:
-    """SHA-256 of what the job was told, as first written; the search may have put its target into user.conf."""
-    left = read_json(folder / "job/digests.json").get("sha256", {})
-    return {n: left.get(n, digest) for n, digest in manifest.get("sha256", {}).items() if n.startswith(_TOLD)}
+def told_digests(recorded: dict[str, str], folder: Path) -> dict[str, str]:
+    """SHA-256 of what the job was told, as first recorded; the search may have put its target into user.conf."""
+    left = _left_digests(folder)
+    return {n: left.get(n, digest) for n, digest in recorded.items() if n.startswith(_TOLD)}
 
 
 def edited_files(folder: Path) -> list[str]:
@@ -81,33 +82,20 @@ def edited_files(folder: Path) -> list[str]:
     ------
     RunFolderError : nothing is recorded, so nothing can be compared.
     """
-    manifest, left = (
-        read_json(folder / "manifest.json"),
-        read_json(folder / "job/digests.json").get("sha256", {}),
-    )
-    logs = {
-        n: d
-        for n, d in manifest.get("sha256", {}).items()
-        if re.fullmatch(r"mlperf/\w+/mlperf_log_\w+\.\w+", n)
-    }
-    recorded = {**logs, **told_digests(manifest, folder), **left}
+    manifest = read_json(folder / "manifest.json").get("sha256", {})
+    logs = {n: d for n, d in manifest.items() if re.fullmatch(r"mlperf/\w+/mlperf_log_\w+\.\w+", n)}
+    recorded = logs | told_digests(manifest, folder) | _left_digests(folder)
     if not recorded:
-        raise RunFolderError(
-            f"{folder}: found no digests; needed manifest.json, which 03_configuration wrote. Copy the run whole"
-        )
-    return [
-        n
-        for n, digest in sorted(recorded.items())
-        if not (folder / n).is_file() or sha256(folder / n) != digest
-    ]
+        found = "found no digests; needed manifest.json, which 03_configuration wrote"
+        raise RunFolderError(f"{folder}: {found}. Copy the run whole")
+    there = {n for n, digest in recorded.items() if (folder / n).is_file() and sha256(folder / n) == digest}
+    return sorted(recorded.keys() - there)
 
 
-_TOLD = (
-    "experiment.yaml",
-    "config",
-    "user.conf",
-    "job.sh",
-    "job/settings.json",
-    "job/lengths.csv",
-    "job/program/",
-)
+def _left_digests(folder: Path) -> dict[str, str]:
+    """What the job recorded as its last act."""
+    return read_json(folder / "job/digests.json").get("sha256", {})
+
+
+#: how the names of files begin that tell the job what to do
+_TOLD = ("experiment.yaml", "config", "user.conf", "job.sh", "job/settings.json", "job/lengths.csv", "job/program/")  # fmt: skip

@@ -54,11 +54,11 @@ class _Entry:
         """The text without names of the site."""
         return self.run.redactor.text(text, file)
 
-    def place(self, part: str) -> Path:
-        """Where a part lies in this round's tree."""
+    def name(self, part: str) -> str:
+        """How a part is called in this round's tree."""
         layout = _TREE["layouts"]["v6.0" if self.claim.round >= "v6.0" else "v5.1"]
         words = {"bench": self.bench, "system": self.system, "model": self.claim.model}
-        return self.root / layout[part].format(scenario=self.claim.scenario, **words)
+        return layout[part].format(scenario=self.claim.scenario, **words)
 
 
 def export_submission(run_dir: Path | str, dest: Path | str, system: Path | str) -> Shared:
@@ -160,20 +160,18 @@ def _write_tree(entry: _Entry) -> list[str]:
         else:
             missing.append(f"results/{entry.bench}/{part}/{file}: make the {part.split('/')[0]} run")
     missing += _put_accuracy(root / "results" / entry.bench / "accuracy", entry.run, result)
-    missing += _put_measurements(entry) + _put_code(entry) + _put_test06(entry) + _put_calibration(entry)
+    missing += _put_measurements(entry) + _put_test06(entry) + _put_calibration(entry)
     rest = [check for check in result.verdict.not_judged if not check.name.startswith(("accuracy", "test06"))]
     return missing + [f"{check.name} is not judged: {check.advice}" for check in rest] + _scenarios(entry)
 
 
 def _put_measurements(entry: _Entry) -> list[str]:
     """user.conf, README and the measurements JSON, of which the weights are those that 01 verified."""
-    place, text = entry.place("measurements"), entry.run.texts.get("user.conf", "")
+    place, text = entry.root / entry.name("measurements"), entry.run.texts.get("user.conf", "")
     said = f"{entry.result.verdict.text()}\n\nRepeat with:\n\n{how_to_repeat(entry.run, 'experiment.yaml')}"
     readme = entry.clean(f"# {entry.claim.model}, {entry.claim.scenario}\n\n{said}\n", "README.md")
-    checkpoint = (read_json(entry.run.folder / "manifest.json").get("made_with") or {}).get(
-        "checkpoint"
-    ) or {}
-    weights, given = checkpoint.get("repo"), entry.fields.get("measurements") or {}
+    made_with = read_json(entry.run.folder / "manifest.json").get("made_with") or {}
+    weights, given = (made_with.get("checkpoint") or {}).get("repo"), entry.fields.get("measurements") or {}
     named = str(given.get("starting_weights_filename") or "")
     if weights and named and named != weights:
         raise ExportError(
@@ -181,28 +179,21 @@ def _put_measurements(entry: _Entry) -> list[str]:
         )
     known = {"starting_weights_filename": weights} | _TREE["checkpoints"].get(weights, {}) if weights else {}
     values = {**_TREE["measurements"], **known, **given}
-    file = _TREE["layouts"]["v6.0" if entry.claim.round >= "v6.0" else "v5.1"]["described"]
-    file = file.format(system=entry.system, scenario=entry.claim.scenario)
-    put(place / file, entry.clean(json.dumps(values, indent=4) + "\n", file))
+    put(place / entry.name("described"), entry.clean(json.dumps(values, indent=4) + "\n", "measurements"))
     put(place / "README.md", readme)
     put(place / "user.conf", entry.clean(text, "user.conf"))
     lacking = ", ".join(name for name, value in values.items() if not value)
-    missing = (
-        [f"{lacking}: 01 verified no known checkpoint; give `measurements` in {entry.described.name}"]
-        if lacking
-        else []
-    )
-    return missing + ([] if text else ["user.conf: the run folder has none"])
+    ask = f"{lacking}: 01 verified no known checkpoint; give `measurements` in {entry.described.name}"
+    _put_code(entry, entry.root / entry.name("code"), readme)
+    return [ask] * bool(lacking) + ["user.conf: the run folder has none"] * (not text)
 
 
-def _put_code(entry: _Entry) -> list[str]:
+def _put_code(entry: _Entry, place: Path, readme: str) -> None:
     """What ran, a folder a scenario, so that two of one tree keep their configurations."""
-    place, readme = entry.place("code"), (entry.place("measurements") / "README.md").read_bytes()
     for file, text in entry.run.texts.items():
         if file.startswith(tuple(_TREE["code"])):
             put(place / file, entry.clean(text, file))
     put(place / "README.md", readme)
-    return []
 
 
 def _put_calibration(entry: _Entry) -> list[str]:
@@ -264,7 +255,7 @@ def _put_accuracy(place: Path, run: GatheredRun, result: RunResult) -> list[str]
 
 def _put_test06(entry: _Entry) -> list[str]:
     """The TEST06 slot: the verification's words, and the log it judged."""
-    place, run = entry.place("compliance") / "TEST06", entry.run
+    place, run = entry.root / entry.name("compliance") / "TEST06", entry.run
     if VERIFIED not in run.texts:
         todo = "add test06 to test_modes, then evaluate"
         return [f"{place.relative_to(entry.root)}/verify_accuracy.txt: {todo}"] if entry.closed else []

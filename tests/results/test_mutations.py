@@ -170,7 +170,7 @@ MUTATIONS = {
                   "no client_accuracy.json": without("job/client_accuracy.json")},
     "test06": {"False": said("mlperf/test06/verify_accuracy.txt", "EOS check pass: True", "EOS check pass: False"),
                "not evaluated": without("mlperf/test06/verify_accuracy.txt")},
-    "user_conf": {"another duration": said("user.conf", "600000", "60000"), "another target": said("user.conf", "= 13", "= 15.2")},
+    "user_conf": {"another duration": said("user.conf", "600000", "60000"), "another target": said("user.conf", "= 13", "= 15.2"), "another target for all": said("user.conf", "*.Server.target_qps = 13", "*.*.target_qps = 15.2")},
     "data_set": {"made-up prompts": said("job/settings.json", "pickle", "synthetic")},
     # a rehearsal that would like to be measured
     "rehearsed": {"by settings.json": said("job/settings.json", '"engine": "trtllm"', '"engine": "rehearsal"'),

@@ -69,9 +69,14 @@ def test_index_of_a_failed_run_says_why_there_is_no_verdict(tmp_path):
 
 def test_what_is_shared_says_how_to_repeat_it_and_check_takes_it(tmp_path):
     run = make_site_run(tmp_path / "run", site())
+    set_json(run / "manifest.json", git={"url": "https://example.org/x", "commit": "abc123"})
     folder = export_crate(run, tmp_path / "crate").path
     readme = (folder / "README.md").read_text()
-    assert "git checkout abc123" in readme and "python -m disagg_lib run experiment.yaml" in readme
+    assert (
+        "git clone https://example.org/x" in readme
+        and "git checkout abc123" in readme
+        and "python -m disagg_lib run experiment.yaml" in readme
+    )
     e = load_experiment([folder / "experiment.yaml"], {"container": "none"})
     assert (e.engine, e.test_modes, e.account) == ("rehearsal", ("performance",), None)
 
