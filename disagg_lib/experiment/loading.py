@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ..errors import ParameterError
 from ..files import REPOSITORY, expand
-from .parameters import Experiment, parameter_names, what_is_needed
+from .parameters import Experiment, parameter_kind, parameter_names, what_is_needed
 from .rules import check_together
 
 DEFAULT_PARAMS_FILES = ("params/rehearsal.yaml",)
@@ -87,6 +87,8 @@ def _explain(error: Mapping, provenance: Mapping[str, str]) -> str:
     note = (
         error["msg"].removeprefix("Value error, ") if error["type"] == "value_error" else what_is_needed(name)
     )
+    if str(found).lower() in ("true", "false") and parameter_kind(name)[0] is bool:
+        note += f"; papermill's -p wants {str(found).title()}, or -y '{name}: {str(found).lower()}'"
     kind = {str: "text", int: "a whole number", float: "a number", bool: "true/false"}.get(
         type(found), type(found).__name__
     )

@@ -206,7 +206,8 @@ class Experiment(BaseModel):
         None, "http://host:port of a server that is up, for engine: external", pattern=ENDPOINT_URL
     )
     endpoint: Literal["/v1/completions", "/v1/chat/completions"] = _parameter(
-        "/v1/completions", "where requests go; chat: empty messages and prompt_token_ids"
+        "/v1/completions",
+        "where requests go; chat (TensorRT-LLM alone knows it so): empty messages and prompt_token_ids",
     )
     served_model: str = _parameter(
         "meta-llama/Llama-3.1-405B-Instruct", "the model's name in requests", pattern=r"^\S+$"

@@ -83,6 +83,7 @@ def test_a_server_of_eight_takes_two_whole_nodes(experiment):
         ({"gen_batch_size": "512"}, ["gen_batch_size", "found '512' (text)", "a whole number of at least 1"]),
         ({"gen_batch_size": 2.5}, ["gen_batch_size", "found 2.5", "a whole number"]),
         ({"num_ctx_servers": -1}, ["num_ctx_servers", "found -1", "at least 1"]),
+        ({"find_target_qps": "true"}, ["found 'true' (text)", "papermill's -p wants True"]),
         ({"num_ctx_servers": True}, ["num_ctx_servers", "found True (true/false)", "a whole number"]),
         ({"gen_gpu_memory_fraction": 1.5}, ["found 1.5", "above 0", "below 1"]),
         ({"ctx_tp_size": 3}, ["ctx_tp_size", "found 3", "128 attention heads"]),

@@ -47,10 +47,11 @@ def test_every_program_in_a_container_gets_the_environment(case):
 def test_values_of_the_job_win_over_the_images_and_unset_ones_are_gone():
     arrays = array(SCRIPTS["v5.1_20gpu_slurm_pyxis"], "ENVIRONMENT")
     image = {"UCX_TLS": "tcp", "PYTHONPATH": "/image", "TLLM_LOG_LEVEL": "TRACE", "LOG_DIR": "/image"}
+    image["TMPDIR"] = "/of/the/host"
     found = run('"${ENVIRONMENT[@]}" OWN=1 env', arrays, **image).splitlines()
     assert "PYTHONPATH=/work/.llm_aarch64/lib/python3.12/site-packages" in found
     assert {"TLLM_LOG_LEVEL=INFO", "PYTHONNOUSERSITE=1", "TRTLLM_USE_MPI_KVCACHE=1", "OWN=1"} <= set(found)
-    assert not any(line.startswith(("UCX_TLS", "LOG_DIR")) for line in found)
+    assert not any(line.startswith(("UCX_TLS", "LOG_DIR", "TMPDIR")) for line in found)
 
 
 def test_the_clients_folder_comes_before_the_images_and_replaces_nothing():
