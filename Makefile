@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m disagg_lib run params/rehearsal.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --ignore=tests/slurm --ignore=tests/browser
+	$(BIN)/python -m pytest -n 2 --ignore=tests/slurm --ignore=tests/browser --ignore=tests/engine
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -75,3 +75,9 @@ test-slurm: $(VENV)/.installed
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(SLURM_PACKAGES) >/dev/null 2>&1; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_PACKAGES) >/dev/null; fi
 	$(BIN)/python -m pytest tests/slurm
+
+# A real engine: vLLM's CPU build with a random two-layer model. Not in CI; skips with a word where it cannot be had.
+.PHONY: test-engine
+test-engine: $(VENV)/.installed
+	@test -x build/engine/bin/python || tests/engine/install.sh
+	$(BIN)/python -m pytest -n 0 tests/engine

@@ -1,6 +1,7 @@
 """How fast the simulation is: `python benchmarks/simulate.py [--plan]` prints one table, times and ratios of one and the same run.
 
-The plain-Python figure is the same source with numba's compiler off, in a process of its own.
+The plain-Python figure is the same source with numba's compiler off, in a process of its own. Least times are the code's, medians the
+machine's; on a busy machine compare CPU times and ratios.
 """
 
 import argparse
@@ -9,35 +10,44 @@ import subprocess
 import sys
 import time
 
-QUERIES = 8313
 CODE = """
-import time
+import sys, time
 started = time.perf_counter()
 from disagg_lib.serving.lengths import built_in_lengths
-from disagg_lib.serving.loadgen_rules import draw_load
-from disagg_lib.serving.plan import GRAPH_SIZES
-from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate
-deployment = Deployment("gb200", ServerGroup(14, 4), ServerGroup(4, 4, 1, 512, 512, GRAPH_SIZES))
-lengths, load = built_in_lengths(), draw_load(13.0, 1)
+from disagg_lib.serving.loadgen_rules import official_load
+from disagg_lib.serving.plan import deployment_of
+from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.serving.simulate import simulate
+params, qps, queries, repeats = sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+e = load_experiment([params])
+deployment, lengths = deployment_of(e), built_in_lengths()
+load = official_load(e.round, qps, 1, queries)
 simulate(deployment, load, lengths)
 ready = time.perf_counter() - started
 walls, cpus = [], []
-for _ in range({repeats}):
+for _ in range(repeats):
     wall, cpu = time.perf_counter(), time.process_time()
     simulate(deployment, load, lengths)
     walls.append(time.perf_counter() - wall)
     cpus.append(time.process_time() - cpu)
-print(len(load.samples), ready, min(walls), sorted(walls)[len(walls) // 2], min(cpus))
+assert len(load.samples) == queries
+print(ready, min(walls), sorted(walls)[len(walls) // 2], min(cpus))
 """
+RUNS = {8313: ("params/gb200_72gpu.yaml", 13.0), 49878: ("params/gb200_72gpu_v6.0.yaml", 22.2)}
 
 
-def measure(repeats: int, **environment) -> list[float]:
-    """Queries, s until the first run is done, then least and median wall and least CPU time (s) of a further run."""
+def measure(queries: int, repeats: int, **environment) -> list[float]:
+    """s until the first run is done, then least and median wall and least CPU time (s) of a further run."""
     done = subprocess.run(
-        [sys.executable, "-c", CODE.format(repeats=repeats)],
+        [sys.executable, "-c", CODE, *map(str, (*RUNS[queries], queries, repeats))],
         env={**os.environ, **environment}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return [float(value) for value in done.stdout.split()]
+
+
+def row(figure: str, value: str) -> None:
+    """One line of the table."""
+    print(f"| {figure:52} | {value:>10} |", flush=True)
 
 
 def main() -> None:
@@ -45,26 +55,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plan", action="store_true", help="also time the whole 72-GPU search")
     options = parser.parse_args()
-    measure(1)  # fills the compiler's cache
-    queries, ready, least, median, cpu = measure(15)
-    plain = measure(1, NUMBA_DISABLE_JIT="1")
-    assert queries == QUERIES
-    load = os.getloadavg()[0]
-    print(f"| {'figure':46} | {'value':>9} |\n|{'-' * 48}|{'-' * 11}|")
-    print(f"| {'load of the machine while measuring':46} | {load:9.1f} |")
-    print(f"| {'import, compile from a warm cache, first run':46} | {ready:7.2f} s |")
-    print(f"| {'one run, 72 GPUs, 8313 queries, least':46} | {least * 1e3:6.1f} ms |")
-    print(f"| {'the same, median of 15':46} | {median * 1e3:6.1f} ms |")
-    print(f"| {'the same, least CPU time':46} | {cpu * 1e3:6.1f} ms |")
-    print(f"| {'plain Python, the same run':46} | {plain[2]:7.2f} s |")
-    print(f"| {'ratio plain / compiled':46} | {plain[2] / least:9.0f} |")
+    row("figure", "value")
+    print(f"|{'-' * 54}|{'-' * 12}|")
+    row("load of the machine while measuring", f"{os.getloadavg()[0]:.1f}")
+    plain = measure(8313, 1, NUMBA_DISABLE_JIT="1")
+    for queries in RUNS:
+        measure(queries, 1)  # fills the compiler's cache
+        ready, least, median, cpu = measure(queries, 15)
+        row(f"72 GPUs, {queries} queries: least wall", f"{least * 1e3:.1f} ms")
+        row("    median of 15", f"{median * 1e3:.1f} ms")
+        row("    least CPU time", f"{cpu * 1e3:.1f} ms")
+        row("    import, compile from a warm cache, first run", f"{ready:.2f} s")
+        if queries == 8313:
+            row("    the same loops in plain Python, CPU time", f"{plain[3]:.2f} s")
+            row("    ratio plain / compiled, of CPU times", f"{plain[3] / cpu:.0f}")
+    wall = time.perf_counter()
+    command = [sys.executable, "-m", "disagg_lib", "simulate", "params/gb200_72gpu.yaml"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    row("simulate on the command line, with start-up", f"{time.perf_counter() - wall:.2f} s")
     if options.plan:
-        from disagg_lib.serving.plan import Budget, plan
+        from disagg_lib.experiment.loading import load_experiment
+        from disagg_lib.serving.plan import plan
+        from disagg_lib.serving.prediction import budget_of
 
+        budget = budget_of(load_experiment(["params/gb200_72gpu.yaml"]))
         wall, cpu = time.perf_counter(), time.process_time()
-        best = plan(Budget(72))[0]
-        print(f"| {'plan(72), wall':46} | {time.perf_counter() - wall:7.1f} s |")
-        print(f"| {'plan(72), CPU':46} | {time.process_time() - cpu:7.1f} s |")
+        best = plan(budget)[0]
+        row("plan(72), wall", f"{time.perf_counter() - wall:.1f} s")
+        row("plan(72), CPU", f"{time.process_time() - cpu:.1f} s")
         print(f"\nbest: {best.layout}, {best.target_qps:.2f} queries/s")
 
 

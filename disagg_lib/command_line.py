@@ -113,20 +113,33 @@ def check(params, given):
     sys.exit(1 if errors else 0)
 
 
+draws_option = click.option(
+    "--draws",
+    "--seeds",
+    default=8,
+    type=click.IntRange(1, 1000),
+    show_default=True,
+    help="Draws of the lengths.",
+)
+
+
 @main.command()
 @click.option("--gpus", type=click.IntRange(1, 10_000), help="GPU budget; default: what PARAMS need.")
 @params_argument
 @given_option
+@draws_option
 @csv_option
-def plan(gpus, params, given, csv_file):
+def plan(gpus, params, given, draws, csv_file):
     """Rank topologies for a GPU budget by the highest target QPS that stays VALID (simulated)."""
     from .serving import prediction
     from .serving.plan import plan as plan_topologies
 
     experiment = load_experiment(_files(params), _given(given))
-    ranked = plan_topologies(prediction.budget_of(experiment, gpus))
+    ranked = plan_topologies(prediction.budget_of(experiment, gpus, draws))
     _write_csv(prediction.plan_table(ranked), csv_file)
-    click.echo("source: simulated; queries/s, the highest that stay VALID, median [range] over seeds")
+    click.echo(
+        "source: simulated; queries/s, the highest that stay VALID, median [range] over draws of the lengths"
+    )
     click.echo(prediction.ranking(ranked).to_string())
     click.echo("\n" + prediction.plan_notes(experiment, ranked))
 
@@ -134,32 +147,87 @@ def plan(gpus, params, given, csv_file):
 @main.command()
 @params_argument
 @given_option
-@click.option("--seeds", default=8, type=click.IntRange(1, 1000), show_default=True, help="Runs to simulate.")
+@draws_option
 @click.option("--highest", is_flag=True, help="Search the highest target QPS that stays VALID instead.")
+@click.option(
+    "--other-seeds", is_flag=True, help="Random loads in place of the round's: how lucky are its seeds?"
+)
 @csv_option
-def simulate(params, given, seeds, highest, csv_file):
+def simulate(params, given, draws, highest, other_seeds, csv_file):
     """Predict TTFT, TPOT and the verdict of PARAMS at server_target_qps, for three spreads of prompt length."""
     from .serving import prediction
 
     experiment = load_experiment(_files(params), _given(given))
     if highest:
-        table = prediction.highest_qps_table(experiment, range(seeds))
-        text = f"highest VALID queries/s, median [range] of {seeds} seeds; source: simulated\n{table.to_string(index=False)}"
+        table = prediction.highest_qps_table(experiment, draws)
+        text = f"highest VALID queries/s, median [range] of {draws} draws; source: simulated\n{table.to_string(index=False)}"
     else:
-        table = prediction.simulate_table(experiment, range(seeds))
+        table = prediction.simulate_table(experiment, draws, other_seeds)
         text = prediction.format_simulation(table)
     _write_csv(table, csv_file)
     click.echo(text)
 
 
 @main.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path())
-@click.option("--out", required=True, type=click.Path(), help="The calibration file to write.")
-def calibrate(runs, out):
-    """Fit the model's two constants on measured RUNS and show the error before and after on runs not used."""
-    from .serving import prediction
+@click.argument("runs", nargs=-1, type=click.Path())
+@click.option(
+    "--log",
+    "logs",
+    nargs=2,
+    multiple=True,
+    metavar="FOLDER PARAMS",
+    help="A LoadGen log and its params file.",
+)
+@click.option(
+    "--published",
+    nargs=2,
+    multiple=True,
+    metavar="NAME PARAMS",
+    help="A published row (part of its log_path).",
+)
+@click.option("--base", default="", help="Stack to begin from; default: that of the first run's parameters.")
+@click.option("--out", required=True, type=click.Path(), help="The stack file to write.")
+def calibrate(runs, logs, published, base, out):
+    """Solve a stack's constants on measured RUNS (default: those of results/ledger.csv), logs and published rows."""
+    from .run.folder import RESULTS
+    from .serving import calibration_runs
 
-    click.echo(prediction.calibrate_runs([_run_folder(name) for name in runs], Path(out)))
+    runs = (
+        list(runs) if runs or logs or published else calibration_runs.runs_of_ledger(RESULTS / "ledger.csv")
+    )
+    folders = [_run_folder(name) for name in runs]
+    click.echo(calibration_runs.calibrate_runs(folders, logs, published, base, Path(out)))
+
+
+@main.command()
+@click.argument("dataset", type=click.Path())
+@click.option("--out", required=True, type=click.Path(), help="The CSV to write: input_tokens,output_tokens.")
+@click.option(
+    "--answers", type=click.Path(), help="mlperf_log_accuracy.json of a whole accuracy run, for the outputs."
+)
+@click.option("--sha256", help="The pickle's checksum, if you know it.")
+@click.option(
+    "--trust-dataset", is_flag=True, help="Open a pickle of unknown checksum (a pickle can run code)."
+)
+def lengths(dataset, out, answers, sha256, trust_dataset):
+    """Token lengths of MLPerf's pickle DATASET in sample order, for lengths_file; nothing of its texts leaves it."""
+    from .serving.lengths import write_lengths_csv
+    from .serving.pickle_lengths import read_pickle_lengths
+
+    if Path(out).exists():
+        raise ParameterError(
+            f"--out: {out} is there already, and nothing is overwritten. Choose another name"
+        )
+    found = read_pickle_lengths(Path(dataset), sha256, trust_dataset, Path(answers) if answers else None)
+    write_lengths_csv(found, Path(out))
+    words = (
+        "of the accuracy log"
+        if answers
+        else "published ones of 485 samples, the built-in shape for the others"
+    )
+    click.echo(
+        f"{out}: {len(found)} samples, prompts {found['input_tokens'].mean():.0f} tokens on average; outputs: {words}"
+    )
 
 
 @main.command()

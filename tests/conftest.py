@@ -5,7 +5,10 @@ import ssl
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from disagg_lib.experiment.loading import load_experiment
 from disagg_lib.run import folder
@@ -25,6 +28,27 @@ def odd_dir(tmp_path):
     path = tmp_path / "odd 'name'; \"x\" $(touch owned) & more"
     path.mkdir()
     return path
+
+
+@pytest.fixture
+def site_files(tmp_path):
+    """Site values whose image, mounts, model, tokenizer, data set and TensorRT-LLM tree are there, each as small as it may be."""
+    (tmp_path / "image.sqsh").write_bytes(b"hsqs")
+    (tmp_path / "tree/.llm_aarch64/lib/python3.12/site-packages/tensorrt_llm").mkdir(parents=True)
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"num_hidden_layers": 126}')
+    Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(model / "tokenizer.json"))
+    rows = {"tok_input": [[0, 1]] * 8313, "gt_output": ["a"] * 8313, "metric": ["rouge"] * 8313}
+    pd.DataFrame(rows).to_pickle(tmp_path / "data.pkl")
+    return {
+        "dataset_path": str(tmp_path / "data.pkl"),
+        "trust_dataset": True,
+        "container_image": str(tmp_path / "image.sqsh"),
+        "container_mounts": f"{tmp_path}:/scratch,{tmp_path}/tree:/work",
+        "work_dir": "/work",
+        "model_dir": str(model),
+    }
 
 
 @pytest.fixture

@@ -24,6 +24,15 @@ CASES = {
     "v5.1_20gpu_slurm_pyxis": SITE,
     "v5.1_20gpu_slurm_none": SITE | {"container": "none", "container_image": None, "container_mounts": None},
     "1.x_20gpu_slurm_pyxis": SITE | {"trtllm_dialect": "1.x"},
+    "1.x_least_tokens": SITE
+    | {
+        "trtllm_dialect": "1.x",
+        "routing": "least_tokens",
+        "gen_capacity_policy": "MAX_UTILIZATION",
+        "gen_cuda_graphs": "powers_of_two",
+        "round": "v6.0",
+        "min_query_count": 49878,
+    },
     "1.x_shared_node": SITE
     | {
         "trtllm_dialect": "1.x",
@@ -47,7 +56,12 @@ CASES = {
     | {"client": "nvidia_harness", "system_name": "GB200-NVL72_x20", "harness_dir": "/code"},
     "v5.1_client_dir": SITE | {"client_dir": "/scr atch/client_env"},
     "odd_paths_slurm": SITE
-    | {"container_image": '/im ages/$(id)\'s; "x".sqsh', "scratch_dir": "/scr atch/`id`"},
+    | {"container": "none", "container_image": None, "container_mounts": None, "work_dir": None}
+    | {"scratch_dir": "/scr atch/`id`", "client_dir": "/client's $(id)"},
+    "v5.1_rehearsal_pyxis": REHEARSAL
+    | {"launcher": "slurm", "container": "pyxis", "container_image": "/images/python3.sqsh"}
+    | {"container_mounts": "/project:/project", "mpi": "pmi2", "request_gpus": False}
+    | {"sbatch_options": ["--qos=high", "--reservation=mlperf"]},
 }
 
 

@@ -14,10 +14,10 @@ def command(*words, cwd=REPOSITORY):
     return subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, timeout=180)
 
 
-def test_simulate_reports_three_spreads_and_writes_a_row_a_seed(tmp_path):
-    done = command("simulate", "params/gb200_20gpu.yaml", "--seeds", 2, "--csv", tmp_path / "s.csv")
+def test_simulate_reports_three_spreads_and_writes_a_row_a_draw(tmp_path):
+    done = command("simulate", "params/gb200_20gpu.yaml", "--draws", 2, "--csv", tmp_path / "s.csv")
     assert done.returncode == 0, done.stderr
-    assert all(f"cv {cv}" in done.stdout for cv in ("0.45", "0.35", "0.55"))
+    assert all(f"cv {cv}" in done.stdout for cv in ("0.4", "0.3", "0.5"))
     table = pd.read_csv(tmp_path / "s.csv")
     assert list(table.columns[:1]) == ["topology"]
     needed = {
@@ -35,28 +35,28 @@ def test_simulate_reports_three_spreads_and_writes_a_row_a_seed(tmp_path):
 
 def test_the_highest_valid_qps_stands_beside_the_target(tmp_path):
     done = command(
-        "simulate", "params/gb200_20gpu.yaml", "--highest", "--seeds", 1, "--csv", tmp_path / "h.csv"
+        "simulate", "params/gb200_20gpu.yaml", "--highest", "--draws", 1, "--csv", tmp_path / "h.csv"
     )
     assert done.returncode == 0, done.stderr
     row = pd.read_csv(tmp_path / "h.csv").iloc[0]
     assert row["server_target_qps"] == 3.85 and row["source"] == "simulated"
-    assert 3.0 < float(row["cv 0.55"].split()[0]) < float(row["cv 0.35"].split()[0]) < 4.5
+    assert 3.5 < float(row["cv 0.5"].split()[0]) < float(row["cv 0.3"].split()[0]) < 5.0
 
 
 def test_a_histogram_of_prompt_lengths_and_another_system_are_parameters(tmp_path):
     (tmp_path / "h.csv").write_text("up_to_tokens,samples\n1000,0\n2000,30\n8000,10\n")
-    words = ["simulate", "params/gb200_20gpu.yaml", "--seeds", 1, "-p", "lengths_file", tmp_path / "h.csv"]
+    words = ["simulate", "params/gb200_20gpu.yaml", "--draws", 1, "-p", "lengths_file", tmp_path / "h.csv"]
     done, other = command(*words), command(*words, "-p", "gpu_system", "gb300")
     assert done.returncode == 0, done.stderr
-    assert "h.csv 1 of 1" in done.stdout and "cv 0.45" not in done.stdout
+    assert "h.csv 1 of 1" in done.stdout and "cv 0.4" not in done.stdout
     assert other.returncode == 0 and other.stdout != done.stdout
     refused = command(*words, "-p", "gpu_system", "h100")
     assert refused.returncode == 1 and "there are b200, gb200, gb300" in refused.stderr
 
 
-def test_the_same_seeds_give_the_same_rows(tmp_path):
+def test_the_same_draws_give_the_same_rows(tmp_path):
     for name in ("a.csv", "b.csv"):
-        command("simulate", "params/gb200_20gpu.yaml", "--seeds", 1, "--csv", tmp_path / name)
+        command("simulate", "params/gb200_20gpu.yaml", "--draws", 1, "--csv", tmp_path / name)
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
 
@@ -75,7 +75,7 @@ def test_plan_ranks_topologies_and_prints_the_choice_as_parameters(tmp_path):
     assert table.columns[0] == "topology"
     assert list(table["target_qps"]) == sorted(table["target_qps"], reverse=True)
     assert "num_ctx_servers:" in done.stdout
-    assert "With cv 0.35" in done.stdout
+    assert "With cv 0.3" in done.stdout
     assert "Aggregated" in done.stdout
 
 
@@ -87,7 +87,7 @@ def test_a_budget_that_nothing_fits_is_a_sentence():
 
 def test_csv_is_never_written_over(tmp_path):
     (tmp_path / "x.csv").write_text("mine")
-    done = command("simulate", "params/gb200_20gpu.yaml", "--seeds", 1, "--csv", tmp_path / "x.csv")
+    done = command("simulate", "params/gb200_20gpu.yaml", "--draws", 1, "--csv", tmp_path / "x.csv")
     assert done.returncode == 1
     assert (tmp_path / "x.csv").read_text() == "mine"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from ..checks import Check
+from ..files import sha256
 from ..serving.lengths import MAX_INPUT_TOKENS, SAMPLE_COUNT
-from .digests import hash_file
 
 HARNESS_REPO = "meta-llama/Llama-3.1-405B-Instruct"
 HARNESS_REVISION = "be673f326cab4cd22ccfef76109faf68e41aa5f1"  # mlcommons/inference, language/llama3.1-405b
@@ -56,7 +56,7 @@ def data_checks(scratch_dir: str, dataset_path: str | None = None, needed: bool 
     for path, (fix, shape) in wanted.items():
         found, ok = "absent", path.is_file()
         if ok:
-            found = f"SHA-256 {hash_file(path, lambda count: None, git=False)[0]}, {path.stat().st_size / 1e6:.1f} MB"
+            found = f"SHA-256 {sha256(path)}, {path.stat().st_size / 1e6:.1f} MB"
             if shape:
                 there = _array_shape(path)
                 ok, found = there == shape, f"{there}, {found}"

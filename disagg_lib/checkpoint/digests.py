@@ -1,18 +1,19 @@
 """Digests of a checkpoint's files, taken in parallel and kept."""
 
-import collections
+import contextlib
 import datetime
 import hashlib
 import json
-import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+
+from huggingface_hub.utils import tqdm
+from huggingface_hub.utils.sha import git_hash
 
 from ..checks import Check
 from ..errors import ModelError
@@ -29,103 +30,38 @@ class HubFile:
     sha256: str | None
     git_sha1: str | None
 
-    def fits(self, sha256: str, git_sha1: str | None) -> bool:
-        return sha256 == self.sha256 if self.sha256 else git_sha1 == self.git_sha1
+    def fits(self, path: Path, sha256: str) -> bool:
+        return sha256 == self.sha256 if self.sha256 else git_hash(path.read_bytes()) == self.git_sha1
 
 
-class _Stopped(Exception):
-    """Another thread failed, or the user interrupted: this one ends."""
+@contextlib.contextmanager
+def stoppable_bar():
+    """The hub library's tqdm, whose bars end the threads that advance them once the `with` is left.
+
+    So the first error, or Ctrl-C, ends the work at once; a pool alone would wait for files of several GB.
+    """
+    stop = threading.Event()
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            if stop.is_set():
+                raise KeyboardInterrupt
+            return super().update(n)
+
+    try:
+        yield Bar
+    finally:
+        stop.set()
 
 
-class Progress:
-    """How far a download or a verification has come; `note` says what just happened, else it is empty."""
-
-    def __init__(self, what: str, files: int, bytes: int, report: "Report"):
-        self.what, self.files, self.bytes, self.note = what, files, bytes, ""
-        self.files_done = self.bytes_done = 0
-        self._report, self._lock, self.stop = report, threading.RLock(), threading.Event()
-        self._history = collections.deque([(time.monotonic(), 0)], maxlen=20)  # 10 s
-
-    @property
-    def bytes_per_s(self) -> float:
-        (then, before), now = self._history[0], time.monotonic()
-        return max(0.0, (self.bytes_done - before) / (now - then)) if now > then else 0.0
-
-    @property
-    def eta_s(self) -> float:
-        return (self.bytes - self.bytes_done) / self.bytes_per_s if self.bytes_per_s else math.inf
-
-    def __str__(self):
-        eta = "?" if math.isinf(self.eta_s) else str(datetime.timedelta(seconds=round(self.eta_s)))
-        return (
-            f"{self.what}: {self.files_done}/{self.files} files, {self.bytes_done / 1e9:.2f}/{self.bytes / 1e9:.2f} GB, "
-            f"{self.bytes_per_s / 1e6:.0f} MB/s, {eta} left"
-        )
-
-    def add(self, bytes: int, files: int = 0) -> None:
-        if self.stop.is_set():
-            raise _Stopped
-        with self._lock:
-            self.bytes_done += bytes
-            self.files_done += files
-
-    def say(self, note: str = "") -> None:
-        with self._lock:
-            self.note = note
-            self._history.append((time.monotonic(), self.bytes_done))
-            self._report(self)
-
-    def run(self, work: Callable, items: Iterable, workers: int) -> None:
-        """work(item) in threads, with a report twice a second; the first error ends all, as Ctrl-C does."""
-        with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(work, item) for item in items]
-            try:
-                self.say()
-                while (state := wait(futures, 0.5, FIRST_EXCEPTION)).not_done:
-                    self.say()
-                    if any(future.exception() for future in state.done):
-                        break
-            finally:
-                self.stop.set()
-                pool.shutdown(cancel_futures=True)
-        self.say()
-        raised = [error for f in futures if not f.cancelled() and (error := f.exception())]
-        for error in sorted(raised, key=lambda error: isinstance(error, _Stopped)):
-            raise error
-
-
-Report = Callable[[Progress], None]
-
-
-def print_progress(every_s: float = 10.0) -> Report:
-    """A report that prints: one line that renews itself on a terminal, a line every `every_s` elsewhere."""
-    said_at = -math.inf
-
-    def report(p: Progress) -> None:
-        nonlocal said_at
-        terminal, finished = sys.stdout.isatty(), p.files_done == p.files
-        renew = "\r\x1b[K" if terminal else ""
-        if p.note:
-            print(renew + p.note)
-        if terminal or finished or time.monotonic() - said_at >= every_s:
-            print(f"{renew}{p}", end="" if terminal and not finished else "\n", flush=True)
-            said_at = time.monotonic()
-
-    return report
-
-
-def hash_file(path: Path, add: Callable[[int], None], git: bool) -> tuple[str, str | None]:
-    """SHA-256 and, if asked for, git's SHA-1 of the blob. hashlib lets other threads run meanwhile."""
-    sums = [hashlib.sha256()]
-    if git:
-        sums.append(hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False))
-    buffer = memoryview(bytearray(1 << 20))
+def hash_file(path: Path, add: Callable[[int], object]) -> str:
+    """SHA-256, with add(bytes) after each block. hashlib lets other threads run meanwhile."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
-            for each in sums:
-                each.update(buffer[:count])
+            digest.update(buffer[:count])
             add(count)
-    return sums[0].hexdigest(), sums[1].hexdigest() if git else None
+    return digest.hexdigest()
 
 
 def manifest_path(folder: Path) -> Path:
@@ -175,21 +111,28 @@ class Manifest:
             draft.replace(self.path)
         self.saved_at = time.monotonic()
 
-    def hash_files(self, names: Iterable[str], report: Report) -> list[str]:
+    def absent(self) -> list[str]:
+        return [name for name in self.expected if not (self.folder / name).is_file()]
+
+    def hash_files(self, names: Iterable[str]) -> list[str]:
         """Hash those of the files that are there and have changed; returns the names that differ from the hub's."""
         names = [name for name in names if (self.folder / name).is_file()]
         sizes = {name: (self.folder / name).stat().st_size for name in names if not self.unchanged(name)}
 
         def one(name: str) -> None:
-            expected = self.expected.get(name)
-            sums = hash_file(self.folder / name, progress.add, bool(expected) and not expected.sha256)
-            self.record(name, sums[0], expected is None or expected.fits(*sums))
-            progress.add(0, files=1)
+            sha256, expected = hash_file(self.folder / name, bar.update), self.expected.get(name)
+            self.record(name, sha256, expected is None or expected.fits(self.folder / name, sha256))
 
-        if sizes:  # the largest first, so that all threads end together
-            progress = Progress("verify", len(sizes), sum(sizes.values()), report)
-            try:
-                progress.run(one, sorted(sizes, key=sizes.get, reverse=True), _cores())
+        if sizes:
+            try:  # the largest first, so that all threads end together
+                with (
+                    ThreadPoolExecutor(_cores()) as pool,
+                    stoppable_bar() as new_bar,
+                    new_bar(
+                        desc="verify", total=sum(sizes.values()), unit="B", unit_scale=True, delay=1
+                    ) as bar,
+                ):
+                    list(pool.map(one, sorted(sizes, key=sizes.get, reverse=True)))
             finally:
                 self.save()
         return [name for name in names if not self.files[name]["ok"]]
@@ -205,10 +148,6 @@ class Manifest:
         return f"{name}: SHA-256 {entry['sha256'][:12]}, the hub has {hub}"
 
 
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
 def _size_and_time(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
@@ -219,7 +158,7 @@ def _cores() -> int:
     return min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def verify_digests(folder: Path, report: Report | None = None) -> list[Check]:
+def verify_digests(folder: Path) -> list[Check]:
     """Hash every file, compare with the hub's metadata where the manifest has it, and write the manifest.
 
     A file whose size and time have not changed is not read again; a verification that was killed goes on.
@@ -233,7 +172,7 @@ def verify_digests(folder: Path, report: Report | None = None) -> list[Check]:
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     there = {str(PurePosixPath(p)) for p in paths if not any(part.startswith(".") for part in p.parts)}
     names = sorted(manifest.expected or there)
-    bad = manifest.hash_files(names, report or print_progress())
+    bad = manifest.hash_files(names)
     bad += [name for name in names if name not in there]
     strays = sorted(name for name in there.difference(names) if name.endswith(".safetensors"))
     manifest.files = {name: manifest.files[name] for name in names if name in there}
@@ -268,9 +207,9 @@ def cite_model(folder: Path) -> dict | None:
     return {"manifest": str(manifest.path), **cited, "files": len(manifest.files)}
 
 
-def checkpoint_checks(e: Experiment, report: Report | None = None) -> list[Check]:
+def checkpoint_checks(e: Experiment) -> list[Check]:
     """Everything that the experiment assumes of its checkpoint: structure first, then every digest."""
     if e.engine == "external":
         return []
     folder, shape = Path(e.model_path), REHEARSAL if e.engine == "rehearsal" else LLAMA_405B
-    return verify_checkpoint(folder, shape, e.max_seq_len) + verify_digests(folder, report)
+    return verify_checkpoint(folder, shape, e.max_seq_len) + verify_digests(folder)

@@ -2,9 +2,9 @@
 
 import contextlib
 import errno
+import logging
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx2
@@ -45,15 +45,6 @@ class HubError(ModelError):
         self.kind = kind
 
 
-PASSING = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
-HUB_FAULTS = (httpx2.HTTPError, hub_errors.OfflineModeIsEnabled, hub_errors.HFValidationError)
-NO_HUBS_ANSWER = (
-    ValueError,
-    KeyError,
-    TypeError,
-)  # of the hub library, as it reads a portal's page for a hub's JSON
-
-
 def redact(said: object) -> str:
     """What an error or an address says, on one line, without tokens, signatures (the query of a URL) and passwords."""
     text = getattr(said, "server_message", None) or str(said) or type(said).__name__
@@ -63,13 +54,20 @@ def redact(said: object) -> str:
     return " ".join(re.sub(r"\?\S*=\S*", "", text).split())[:300]
 
 
-def status_of(error: Exception) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+def _redact_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = redact(record.getMessage()), ()
+    return True
 
 
-def named(error: Exception, where: str) -> HubError:
+for handler in logging.getLogger("huggingface_hub").handlers:  # its warnings show addresses whole
+    handler.addFilter(_redact_record)
+
+
+def _named(error: Exception, where: str) -> HubError:
     """The hub library's error as one of ours."""
-    status = status_of(error)
+    while isinstance(error, hub_errors.LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__  # it says "not in the cache"; why it asked the cache is the cause
+    status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, hub_errors.GatedRepoError):
         kind = "gated"
     elif isinstance(error, hub_errors.RevisionNotFoundError):
@@ -84,27 +82,39 @@ def named(error: Exception, where: str) -> HubError:
         kind = "offline"
     elif isinstance(error, UnicodeEncodeError):
         kind = "token refused"
-    elif isinstance(error, NO_HUBS_ANSWER):
+    elif isinstance(error, ValueError | KeyError | TypeError | hub_errors.FileMetadataError):
         what = f"no hub's answer ({type(error).__name__}: {redact(error)})"
         return HubError("proxy", redact(where), what)
+    elif isinstance(error, httpx2.TransportError):
+        kind = "no network"
     else:
-        kind = {403: "forbidden", 429: "too many requests", None: "no network"}.get(status, "hub error")
+        kind = {403: "forbidden", 429: "too many requests"}.get(status, "hub error")
     return HubError(kind, redact(where), f"{status} {redact(error)}" if status else redact(error))
 
 
-def disk_full(folder: Path, needed: int) -> HubError:
+def disk_full(folder: Path, needed: int | None = None) -> HubError:
     free = shutil.disk_usage(existing_parent(folder)).free
-    return HubError("disk full", folder, f"found {free / 1e9:.2f} GB free, needed {needed / 1e9:.2f} GB more")
+    more = f", needed {needed / 1e9:.2f} GB more" if needed else ""
+    return HubError("disk full", folder, f"found {free / 1e9:.2f} GB free{more}")
 
 
 @contextlib.contextmanager
-def file_system(place: Path, needed: Callable[[], int] = lambda: 0):
+def asking(where: str):
+    """What the hub, the way to it or the hub library says against it, as one of our errors."""
+    try:
+        yield
+    except (httpx2.HTTPError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if getattr(error, "errno", None):  # the file system's word
+            raise
+        raise _named(error, where) from None
+
+
+@contextlib.contextmanager
+def file_system(place: Path):
     """What the file system says against it, as one of our errors."""
     try:
         yield
     except OSError as error:
-        if isinstance(error, HUB_FAULTS):  # the hub library's offline mode is an OSError, too
-            raise
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise disk_full(place.parent, needed()) from None
+            raise disk_full(place.parent) from None
         raise HubError("file system", place, str(error)) from None

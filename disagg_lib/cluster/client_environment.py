@@ -9,9 +9,9 @@ from pathlib import Path
 from ..checks import Check
 from ..errors import JobError, SetupError
 from ..experiment.parameters import Experiment
+from ..experiment.rules import PLAIN_PATH
 from ..files import sha256
-from ..run.made_with import cite_client
-from .machine import pinned_versions
+from ..run.made_with import cite_client, pinned_versions
 from .setup_job import failed_row, job_header, require_given, run_setup_job
 
 CLIENT_PACKAGES = ("mlcommons-loadgen", "numpy", "uvloop")
@@ -47,8 +47,8 @@ def client_script(e: Experiment, brought: bool = False) -> str:
     step = ""
     if e.launcher == "slurm" and e.container == "pyxis":
         require_given(e, "client", "container_image")
-        if re.search("[,:]", e.scratch_dir):
-            why = "a container's mounts cannot hold , and :"
+        if not re.fullmatch(PLAIN_PATH, e.scratch_dir):
+            why = "pyxis would expand or split it. Use a path of letters, digits and _./+@=~-"
             raise SetupError(f"scratch_dir: found {e.scratch_dir!r}; {why}")
         mounts = dict.fromkeys([f"{e.scratch_dir}:{e.scratch_dir}", *(e.container_mounts or "").split(",")])
         options = [
@@ -57,7 +57,7 @@ def client_script(e: Experiment, brought: bool = False) -> str:
         ]
         step = shlex.join(["srun", *options, "--container-remap-root"])
     return (
-        job_header(e, "client", "0:30:00")
+        job_header(e, "client", "0:30:00", mem="0")
         + f"""target={shlex.quote(str(client_folder(e)))}
 [[ -e $target ]] && fail "$target is there already, and nothing is overwritten"
 draft=$target.draft-${{SLURM_JOB_ID:-$$}}

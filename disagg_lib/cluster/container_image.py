@@ -20,7 +20,7 @@ def image_script(e: Experiment, arch: str = "aarch64") -> str:
     """The job that builds `container_image` with the harness's makefile, and leaves `<image>.sha256` beside it.
 
     From the v5.1 code: the makefile lies in closed/NVIDIA itself (the original's README says one folder below),
-    needs --container-remap-root, and asks: for the account, if none is given, then whether to go on.
+    needs --container-remap-root and a writable root file system, and asks: for the account, if none is given, then whether to go on.
 
     Raises
     ------
@@ -45,11 +45,12 @@ def image_script(e: Experiment, arch: str = "aarch64") -> str:
         "INSTALL_TRTLLM": "1",
         "INSTALL_LOADGEN": "1",
         "MLPERF_SCRATCH_PATH": e.scratch_dir,
-        "EXTRA_SRUN_FLAGS": "--container-remap-root",
+        # enroot's default is a root file system that is read-only.
+        "EXTRA_SRUN_FLAGS": "--container-remap-root --container-writable",
     }
     answers = "y\\n" if e.account else "\\ny\\n"
     return (
-        job_header(e, "image", e.time_limit, exclusive="")
+        job_header(e, "image", e.time_limit, exclusive="", mem="0")
         + f"""image={shlex.quote(e.container_image)}
 [[ -e $image ]] && fail "$image is there already, and nothing is overwritten"
 draft=${{image%.sqsh}}.draft-${{SLURM_JOB_ID:-$$}}.sqsh # it gets its name when it is whole

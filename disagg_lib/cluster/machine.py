@@ -14,18 +14,13 @@ import psutil
 from ..checks import Check
 from ..errors import JobError
 from ..experiment.parameters import Experiment
-from ..files import REPOSITORY, existing_parent
+from ..files import existing_parent
 from ..run.job_script import make_job_script
+from ..run.made_with import pinned_versions
 from . import slurm
 from .preflight import cluster_checks
 
 REHEARSAL_GB, CHECKPOINT_GB = 1, 250  # free space; the real checkpoint is about 230 GB
-
-
-def pinned_versions() -> dict[str, str]:
-    lines = (REPOSITORY / "requirements.lock").read_text().splitlines()
-    pins = (line.split(";")[0].strip().split("==") for line in lines if "==" in line)
-    return {name: version for name, version in pins}
 
 
 def _package(name: str, pin: str) -> Check:

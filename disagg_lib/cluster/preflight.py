@@ -1,5 +1,7 @@
 """Rules that are checked before the queue, each with what was found and what to do."""
 
+import importlib.util
+import json
 import math
 import os
 import re
@@ -12,11 +14,15 @@ from ..errors import JobError, LatencyTableError, NoAnswer
 from ..experiment.parameters import Experiment
 from ..experiment.topology import topology_arithmetic
 from ..files import REPOSITORY, existing_parent
+from ..results.accuracy import read_references
+from ..results.scoring import load_decoder, sentence_splitter
 from ..run.durations import TEARDOWN_S, job_seconds, search_seconds
 from ..run.job_script import make_job_script
+from ..run.made_with import cite_client, pinned_versions
 from ..serving import latency
-from ..serving.lengths import INPUT_MEAN, MAX_INPUT_TOKENS, MAX_OUTPUT_TOKENS
+from ..serving.lengths import INPUT_MEAN, MAX_INPUT_TOKENS, MAX_OUTPUT_TOKENS, SAMPLE_COUNT
 from . import slurm
+from .probe import last_probe, probe_script, read_probe, software_rows
 
 # rule: (requirement, what goes wrong without it, what to do, level); {} is filled in by the rule's own words
 RULES = {
@@ -98,6 +104,42 @@ RULES = {
         "containers that do not start",
         "correct container_mounts in params/site.yaml",
     ),
+    "tensorrt_llm_mount": (
+        "a mount that ends at work_dir and holds TensorRT-LLM (.llm_*/lib/python3*/site-packages/tensorrt_llm)",
+        "servers that find no TensorRT-LLM: the v5.1 image has it in the mounted tree alone",
+        "add <the tree's closed/NVIDIA>:{work_dir} to container_mounts, and build TensorRT-LLM there (00_setup)",
+    ),
+    "rehearsal_mount": (
+        "this project and its .venv are seen in the container at their own paths",
+        "a stand-in that cannot start there",
+        "add {project}:{project} to container_mounts; the image's python3 must be .venv's release",
+    ),
+    "accuracy_inputs": (
+        "data set with references, and the tokenizer whose ids it holds",
+        "an accuracy run that nobody can score",
+        "run 01_model_download; set dataset_path and model_dir in params/site.yaml",
+    ),
+    "scorer": (
+        "the extra `accuracy`",
+        "an accuracy run that cannot be scored here",
+        "pip install '.[accuracy]'",
+    ),
+    "sentence_splitter": (
+        "NLTK's punkt_tab data",
+        "gen_len, which nothing judges, differing by blanks",
+        "python -m nltk.downloader punkt_tab",
+        "warning",
+    ),
+    "client_loadgen": (
+        "LoadGen {pin} in client_dir: the round's, whose seeds are built in",
+        "a run with another round's seeds, found after it",
+        "build client_dir anew (setup_jobs: all)",
+    ),
+    "probe": (
+        "{requirement}",
+        "servers that do not start, after the queue",
+        "{fix}",
+    ),
     "harness_dir": (
         "harness_dir holds the harness's Makefile (closed/NVIDIA)",
         "a client that cannot start",
@@ -160,9 +202,10 @@ def experiment_checks(e: Experiment) -> list[Check]:
     if e.servers:
         checks += [*_topology(e), *_memory(e), *_lengths(e)]
         if e.engine == "trtllm":
-            checks += [_model_folder(e), *_container(e)]
+            checks.append(_model_folder(e))
+    checks += _container(e)
     if e.engine != "rehearsal" and e.client == "loadgen":
-        checks.append(_data_set(e))
+        checks += [_data_set(e), *_client(e)]
     return checks + (_harness(e) if e.client == "nvidia_harness" else [])
 
 
@@ -269,8 +312,41 @@ def _data_set(e: Experiment) -> Check:
     return _rule("data_set", ok, found, level, prevents=prevents)
 
 
+def scoring_checks(e: Experiment) -> Iterator[Check]:
+    """What an accuracy run's score needs, looked at before the run, since hours later it is missed. Opens the data set."""
+    if (
+        e.engine == "rehearsal"
+        or e.client != "loadgen"
+        or not e.dataset_path
+        or "accuracy" not in e.test_modes
+    ):
+        return
+    try:
+        load_decoder(Path(e.model_path))
+        tokens = json.loads((Path(e.model_path) / "tokenizer.json").read_text(encoding="utf-8"))
+        highest = max(tokens["model"]["vocab"].values())
+        references = read_references(Path(e.dataset_path), None, e.trust_dataset)
+        ids = max(max(row) for row in references["tok_input"].head(100))
+        found = f"{len(references)} samples with ids up to {ids}; a tokenizer up to {highest}"
+        # The 256 special tokens of Llama 3 follow its vocabulary.
+        yield _rule("accuracy_inputs", len(references) == SAMPLE_COUNT and ids <= highest + 256, found)
+    except Exception as error:  # a pickle that is opened may raise anything
+        yield _rule("accuracy_inputs", False, f"{type(error).__name__}: {error}")
+    absent = [name for name in ("rouge_score", "tokenizers") if importlib.util.find_spec(name) is None]
+    yield _rule("scorer", not absent, f"{', '.join(absent)} absent" if absent else "there")
+    note = sentence_splitter()[1]
+    yield _rule("sentence_splitter", note.startswith("sentences cut"), note)
+
+
+def _client(e: Experiment) -> Iterator[Check]:
+    if e.client_dir and (cited := cite_client(e.client_dir)):
+        name = "mlcommons-loadgen"
+        pin = pinned_versions()[name]
+        yield _rule("client_loadgen", cited.get(name) == pin, cited.get(name), pin=pin)
+
+
 def _container(e: Experiment) -> Iterator[Check]:
-    if e.container == "none":
+    if e.container == "none" or e.launcher == "local":
         return
     image = e.container_image
     readable = bool(image) and os.access(image, os.R_OK)
@@ -284,6 +360,16 @@ def _container(e: Experiment) -> Iterator[Check]:
         good = bool(colon) and inside.startswith("/") and os.path.exists(host)
         why = f"{host} does not exist here" if colon else f"{mount}: no host:container pair"
         yield _rule("container_mounts", good, mount if good else why)
+    mounts = dict(pair.split(":")[1::-1] for pair in (e.container_mounts or "").split(",") if ":" in pair)
+    if e.engine == "trtllm" and e.trtllm_dialect == "v5.1" and e.work_dir:
+        host = Path(mounts.get(e.work_dir.rstrip("/"), "/nowhere"))
+        holds = sorted(host.glob(".llm_*/lib/python3*/site-packages/tensorrt_llm"))
+        found = holds[0] if holds else f"no TensorRT-LLM in {host}" if host.exists() else "no such mount"
+        yield _rule("tensorrt_llm_mount", bool(holds), found, work_dir=e.work_dir)
+    if e.engine == "rehearsal":
+        seen = [Path(inside) for inside, host in mounts.items() if inside == host] + [Path.home()]
+        covered = any(REPOSITORY.is_relative_to(path) for path in seen)
+        yield _rule("rehearsal_mount", covered, e.container_mounts, project=REPOSITORY)
 
 
 def _harness(e: Experiment) -> list[Check]:
@@ -343,5 +429,14 @@ def _cluster_rules(e: Experiment, script: str) -> Iterator[Check]:
 
 def check_experiment(e: Experiment) -> list[Check]:
     """Every rule that can be checked from here, before anything is submitted."""
-    checks = experiment_checks(e)
-    return checks + (cluster_checks(e, make_job_script(e)) if e.launcher == "slurm" else [])
+    checks = [*experiment_checks(e), *scoring_checks(e)]
+    if e.launcher == "slurm":
+        checks += [*_last_probe(e), *cluster_checks(e, make_job_script(e))]
+    return checks
+
+
+def _last_probe(e: Experiment) -> Iterator[Check]:
+    """What 00's newest probe of the same parameters found in the container, if there is one."""
+    if folder := last_probe(e, probe_script(e)):
+        for requirement, found, ok, fix in software_rows(e, read_probe(folder)):
+            yield _rule("probe", ok, found, requirement=requirement, fix=fix)

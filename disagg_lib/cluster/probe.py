@@ -1,5 +1,6 @@
-"""The probe: what a compute node has, by a job of two minutes."""
+"""The probe: what a compute node has, and what the container image holds, by a job of minutes."""
 
+import re
 import shlex
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from ..checks import Check
 from ..errors import JobError, SetupError
 from ..experiment.parameters import Experiment
 from ..files import REPOSITORY
+from ..run.job_script import container_options, tensorrt_llm_path
 from .setup_job import failed_row, job_header, run_setup_job
 
 ELF_MACHINES = {183: "aarch64", 62: "x86_64"}  # e_machine in an ELF header
@@ -24,10 +26,29 @@ def _visible(e: Experiment) -> list[str]:
     return list(dict.fromkeys(str(path) for path in [*paths, image and Path(image).parent] if path))
 
 
+def _look_inside(e: Experiment) -> str:
+    """Lines that import TensorRT-LLM in the image, as the job's steps will: its version, or the first error."""
+    if e.container == "none" or e.engine != "trtllm" or not e.container_image:
+        return ""
+    path = tensorrt_llm_path(e)
+    words = [
+        "srun",
+        f"--mpi={e.mpi}",
+        *container_options(e),
+        "env",
+        *([f"PYTHONPATH={path}"] if path else []),
+    ]
+    words += ["python3", "-c", "import tensorrt_llm as t; print('tensorrt_llm', t.__version__)"]
+    pick = "/^tensorrt_llm /{v = $2} /rror|ERROR/ && !e {e = $0} {l = $0} END {print v ? v : e ? e : l}"
+    return f'say tensorrt_llm "$({shlex.join(words)} 2>&1 | awk {shlex.quote(pick)})"\n'
+
+
 def probe_script(e: Experiment) -> str:
-    """A job of two minutes that writes what a compute node has into probe.txt: a name, a tab, a value a line."""
+    """A job of minutes that writes what a compute node has into probe.txt: a name, a tab, a value a line."""
+    inside = _look_inside(e)
+    limit, options = ("0:20:00", {"mem": "0"}) if inside else ("0:02:00", {})  # tens of GB are unpacked
     return (
-        job_header(e, "probe", "0:02:00", gpus=e.engine == "trtllm")
+        job_header(e, "probe", limit, gpus=e.engine == "trtllm", **options)
         + f"""scratch={shlex.quote(e.scratch_dir)}
 say() {{ printf '%s\\t%s\\n' "$1" "$2" >>probe.txt; }}
 say host "$(hostname)"
@@ -42,8 +63,10 @@ done
 if own=$(mktemp -p "$scratch" .probe-XXXXXX 2>refusal.txt) && rm -- "$own" 2>>refusal.txt; then say scratch writable
 else say scratch "$(paste -sd' ' refusal.txt)"; fi
 say free_kb "$(df -Pk -- "$scratch" 2>&1 | awk 'NR == 2 {{ print $4 }}')"
-say end ''
+say mpi "$(srun --mpi=list 2>&1 | paste -sd' ')"
 """
+        + inside
+        + "say end ''\n"
     )
 
 
@@ -95,7 +118,32 @@ def probe_checks(e: Experiment, found: Mapping[str, str]) -> list[Check]:
     free_gb = int(found["free_kb"]) * 1024 / 1e9 if found["free_kb"].isdigit() else 0.0
     fix = "free some, or set scratch_dir"
     rows.append(("1 GB free in scratch_dir", f"{free_gb:.0f} GB", free_gb >= 1, fix))
+    rows += software_rows(e, found)
     return [Check(f"on {found['host']}: {requirement}", *rest) for requirement, *rest in rows]
+
+
+def dialect_of(version: str) -> str:
+    """The dialect that a TensorRT-LLM speaks: flat keys before 1.1 (the v5.1 branch calls itself 1.0), nested ones from 1.2 on."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    number = (int(found[1]), int(found[2])) if found else ()
+    return "none" if not number or (1, 1) <= number < (1, 2) else "v5.1" if number < (1, 1) else "1.x"
+
+
+def software_rows(e: Experiment, found: Mapping[str, str]) -> list[tuple[str, str, bool, str]]:
+    """What a probe found of MPI and of TensorRT-LLM in the image: requirement, found, ok, what to do."""
+    rows = []
+    if e.launcher == "slurm":
+        offered = re.findall(r"\b(?:none|pmi2|pmix)\b", found["mpi"])
+        fix = f"set mpi to one of {', '.join(dict.fromkeys(offered)) or 'those that srun --mpi=list names'}"
+        rows.append((f"srun offers --mpi={e.mpi}", found["mpi"][:200], e.mpi in offered, fix))
+    if version := found.get("tensorrt_llm"):
+        speaks = dialect_of(version)
+        needed = {"v5.1": "of MLPerf v5.1 (0.20 to 1.0)", "1.x": "1.2 or newer"}[e.trtllm_dialect]
+        fix = f"set container_image (or, in v5.1, work_dir and its mount) to a TensorRT-LLM {needed}"
+        fix += f", or trtllm_dialect: {speaks}" if speaks != "none" else ""
+        what = f"TensorRT-LLM in the container, {needed}: trtllm_dialect is {e.trtllm_dialect}"
+        rows.append((what, version[:200], speaks == e.trtllm_dialect, fix))
+    return rows
 
 
 def last_probe(e: Experiment, script: str) -> Path | None:
@@ -109,7 +157,7 @@ def last_probe(e: Experiment, script: str) -> Path | None:
 
 
 def probe(e: Experiment, out=print) -> list[Check]:
-    """What a compute node has, by a job of one node and two minutes at most. A whole probe of this week is read again."""
+    """What a compute node has, by a job of one node. A whole probe of this week is read again."""
     script = probe_script(e)
     folder = last_probe(e, script)
     if folder:

@@ -43,10 +43,11 @@ fail() { echo "$*"; exit 1; }
 
 def job_header(e: Experiment, kind: str, time_limit: str, gpus: bool = True, **options: str) -> str:
     options = {"job-name": f"disagg_setup_{kind}", "nodes": "1", "ntasks": "1", "time": time_limit} | options
-    if gpus and e.engine != "external":
+    if gpus and e.request_gpus and e.engine != "external":
         options["gpus-per-node"] = str(e.gpus_per_node)
     options |= {key: value for key in ("partition", "account") if (value := getattr(e, key))}
     lines = [f"#SBATCH --{key}={value}".removesuffix("=") for key, value in options.items()]
+    lines += [f"#SBATCH {option}" for option in e.sbatch_options]
     return "\n".join(["#!/bin/bash", *lines, "#SBATCH --output=output.txt", "#SBATCH --no-requeue", PREAMBLE])
 
 
@@ -71,39 +72,9 @@ def run_setup_job(
     SetupError : it ended with a status other than 0, with its last lines; or its folder cannot be made.
     JobError : Slurm refused it.
     """
-    folder = Path(e.scratch_dir) / "setup" / f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}_{kind}"
-    try:
-        folder.mkdir(parents=True)
-        for name, text in {"job.sh": script, **(files or {})}.items():
-            (folder / name).write_text(text)
-    except OSError as error:
-        fix = "Set scratch_dir to a shared folder that you may write"
-        raise SetupError(f"{folder}: cannot be made ({error.strerror}). {fix}") from None
-    output, status, environment = folder / "output.txt", folder / "status", slurm.job_environment()
-    if e.launcher == "local":
-        with output.open("wb") as log:  # a session of its own: what it started is ended with it
-            process = subprocess.Popen(
-                ["bash", "job.sh"], cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True
-            )  # fmt: skip
-
-        def state():
-            return (False, "running") if process.poll() is None else (True, ENDED_WELL)
-
-        def cancel():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait(30)
-    else:
-        answer = slurm.slurm("sbatch", "--parsable", "job.sh", tries=1, cwd=folder, environment=environment)
-        job_id = answer.strip().split(";")[0]
-
-        def state():
-            return _slurm_state(job_id)
-
-        def cancel():
-            slurm.slurm("scancel", job_id)
-
+    folder = _job_folder(e, kind, {"job.sh": script, **(files or {})})
+    output, status = folder / "output.txt", folder / "status"
+    state, cancel = _start_local(folder, output) if e.launcher == "local" else _start_slurm(folder)
     out(f"{kind}: job folder {folder}")
     try:
         words = _follow(state, output, out, poll_s)
@@ -118,6 +89,41 @@ def run_setup_job(
         words = f"ended with status {code}" if code not in ("", "0") else words or "is gone"
         raise SetupError(f"the {kind} job: {words}: {last_lines(output, 5)}. All of it: {output}")
     return folder
+
+
+def _job_folder(e: Experiment, kind: str, files: Mapping[str, str]) -> Path:
+    folder = Path(e.scratch_dir) / "setup" / f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}_{kind}"
+    try:
+        folder.mkdir(parents=True)
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    except OSError as error:
+        fix = "Set scratch_dir to a shared folder that you may write"
+        raise SetupError(f"{folder}: cannot be made ({error.strerror}). {fix}") from None
+    return folder
+
+
+def _start_local(folder: Path, output: Path) -> tuple[Callable, Callable]:
+    """Start job.sh here, in a session of its own: what it started is ended with it. Returns (state, cancel)."""
+    with output.open("wb") as log:
+        process = subprocess.Popen(
+            ["bash", "job.sh"], cwd=folder, env=slurm.job_environment(), stdin=subprocess.DEVNULL, stdout=log,
+            stderr=log, start_new_session=True
+        )  # fmt: skip
+
+    def cancel():
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+
+    return lambda: (False, "running") if process.poll() is None else (True, ENDED_WELL), cancel
+
+
+def _start_slurm(folder: Path) -> tuple[Callable, Callable]:
+    environment = slurm.job_environment()
+    answer = slurm.slurm("sbatch", "--parsable", "job.sh", tries=1, cwd=folder, environment=environment)
+    job_id = answer.strip().split(";")[0]
+    return lambda: _slurm_state(job_id), lambda: slurm.slurm("scancel", job_id)
 
 
 def _slurm_state(job_id: str) -> tuple[bool, str]:

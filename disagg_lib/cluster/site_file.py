@@ -20,7 +20,7 @@ SITE = REPOSITORY / "params/site.yaml"
 
 SITE_KEYS = (
     *("partition", "account", "scratch_dir", "model_dir", "container_image", "container_mounts", "work_dir"),
-    *("dataset_path", "trust_dataset", "harness_dir", "client_dir"),
+    *("dataset_path", "trust_dataset", "harness_dir", "client_dir", "mpi", "request_gpus"),
 )
 # The site's only where no experiment's file says so.
 EXPERIMENTS_KEYS = ("gpus_per_node", "segment", "time_limit")

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ..errors import ParameterError
 from ..files import REPOSITORY, expand
-from .parameters import Experiment, parameter_names, what_is_needed
+from .parameters import Experiment, parameter_kind, parameter_names, what_is_needed
 from .rules import check_together
 
 DEFAULT_PARAMS_FILES = ("params/rehearsal.yaml",)
@@ -87,14 +87,27 @@ def _explain(error: Mapping, provenance: Mapping[str, str]) -> str:
     note = (
         error["msg"].removeprefix("Value error, ") if error["type"] == "value_error" else what_is_needed(name)
     )
+    if str(found).lower() in ("true", "false") and parameter_kind(name)[0] is bool:
+        note += f"; papermill's -p wants {str(found).title()}, or -y '{name}: {str(found).lower()}'"
     kind = {str: "text", int: "a whole number", float: "a number", bool: "true/false"}.get(
         type(found), type(found).__name__
     )
     return f"{provenance.get(name, 'given')}: {name}: found {found!r} ({kind}), needed {note}"
 
 
-def _absolute(value: str, root: Path) -> str:
-    return os.path.normpath(root / expand(value))
+_PATHS = (
+    *("scratch_dir", "model_dir", "dataset_path", "stack", "lengths_file", "harness_dir"),
+    *("client_dir", "container_image"),
+)
+
+
+def _absolute_paths(e: Experiment, root: Path) -> dict[str, str]:
+    """Paths that were given or have a default, below `root`; an image that is no .sqsh file is a registry's name, a stack without .yaml a shipped one's."""
+    given = {name: value for name in _PATHS if (value := getattr(e, name))}
+    for name, ending in (("container_image", ".sqsh"), ("stack", ".yaml")):
+        if not given.get(name, ending).endswith(ending):
+            del given[name]
+    return {name: os.path.normpath(root / expand(value)) for name, value in given.items()}
 
 
 def load_experiment(
@@ -114,45 +127,28 @@ def load_experiment(
     ------
     ParameterError, TopologyError : file, key, found, needed, what to do; the first of each key.
     """
-    values: dict[str, Any] = {}
-    provenance = dict.fromkeys(parameter_names(), "default")
     if isinstance(params_files, str):
         raise ParameterError(
             f"params_files: found the text {params_files!r}, needed a list: [{params_files!r}]"
         )
     sources = [(str(name), read_params_file(root / expand(name), str(name))) for name in params_files]
     refuse_unknown(given or (), parameter_names(), "given")
+    values: dict[str, Any] = {}
+    provenance = dict.fromkeys(parameter_names(), "default")
     for source, mapping in [*sources, ("given", dict(given or {}))]:
         for name, value in mapping.items():
             if value is not None:
                 values[name], provenance[name] = value, source
     try:
         experiment = Experiment(**values, provenance=provenance)
-        paths = {
-            name: _absolute(value, root)
-            for name in (
-                "scratch_dir",
-                "model_dir",
-                "dataset_path",
-                "calibration_file",
-                "lengths_file",
-                "harness_dir",
-                "client_dir",
-                "container_image",
-            )
-            if (value := getattr(experiment, name)) and (name != "container_image" or value.endswith(".sqsh"))
-        }
-        experiment = Experiment(**{**values, **paths}, provenance=provenance)
+        experiment = Experiment(**values | _absolute_paths(experiment, root), provenance=provenance)
+        check_together(experiment)
     except ValidationError as error:
         raise ParameterError("\n".join(_explain(item, provenance) for item in error.errors())) from None
-    try:
-        check_together(experiment)
     except ParameterError as error:
-        files = [source for source, _ in sources] or ["given"]
-        name = str(error).split(":")[0]
-        where = provenance.get(name, "")
-        prefix = where if where not in ("", "default") else files[-1]
-        raise type(error)(f"{prefix}: {error}") from None
+        where = provenance.get(str(error).split(":")[0], "default")
+        last = sources[-1][0] if sources else "given"
+        raise type(error)(f"{last if where == 'default' else where}: {error}") from None
     return experiment
 
 

@@ -12,11 +12,40 @@ from .topology import Server, plan_servers
 
 MODEL_PATH_IN_SCRATCH = "models/Llama3.1-405B/fp4-quantized-modelopt/llama3.1-405b-instruct-hf-torch-fp4"  # the harness looks here
 SLURM_WORD = r"^[A-Za-z0-9][A-Za-z0-9_.,@+-]*$"
+SBATCH_OPTION = r"--([a-z][a-z-]+)(=[^\s#'\"\\]+)?"
+OUR_SBATCH_OPTIONS = [
+    "job-name",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "gpus-per-node",
+    "exclusive",
+    "mem",
+    "time",
+    "partition",
+    "account",
+    "output",
+    "error",
+    "open-mode",
+    "requeue",
+    "no-requeue",
+    "signal",
+    "segment",
+    "comment",
+    "array",
+    "chdir",
+    "export",
+    "wrap",
+    "parsable",
+    "test-only",
+    "wait",
+    "hold",
+]
 # Without user and query: secrets stand there.
 ENDPOINT_URL = r"^https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./-]*)?$"
 FAULTS = (
-    r"^(none|crash_loading(:\w+)?|crash_midrun(:\w+(:\d+)?)?|health_503|no_tokens|slow_tokens|"
-    r"truncated_stream(:\d+)?)$"
+    r"^(none|crash_loading(_quiet)?(:\w+)?|(crash_midrun(_quiet)?|gen_refuses)(:\w+(:\d+)?)?|no_request_id|"
+    r"health_503|no_tokens|slow_tokens|no_detokenize|(truncated_stream|eos_first)(:\d+)?)$"
 )
 
 
@@ -54,6 +83,19 @@ class Experiment(BaseModel):
     gen_batch_size: int = _parameter(512, "requests in one generation step, at the most", ge=1)
     gen_max_num_tokens: int = _parameter(512, "tokens in one generation step, at the most", ge=1)
     gen_gpu_memory_fraction: float = _parameter(0.95, "share of free GPU memory for the KV cache", gt=0, lt=1)
+    ctx_capacity_policy: Literal["MAX_UTILIZATION", "GUARANTEED_NO_EVICT"] = _parameter(
+        "MAX_UTILIZATION", "when a context server takes a request"
+    )
+    gen_capacity_policy: Literal["MAX_UTILIZATION", "GUARANTEED_NO_EVICT"] = _parameter(
+        "GUARANTEED_NO_EVICT",
+        "when a generation server takes a request: room for its prompt, or for all it may say",
+    )
+    gen_cuda_graphs: Literal["original", "powers_of_two"] = _parameter(
+        "original", "batch sizes captured as CUDA graphs: the original's list, or powers of two (v6.0)"
+    )
+    routing: Literal["round_robin", "least_tokens"] = _parameter(
+        "round_robin", "who gets a request: servers in turn, or the one with the fewest tokens to do"
+    )
     max_seq_len: int = _parameter(22016, "tokens; 20000 in + 2000 out, up to a multiple of 32", ge=32)
     kv_transfer_backend: Literal["UCX", "NIXL", "MPI"] | None = _parameter(
         None, "KV cache transport; not given: MPI in v5.1 (the original's), NIXL in 1.x"
@@ -84,12 +126,24 @@ class Experiment(BaseModel):
     gpu_system: str = _parameter(
         "gb200", "step-time table of plan, simulate and rehearsal (gb200 | gb300 | b200)", pattern=r"^\w+$"
     )
-    calibration_file: str | None = _parameter(None, "factors that `calibrate` fitted; not given: 1 and 1")
+    stack: str | None = _parameter(
+        None,
+        "constants of the serving model: v5.1, v6.0, none, or a file of `calibrate`; not given: the dialect's",
+    )
+    prompt_mean_tokens: int = _parameter(
+        9400, "mean of the built-in prompt lengths; the stacks' constants hold at 9400", ge=500, le=19_000
+    )
     lengths_file: str | None = _parameter(
         None, "CSV of token lengths or prompt histogram; not given: the built-in shapes"
     )
     # the load
     server_target_qps: float = _parameter(3.85, "queries per second that LoadGen offers", gt=0, le=100_000)
+    min_query_count: int | None = _parameter(
+        None,
+        "queries at the least; not given: LoadGen's own, one permutation of the data set",
+        ge=1,
+        le=1_000_000,
+    )
     max_in_flight: int = _parameter(2048, "Offline: requests open at once", ge=1)
     dataset_path: str | None = _parameter(None, "the MLPerf pickle; not given: the synthetic data set")
     trust_dataset: bool = _parameter(False, "true: open a pickle of unknown checksum (a pickle can run code)")
@@ -135,6 +189,16 @@ class Experiment(BaseModel):
     setup_jobs: Literal["none", "probe", "all"] = _parameter(
         "probe", "jobs of 00_setup: none, a look at one node, or also image and client where absent"
     )
+    mpi: Literal["pmix", "pmi2", "none"] = _parameter(
+        "pmix", "srun's --mpi; 00's probe says what yours offers"
+    )
+    request_gpus: bool = _parameter(True, "false: no --gpus-per-node, where Slurm does not manage the GPUs")
+    sbatch_options: tuple[str, ...] = _parameter(
+        (), "further sbatch options, such as --reservation; none that the job script sets"
+    )
+    load_stagger_s: int = _parameter(
+        5, "seconds between the starts of servers that share a node (dialect 1.x)", ge=0, le=600
+    )
     # the other ways to serve and to measure
     system_name: str | None = _parameter(None, "SYSTEM_NAME of the NVIDIA harness", pattern=r"^[\w.-]+$")
     harness_dir: str | None = _parameter(None, "path of closed/NVIDIA, for client: nvidia_harness")
@@ -142,7 +206,8 @@ class Experiment(BaseModel):
         None, "http://host:port of a server that is up, for engine: external", pattern=ENDPOINT_URL
     )
     endpoint: Literal["/v1/completions", "/v1/chat/completions"] = _parameter(
-        "/v1/completions", "where requests go; chat: empty messages and prompt_token_ids"
+        "/v1/completions",
+        "where requests go; chat (TensorRT-LLM alone knows it so): empty messages and prompt_token_ids",
     )
     served_model: str = _parameter(
         "meta-llama/Llama-3.1-405B-Instruct", "the model's name in requests", pattern=r"^\S+$"
@@ -181,6 +246,19 @@ class Experiment(BaseModel):
             raise ValueError("at least one of 'performance', 'accuracy' and 'test06', each once")
         return value
 
+    @field_validator("sbatch_options")
+    @classmethod
+    def _options(cls, value):
+        for option in value:
+            match = re.fullmatch(SBATCH_OPTION, option)
+            if not match:
+                raise ValueError(f"--name or --name=value, without blanks and quotes, not {option!r}")
+            if match[1] in OUR_SBATCH_OPTIONS:
+                raise ValueError(
+                    f"none of the job script's own options, and --{match[1]} is one. Leave it out"
+                )
+        return value
+
     @field_validator("endpoint_url")
     @classmethod
     def _port(cls, value):
@@ -192,6 +270,10 @@ class Experiment(BaseModel):
     @property
     def transfer_backend(self) -> str:
         return self.kv_transfer_backend or {"v5.1": "MPI", "1.x": "NIXL"}[self.trtllm_dialect]
+
+    @property
+    def serving_stack(self) -> str:
+        return self.stack or {"v5.1": "v5.1", "1.x": "v6.0"}[self.trtllm_dialect]
 
     @property
     def model_path(self) -> str:
@@ -251,9 +333,13 @@ def what_is_needed(name: str) -> str:
     field = Experiment.model_fields[name]
     kind, options = parameter_kind(name)
     limits = {type(m).__name__: m for m in field.metadata}
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[
-        kind if kind is not list else str
-    ]
+    words = {
+        list: "a list of text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+    }[kind]
     if options:
         listed = ", ".join(repr(option) for option in options)
         words = f"a list of {listed}" if kind is list else f"one of {listed}"

@@ -1,4 +1,7 @@
-"""What several parameters owe each other."""
+"""What several parameters owe each other: each rule yields a sentence for what is broken."""
+
+import re
+from collections.abc import Iterator
 
 from ..errors import ParameterError, TopologyError
 from .parameters import Experiment
@@ -10,93 +13,112 @@ def check_together(e: Experiment) -> None:
 
     Raises
     ------
-    ParameterError, TopologyError
+    ParameterError, TopologyError : the first that is broken.
     """
-    if e.engine == "rehearsal" and e.container != "none":
-        raise ParameterError(
-            "container: found 'pyxis' with engine: rehearsal, which runs outside containers. Set container: none"
-        )
-    if e.client == "nvidia_harness":
-        if e.scenario != "Interactive" or "test06" in e.test_modes:
-            raise ParameterError(
-                f"client: found 'nvidia_harness' with scenario: {e.scenario} and test_modes: {', '.join(e.test_modes)}; here it "
-                "makes performance and accuracy runs of Interactive. Set client: loadgen"
-            )
-        if e.engine != "trtllm":
-            raise ParameterError(
-                f"client: found 'nvidia_harness' with engine: {e.engine}; it measures engine: trtllm. Set client: loadgen"
-            )
-        for key in ("scratch_dir", "harness_dir", "work_dir"):
-            if any(c in "$#'\"`;() \t" for c in getattr(e, key) or ""):
-                raise ParameterError(
-                    f"{key}: found {getattr(e, key)!r}; the harness's makefiles expand such characters. Use a plain path"
-                )
+    rules = {
+        _engine: ParameterError,
+        _paths: ParameterError,
+        _harness: ParameterError,
+        _search: ParameterError,
+    }
+    if e.engine != "external":
+        rules |= {_divisors: TopologyError, _claims: TopologyError, _placement: ParameterError}
+    for rule, kind in rules.items():
+        for broken in rule(e):
+            raise kind(broken)
+
+
+def _engine(e: Experiment) -> Iterator[str]:
+    if e.engine == "external" and e.endpoint_url is None:
+        yield "endpoint_url: not given, but engine: external measures the server behind it. Set endpoint_url"
     if e.trtllm_dialect == "1.x" and e.kv_transfer_backend == "MPI":
-        raise ParameterError(
-            "kv_transfer_backend: found 'MPI' in dialect 1.x, where each server is a step of its own and no MPI world "
-            "joins them. Use NIXL or UCX"
-        )
+        why = "each server is a step of its own and no MPI world joins them"
+        yield f"kv_transfer_backend: found 'MPI' in dialect 1.x, where {why}. Use NIXL or UCX"
+
+
+# pyxis writes mounts and paths into a shell text of its own, between double quotes; of an image's name it keeps the words.
+PLAIN_PATH = r"[A-Za-z0-9_./+@=~-]+"
+_PLAIN = {
+    "container_mounts": f"{PLAIN_PATH}([:,]{PLAIN_PATH})*",
+    "container_image": r"[A-Za-z0-9_./+@=~:#-]+",
+    "work_dir": PLAIN_PATH,
+}
+
+
+def _paths(e: Experiment) -> Iterator[str]:
+    for key, plain in _PLAIN.items() if e.container == "pyxis" else ():
+        if not re.fullmatch(plain, getattr(e, key) or "x"):
+            why = "pyxis would expand other characters than letters, digits and _./+@=~-"
+            yield f"{key}: found {getattr(e, key)!r}; {why}. Use a plain path"
+    if e.engine == "trtllm" and e.trtllm_dialect == "1.x" and re.search(r"\s", e.model_path):
+        key = "model_dir" if e.model_dir else "scratch_dir"
+        yield f"{key}: found {getattr(e, key)!r}; trtllm-llmapi-launch splits its command at blanks. Use a plain path"
+
+
+def _harness(e: Experiment) -> Iterator[str]:
+    if e.client != "nvidia_harness":
+        return
+    found, fix = "client: found 'nvidia_harness' with", "Set client: loadgen"
+    if e.scenario != "Interactive" or "test06" in e.test_modes:
+        both = f"scenario: {e.scenario} and test_modes: {', '.join(e.test_modes)}"
+        yield f"{found} {both}; here it makes performance and accuracy runs of Interactive. {fix}"
+    if e.engine != "trtllm":
+        yield f"{found} engine: {e.engine}; it measures engine: trtllm. {fix}"
+    for key in ("scratch_dir", "harness_dir", "work_dir"):
+        if any(c in "$#'\"`;() \t" for c in getattr(e, key) or ""):
+            why = "the harness's makefiles expand such characters"
+            yield f"{key}: found {getattr(e, key)!r}; {why}. Use a plain path"
+
+
+def _search(e: Experiment) -> Iterator[str]:
     low, high = e.search_bounds_qps
     if low >= high:
-        raise ParameterError(
-            f"target_qps_min: found {low:g}, needed less than target_qps_max, {high:g}. Set both, or neither"
-        )
-    if e.find_target_qps and (e.client != "loadgen" or "performance" not in e.test_modes):
-        raise ParameterError(
-            "find_target_qps: found true, which needs client: loadgen and 'performance' among test_modes. Set them"
-        )
-    if e.search_rows_from and not e.find_target_qps:
-        raise ParameterError(
-            f"search_rows_from: found {e.search_rows_from!r} without find_target_qps: true. Set it, or leave this out"
-        )
-    if e.find_target_qps and e.shortened and e.rehearsal_queries < 459:
-        raise ParameterError(
-            f"rehearsal_queries: found {e.rehearsal_queries} with find_target_qps: true; early stopping needs 459 to call "
-            "a trial VALID. Set 459 or more"
-        )
-    if e.find_target_qps and e.scenario == "Offline":
-        raise ParameterError(
-            "find_target_qps: found true with scenario: Offline, which has no limits. Leave it out"
-        )
-    if e.engine == "external":
-        if e.endpoint_url is None:
-            raise ParameterError(
-                "endpoint_url: not given, but engine: external measures the server behind it. Set endpoint_url"
-            )
+        yield f"target_qps_min: found {low:g}, needed less than target_qps_max, {high:g}. Set both, or neither"
+    if not e.find_target_qps:
+        if e.search_rows_from:
+            found = f"search_rows_from: found {e.search_rows_from!r}"
+            yield f"{found} without find_target_qps: true. Set it, or leave this out"
         return
+    if e.client != "loadgen" or "performance" not in e.test_modes:
+        needed = "client: loadgen and 'performance' among test_modes"
+        yield f"find_target_qps: found true, which needs {needed}. Set them"
+    if e.shortened and e.rehearsal_queries < 459:
+        why = "early stopping needs 459 to call a trial VALID"
+        yield f"rehearsal_queries: found {e.rehearsal_queries} with find_target_qps: true; {why}. Set 459 or more"
+    if e.scenario == "Offline":
+        yield "find_target_qps: found true with scenario: Offline, which has no limits. Leave it out"
+
+
+def _divisors(e: Experiment) -> Iterator[str]:
     # 128 query heads, 8 KV heads, 53248 feed-forward columns and 126 layers: config.json of the checkpoint.
-    for key in ("ctx_tp_size", "gen_tp_size"):
-        if 128 % getattr(e, key):
-            raise TopologyError(
-                f"{key}: found {getattr(e, key)}, which does not divide the model's 128 attention heads. Use 1, 2, 4, 8, 16, 32 or 64"
-            )
-    if 126 % e.ctx_pp_size:
-        raise TopologyError(
-            f"ctx_pp_size: found {e.ctx_pp_size}, which does not divide the model's 126 layers. Use 1, 2, 3, 6, 7, 9 or 14"
-        )
-    if e.max_seq_len % 32:
-        raise ParameterError(
-            f"max_seq_len: found {e.max_seq_len}, needed a multiple of 32 (tokens per KV block): {-(-e.max_seq_len // 32) * 32}"
-        )
-    sums = topology_arithmetic(e)
+    for key, whole, of, allowed in (
+        ("ctx_tp_size", 128, "128 attention heads", "1, 2, 4, 8, 16, 32 or 64"),
+        ("gen_tp_size", 128, "128 attention heads", "1, 2, 4, 8, 16, 32 or 64"),
+        ("ctx_pp_size", 126, "126 layers", "1, 2, 3, 6, 7, 9 or 14"),
+    ):
+        if whole % getattr(e, key):
+            yield f"{key}: found {getattr(e, key)}, which does not divide the model's {of}. Use {allowed}"
+
+
+def _claims(e: Experiment) -> Iterator[str]:
     for key, derived, why in (
         ("nodes", e.node_count, f"on {e.gpus_per_node} GPUs a node that is {e.node_count} nodes"),
         ("ntasks", e.gpu_count, f"one task a GPU is {e.gpu_count} tasks"),
     ):
-        claim = getattr(e, key)
-        if claim is not None and claim != derived:
-            raise TopologyError(
-                f"{key}: found {claim}, needed {derived}: {sums}, and {why}. "
-                f"Set {key}: {derived}, or leave it out: it follows from the topology"
-            )
+        if getattr(e, key) not in (None, derived):
+            found = f"{key}: found {getattr(e, key)}, needed {derived}: {topology_arithmetic(e)}, and {why}"
+            yield f"{found}. Set {key}: {derived}, or leave it out: it follows from the topology"
+
+
+def _placement(e: Experiment) -> Iterator[str]:
+    if e.max_seq_len % 32:
+        needed = f"a multiple of 32 (tokens per KV block): {-(-e.max_seq_len // 32) * 32}"
+        yield f"max_seq_len: found {e.max_seq_len}, needed {needed}"
     if e.launcher == "local" and e.engine == "trtllm" and (e.node_count > 1 or e.container != "none"):
-        raise ParameterError(
-            "launcher: found 'local' with engine: trtllm, which works on one node with container: none only "
-            f"({sums}). Set launcher: slurm, or engine: rehearsal to try it without GPUs"
-        )
-    last_port = e.worker_port + len(e.servers) - 1
-    if e.worker_port <= e.server_port <= last_port or last_port > 65535:
-        raise ParameterError(
-            f"worker_port: {len(e.servers)} servers take ports {e.worker_port}-{last_port}, which must be at most 65535 and leave out "
-            f"server_port {e.server_port}. Choose another worker_port"
-        )
+        limits = f"which works on one node with container: none only ({topology_arithmetic(e)})"
+        fix = "Set launcher: slurm, or engine: rehearsal to try it without GPUs"
+        yield f"launcher: found 'local' with engine: trtllm, {limits}. {fix}"
+    first, last = e.worker_port, e.worker_port + len(e.servers) - 1
+    if first <= e.server_port <= last or last > 65535:
+        needed = f"must be at most 65535 and leave out server_port {e.server_port}"
+        yield f"worker_port: {len(e.servers)} servers take ports {first}-{last}, which {needed}. Choose another worker_port"

@@ -12,6 +12,7 @@ import subprocess
 
 from .causes import finish, signal_reason
 from .deaths import await_step
+from .janitor import janitor
 from .nodes import bind
 from .phases import Failed, admit, give_reason, phase
 from .ranks import ranks
@@ -27,6 +28,7 @@ COMMANDS = {
     "watch": watch,
     "collect": collect,
     "adopt": adopt,
+    "janitor": janitor,
     "ranks": lambda count, first, *command: ranks(int(count), first, command),
     "reason": lambda kind, text: give_reason(signal_reason(text) if kind == "signal" else text),
     "finish": lambda status: finish(int(status)),

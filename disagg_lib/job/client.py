@@ -3,9 +3,10 @@
 Copied into the run folder and started on a compute node, once per test mode (LoadGen reads its built-in
 configuration only once in a process). Python 3.8+, standard library, numpy, mlperf_loadgen; uvloop where present.
 
-    python3 job/program client --run-dir RUN --test-mode performance|accuracy|test06 --url http://HOST:PORT
+    python3 job/program client --run-dir RUN --test-mode performance|accuracy|test06|warmup --url http://HOST:PORT
 
-Reads RUN/job/settings.json (its "client" mapping) and RUN/user.conf. Writes
+warmup measures nothing: see warmup.py. The others read RUN/job/settings.json (its "client" mapping) and
+RUN/user.conf, and write
     RUN/mlperf/<mode>/               LoadGen's own files
     RUN/job/progress.jsonl           one line a second: issued, done, failed, outstanding, tokens, total, kinds
     RUN/job/client_<mode>.json       what happened, counts by kind, and how late the client itself was
@@ -16,7 +17,10 @@ into until the first content is found, and once more when the answer is over. Re
 runs. Nothing else runs in this process: files are written by a thread that sleeps.
 
 A failed request is completed towards LoadGen with 0 tokens, because the test would never end otherwise. LoadGen
-logs an error for each of them, which a submission checker refuses; our own result says INVALID and why.
+logs an error for each of them, which a submission checker refuses; our own result says INVALID and why. After 50
+failures in a row the servers are gone or refuse everything, and the run ends.
+
+Accuracy and TEST06 need token ids: one completion before the run finds out how this server sends them.
 
 Exit status: 0 every request was answered; 1 the run ended and is invalid; 2 refused to start; 128 + signal.
 """
@@ -42,7 +46,12 @@ from .http_answer import KINDS
 from .loadgen import MODES, TEST06, configure, read_log
 from .prompts import Target, prepare_samples
 from .recorder import Recorder, lateness_s, percentile_ms, write_queries
-from .sender import FILES_BESIDE, Client
+from .sender import IDS_MODES, Client, allow_open_files
+from .token_ids import WAYS, find_way
+from .warmup import warm_up
+
+MOST_FAILURES_IN_A_ROW = 50
+FIRST_FAILURE_ROOM = 200  # characters
 
 
 class Run:
@@ -66,7 +75,9 @@ class Run:
         total, few = settings["total_sample_count"], settings["accuracy_sample_count"]
         self.count = min(few, total) if mode == "accuracy" else total
         self.target = Target(url, settings["endpoint"])
-        self.samples = prepare_samples(run_dir, settings, self.target, self.count)
+        self.ids_way = find_way(self.target, settings) if mode in IDS_MODES else None
+        fields = WAYS.get(self.ids_way)
+        self.samples = prepare_samples(run_dir, settings, self.target, self.count, fields)
         target_qps = self.test.server_target_qps if settings["scenario"] == "Server" else None
         log = self.out_dir / "mlperf_log_detail.txt"
         self.recorder = Recorder(progress, progress_mode or mode, target_qps, log)
@@ -78,14 +89,9 @@ class Run:
         loop = asyncio.get_running_loop()
         parts = self.loadgen, self.target, self.settings, self.samples, self.mode, self.recorder.log
         client = Client(loop, *parts)
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # Offline may open thousands of connections
         offline = self.settings["scenario"] == "Offline"
         most_open = min(self.settings["max_in_flight"] or self.count, self.count) if offline else 0
-        needed = FILES_BESIDE + most_open
-        if most != resource.RLIM_INFINITY and most < needed:
-            fix = "Raise `ulimit -Hn`" + ", or lower max_in_flight" * offline
-            raise ClientError(f"{most} files may be open (ulimit -Hn), needed are {needed}. {fix}")
+        allow_open_files(most_open, ", or lower max_in_flight" if offline else "")
         await client.open_connections(self.settings["connections"])
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopped, client, number)
@@ -104,6 +110,8 @@ class Run:
                 await asyncio.wait_for(finished.wait(), 1.0)
             except asyncio.TimeoutError:
                 self.recorder.lines.put(client.sweep())
+                if client.failures_in_a_row >= MOST_FAILURES_IN_A_ROW:
+                    self._leave(client, f"{client.failures_in_a_row} requests in a row failed", 1)
         self.recorder.lines.put(client.sweep())
         for connection in list(client.connections):
             connection.abort()
@@ -126,12 +134,16 @@ class Run:
         report()
 
     def _stopped(self, client, number):
-        """SIGTERM or SIGINT: LoadGen cannot be interrupted, so write what is known and leave."""
+        """SIGTERM or SIGINT: LoadGen cannot be interrupted."""
         name = signal.Signals(number).name
         self.recorder.log("%s: stopping with %d requests open" % (name, len(client.active)))
-        self._finish(client, "stopped by %s" % name)
+        self._leave(client, "stopped by %s" % name, 128 + number)
+
+    def _leave(self, client, status, code):
+        """Write what is known and end the process, as LoadGen will not end."""
+        self._finish(client, status)
         sys.stdout.flush()
-        os._exit(128 + number)
+        os._exit(code)
 
     def _finish(self, client, status):
         """Write client_<mode>.json and queries_<mode>.csv; return the exit status."""
@@ -159,7 +171,9 @@ class Run:
         values = read_log(self.out_dir / "mlperf_log_detail.txt")
         errors = values["errors"]
         failed, limit_ms = sum(client.kinds.values()), self.test.ttft_latency / 1e6 * 0.01
-        reasons = ["%d requests failed: %s" % (count, kind) for kind, count in sorted(client.kinds.items())]
+        reasons = ["first failure: " + client.first_failure[:FIRST_FAILURE_ROOM]] if failed else []
+        # In the order in which they first came: what follows a cause is no cause.
+        reasons += ["%d requests failed: %s" % (count, kind) for kind, count in client.kinds.items()]
         if status != "finished":
             reasons.append(self.error or status)
         if errors > failed:
@@ -172,6 +186,7 @@ class Run:
         result.update(issued=client.issued, done=client.done, failed=failed, generated=values["generated"])
         result.update(outstanding=client.issued - client.done - failed, output_tokens=client.tokens)
         result.update(kinds={kind: client.kinds[kind] for kind in KINDS}, resent=client.resent)
+        result.update(ids=self.ids_way, first_failure=client.first_failure)
         result["wall_s"] = round(time.perf_counter() - self.started_s, 3)
         result["client_cpu_s"] = round(time.process_time() - self.started_cpu_s, 3)
         result["max_rss_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0, 1)
@@ -199,7 +214,7 @@ def main(arguments=None):
     """Run one test mode; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--test-mode", choices=MODES, required=True)
+    parser.add_argument("--test-mode", choices=(*MODES, "warmup"), required=True)
     parser.add_argument("--url", required=True, help="http://HOST:PORT of the server")
     parser.add_argument("--progress", type=Path, help="default: RUN/job/progress.jsonl")
     parser.add_argument("--progress-mode", help="the word for mode in it")
@@ -210,14 +225,10 @@ def main(arguments=None):
     asyncio.set_event_loop(loop)
     try:
         settings = read_settings(run_dir)
+        if options.test_mode == "warmup":
+            return loop.run_until_complete(warm_up(run_dir, options.url, settings, progress))
         run = Run(run_dir, options.test_mode, options.url, settings, progress, options.progress_mode)
         return loop.run_until_complete(run.main())
     except (ClientError, OSError) as error:
         print("loadgen_client: refused to start: %s" % error, file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # LoadGen's and the recorder's threads have nothing left to say

@@ -16,6 +16,7 @@ DEFAULTS = {
     "accuracy_sample_count": 8313,
     "connections": 8,
     "request_timeout_s": 600.0,
+    "test_modes": (),  # those that are still to come: a warm-up finds out whether they can have their ids
 }
 REQUIRED = ("endpoint", "model", "model_key", "user_conf", "total_sample_count", "data_set")
 

@@ -5,7 +5,7 @@ import select
 import socket
 import time
 
-from .http_answer import BAD_ANSWER, HAS_CONTENT, LOOK_BACK, OK, Answer, AnswerError, failure_of
+from .http_answer import BAD_ANSWER, HAS_CONTENT, LOOK_BACK, NO_EVENT, OK, Answer, AnswerError, failure_of
 
 RESEND_S = 1.0  # an end so soon after a request was written, and without a word, is no answer to it
 
@@ -118,4 +118,6 @@ class Connection(asyncio.Protocol):
             self.client.resend(self.request)
             return
         whole = exc is None and self.answer.framing == "eof" or self.answer.status not in (0, 200)
-        self._end(None if whole else AnswerError("cut", "connection closed: %s" % (exc or "end of stream")))
+        silent = self.answer.status == 200 and not self.answer.payload
+        said = NO_EVENT if silent else "connection closed: %s" % (exc or "end of stream")
+        self._end(None if whole else AnswerError("cut", said))

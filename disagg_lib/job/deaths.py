@@ -8,6 +8,11 @@ from .phases import JOB, RUN, Failed, settings
 
 POLL_S = 0.25
 
+# Lines that say why, among those that say what followed: enroot's, Slurm's, TensorRT-LLM's, Python's, our client's.
+TELLING = re.compile(
+    r"\[ERROR\]|FATAL|does not exist|couldn't|\[E\]|(?:^|\s)[\w.]*(?:Error|Exception): |request failed|refused to start"
+)
+
 
 def exit_status(name):
     """Exit status of a step, or None while it runs."""
@@ -16,16 +21,34 @@ def exit_status(name):
     return int(text) if text else None
 
 
-def last_lines(path, count=3, mark=None):
-    """The last lines of a log, or of one rank in it: what a person would look at first."""
+def last_lines(path, count=3):
+    """The last lines of a log: what a person would look at first."""
     if not path.exists():
         return "(no log)"
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 200_000))
         lines = file.read().decode(errors="replace").splitlines()
-    if mark is not None:
-        lines = [line for line in lines if line.lstrip().startswith(mark)] or lines
-    return " | ".join(line.strip()[-300:] for line in lines[-count:] if line.strip()) or "(empty log)"
+    return _joined(lines[-count:]) or "(empty log)"
+
+
+def told(path, mark=None):
+    """What a log, or some ranks in it (their labels in `mark`), say of a failure: the first two lines that tell why, then the last."""
+    if not path.exists():
+        return "(no log)"
+    telling, last = [], []
+    with path.open(errors="replace") as file:
+        for line in file:
+            if not mark or line.lstrip().startswith(mark):
+                if len(telling) < 2 and TELLING.search(line):
+                    telling.append(line)
+                last = [*last[-2:], line] if line.strip() else last
+    if not last:
+        return last_lines(path)
+    return _joined(dict.fromkeys([*telling, last[-1]]) if telling else last)
+
+
+def _joined(lines):
+    return " | ".join(line.strip()[-300:] for line in lines if line.strip())
 
 
 def dead_rank(log, first_rank=0):
@@ -45,7 +68,7 @@ def dead_rank(log, first_rank=0):
 def death(step, status):
     """A sentence about a step of servers that has ended."""
     if step == "orchestrator":
-        return f"the orchestrator ended with status {status}: {last_lines(RUN / 'logs/output_server.log')}"
+        return f"the orchestrator ended with status {status}: {told(RUN / 'logs/output_server.log')}"
     log = RUN / "logs/output_workers.log"
     servers = settings()["servers"]
     own = next((s for s in servers if s["name"] == step), None)
@@ -54,15 +77,14 @@ def death(step, status):
     if server is None:
         return f"the servers' step ended with status {status}: {last_lines(log)}"
     rank = server["ranks"][0] if rank not in server["ranks"] else rank
-    node = (
-        (JOB / "nodes.txt")
-        .read_text()
-        .split()[server["nodes"][server["ranks"].index(rank) * len(server["nodes"]) // len(server["ranks"])]]
-    )
-    return (
-        f"{server['role']} server {server['name']} (rank {rank}, node {node}) ended with status {status}: "
-        f"{last_lines(log, mark=f'{rank}:')}"
-    )
+    return f"{server_words(server, rank)} ended with status {status}: {told(log, mark=f'{rank}:')}"
+
+
+def server_words(server, rank):
+    """'generation server gen0 (rank 16, node gb05)'."""
+    place = server["ranks"].index(rank) * len(server["nodes"]) // len(server["ranks"])
+    node = (JOB / "nodes.txt").read_text().split()[server["nodes"][place]]
+    return f"{server['role']} server {server['name']} (rank {rank}, node {node})"
 
 
 def refuse_dead_servers():
@@ -84,6 +106,4 @@ def await_step(name):
             raise Failed(f"{name}: not done after load_timeout_s = {limit_s} s: {log}")
         time.sleep(POLL_S)
     if exit_status(name):
-        raise Failed(
-            f"{name} ended with status {exit_status(name)}: {last_lines(RUN / 'logs' / (name + '.log'))}"
-        )
+        raise Failed(f"{name} ended with status {exit_status(name)}: {told(RUN / 'logs' / (name + '.log'))}")

@@ -3,6 +3,7 @@
 import array
 import json
 import re
+from typing import NamedTuple, Optional
 
 KINDS = (
     "refused",  # no connection could be made
@@ -14,9 +15,11 @@ KINDS = (
     "timeout",  # not over after request_timeout_s
     "stalled",  # began, then silent for stall_timeout_s
     "empty",  # [DONE], but no content
+    "eos_first",  # [DONE] alone: the context server's token was the end token, so no generation server was asked
     "short",  # 1 token: LoadGen cannot compute TPOT and counts it as 0 tokens
     "no_count",  # neither usage nor token ids: the length of the answer is unknown
     "count_mismatch",  # usage and token ids disagree
+    "prompt_mismatch",  # the server read another number of prompt tokens than it was sent
     "no_ids",  # ids are needed (accuracy), the server sends text, and there is no tokenizer
     "protocol",  # not HTTP/1.1 with server-sent events: a redirect, a compressed body
 )
@@ -38,6 +41,14 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 DETAIL_ROOM = 300  # characters of what a failed request's server said
 MOST_TOKENS = 1 << 31  # LoadGen would take more; no answer has
+NO_EVENT = (
+    "200 and then no event: so an orchestrator shows a generation server that refuses or is gone. "
+    "See logs/output_workers.log"
+)
+EOS_FIRST = (
+    "[DONE] alone: the model's first token was its end token. LoadGen takes an answer of 0 tokens for an error, so one "
+    "is enough to make the run INVALID; if the same sample does it again, look at its prompt and at the sampling"
+)
 
 
 class AnswerError(Exception):
@@ -96,13 +107,13 @@ def event_data(event):
 
 
 def content(message):
-    """Return (text, token ids or None) of one parsed completion or chat chunk."""
+    """Return (text, token ids or None, finish_reason or None) of one parsed completion or chat chunk."""
     choices = message.get("choices")
     if not choices:
-        return "", None
+        return "", None, None
     choice = choices[0]
     text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
-    return text, choice.get("token_ids")
+    return text, choice.get("token_ids"), choice.get("finish_reason")
 
 
 def parse_message(data):
@@ -118,16 +129,28 @@ def parse_message(data):
     return message
 
 
-def token_count(message):
-    """Return completion_tokens of a message's usage, None without one; anything but a count raises AnswerError."""
-    count = (message.get("usage") or {}).get("completion_tokens")
-    if count is not None and (type(count) is not int or not 0 <= count < MOST_TOKENS):
-        raise AnswerError("protocol", "completion_tokens is %r" % (count,))
-    return count
+class Read(NamedTuple):
+    """What a whole answer says; the count comes from usage or from ids, never from counting chunks."""
+
+    count: Optional[int]
+    prompt_tokens: Optional[int]  # of usage
+    ids: Optional[array.array] = None  # None where there is text only
+    text: str = ""
+    stopped: bool = False  # finish_reason is "stop": the model ended the answer itself
+
+
+def read_usage(message):
+    """Return (completion_tokens, prompt_tokens) of a message's usage, None for one that it lacks; AnswerError if no count."""
+    usage = message.get("usage") or {}
+    for name in ("completion_tokens", "prompt_tokens"):
+        count = usage.get(name)
+        if count is not None and (type(count) is not int or not 0 <= count < MOST_TOKENS):
+            raise AnswerError("protocol", "%s is %r" % (name, count))
+    return usage.get("completion_tokens"), usage.get("prompt_tokens")
 
 
 def usage_at_end(raw):
-    """Return completion_tokens if the last events hold usage and [DONE], else None (then read everything).
+    """Return read_usage's pair if the last events hold usage and [DONE], else None (then read everything).
 
     raw may still hold the chunked framing: a chunk's size stands on a line of its own, and one that cuts an event
     leaves JSON that cannot be read.
@@ -147,23 +170,16 @@ def usage_at_end(raw):
             else:
                 message = json.loads(data)
                 if message.get("usage"):
-                    return token_count(message)
+                    return read_usage(message)
     except (ValueError, AttributeError, RecursionError):
         pass  # a second, exact look decides what this is
     return None
 
 
-def read_answer(payload):
-    """Read a whole answer.
-
-    Returns
-    -------
-    (number of tokens, ids as array("i") or None if there is text only, text). The number comes from usage or
-    from ids, never from counting chunks.
-    """
-    text = unify_lines(payload)
-    ids, pieces, count, done, only_text = [], [], None, False, False
-    *events, rest = text.split(b"\n\n")
+def read_events(payload):
+    """Return the parsed messages of a whole answer; one that is broken or not at its end raises AnswerError."""
+    messages, done = [], False
+    *events, rest = unify_lines(payload).split(b"\n\n")
     if event_data(rest) == b"[DONE]":  # any other event without its empty line was cut
         events.append(rest)
     for event in events:
@@ -173,17 +189,28 @@ def read_answer(payload):
         if data == b"[DONE]":
             done = True
         elif data:
-            message = parse_message(data)
-            piece, piece_ids = content(message)
-            pieces.append(piece)
-            ids.extend(piece_ids or ())
-            only_text = only_text or bool(piece and not piece_ids)
-            said = token_count(message)
-            count = count if said is None else said
+            messages.append(parse_message(data))
     if not done:
         if payload[:1] in (b"{", b"[", b"<"):
             raise AnswerError("protocol", "no server-sent events: %r" % payload)
-        raise AnswerError("cut", "%d events, no [DONE]" % len(pieces))
+        raise AnswerError("cut", "%d events, no [DONE]" % len(messages) if messages else NO_EVENT)
+    if not messages:
+        raise AnswerError("eos_first", EOS_FIRST)
+    return messages
+
+
+def read_answer(payload):
+    """Read a whole answer; return its Read."""
+    ids, pieces, usage, only_text, finish = [], [], (None, None), False, None
+    for message in read_events(payload):
+        piece, piece_ids, finish_reason = content(message)
+        pieces.append(piece)
+        ids.extend(piece_ids or ())
+        only_text = only_text or bool(piece and not piece_ids)
+        finish = finish_reason or finish
+        said = read_usage(message)
+        usage = usage if said[0] is None else said
+    count = usage[0]
     if not ids and not any(pieces):
         raise AnswerError("empty", "no content before [DONE]")
     # A last text without ids, where there are as many as usage says, lacks none.
@@ -196,7 +223,8 @@ def read_answer(payload):
         raise AnswerError("no_count", "the answer has neither usage nor token ids")
     if count < 2:
         raise AnswerError("short", "%d token" % count)
-    return count, ids if ids is None else array.array("i", ids), "".join(pieces)
+    ids = ids if ids is None else array.array("i", ids)
+    return Read(count, usage[1], ids, "".join(pieces), finish == "stop")
 
 
 class Answer:
@@ -284,21 +312,21 @@ class Answer:
             data = event_data(text[self.scanned : end])
             self.scanned = end + 2
             if data and data != b"[DONE]":
-                piece, ids = content(parse_message(data))
+                piece, ids, _ = content(parse_message(data))
                 if piece or ids:
                     self.first = piece, array.array("i", (ids or ())[:1])
                     self.settled = self.framing == "chunked"
                     return
 
     def result(self, want_ids):
-        """Return read_answer's triple; where ids are not wanted and usage tells the number, that alone."""
+        """Return the answer's Read; where ids are not wanted and usage tells the number, usage alone."""
         if self.status == 200 and not want_ids:
             raw = b"".join(self.payload + self.reads)
             # A quote inside a JSON string is escaped, so that no text can look like an error's key.
             if b'"error"' not in raw and b"event: error" not in raw:
-                count = usage_at_end(raw)
+                count, prompt_tokens = usage_at_end(raw) or (None, None)
                 if count and count > 1:
-                    return count, None, None
+                    return Read(count, prompt_tokens)
         if self.framing == "chunked":
             dechunk(b"".join(self.reads), self.payload)
         payload = b"".join(self.payload)

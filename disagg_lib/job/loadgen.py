@@ -35,6 +35,9 @@ def configure(loadgen, run_dir, settings, mode):
     code = test.FromConfig(str(user_conf), key, scenario)
     if code != 0:
         raise ClientError(f"{user_conf}: LoadGen could not read it (FromConfig returned {code})")
+    # A round's seeds: LoadGen reads none from user.conf, and has its own release's built in.
+    if settings.get("seeds"):
+        test.qsl_rng_seed, test.sample_index_rng_seed, test.schedule_rng_seed = settings["seeds"]
     if key not in LIMITS_MS:
         raise ClientError(f"settings.json: client.model_key is {key!r}; known are {', '.join(LIMITS_MS)}")
     limits_ms = test.ttft_latency / 1e6, test.tpot_latency / 1e6

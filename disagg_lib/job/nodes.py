@@ -65,10 +65,11 @@ def bind():
         return f"{names[int(match[1])]}:{int(match[2]) + offset}"
 
     lines = []
-    # Only these three lines name nodes: a path that happens to hold NODE_1 stays as it is.
+    # Only these three lines name nodes: a path that happens to hold NODE_1 stays as it is. Quoted, as the urls are: to YAML
+    # a node that is called 1234 or on would be a number or a boolean.
     for line in (RUN / "config.yaml").read_text().splitlines():
         if line.startswith("hostname: "):
-            line = f"hostname: {names[0]}"
+            line = f'hostname: "{names[0]}"'
         elif line.startswith("port: "):
             line = f"port: {s['server_port'] + offset}"
         elif line.startswith("  urls: "):

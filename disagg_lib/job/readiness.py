@@ -4,41 +4,14 @@ import http.client
 import json
 import os
 import re
-import ssl
 import threading
 import time
 import urllib.parse
 
-from .deaths import POLL_S, refuse_dead_servers
+from .deaths import POLL_S, refuse_dead_servers, told
+from .health import LoadingErrors, connect, http_status, prefix
 from .nodes import addresses
-from .phases import Failed, settings
-
-
-def connect(host, port, timeout_s):
-    secure = (settings()["endpoint_url"] or "").startswith("https:")
-    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    return kind(host, port, timeout=timeout_s)
-
-
-def prefix():
-    """What stands before /v1 in an external endpoint's path; base URLs are given with and without /v1."""
-    path = urllib.parse.urlsplit(settings()["endpoint_url"] or "").path.rstrip("/")
-    return path[:-3] if path.endswith("/v1") else path
-
-
-def http_status(host, port, path="/health", timeout_s=5.0):
-    """Status of a GET, or None when nothing answers; Failed if TLS does not come about."""
-    connection = connect(host, port, timeout_s)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status
-    except ssl.SSLError as error:
-        fix = "Needed: a certificate that this machine trusts; SSL_CERT_FILE names a file of those to trust"
-        raise Failed(f"endpoint_url: no TLS with {host}:{port}: {error}. {fix}") from None
-    except (OSError, http.client.HTTPException, ValueError):  # of a name that is none
-        return None
-    finally:
-        connection.close()
+from .phases import RUN, Failed, settings
 
 
 def complete(host, port, timeout_s):
@@ -103,30 +76,43 @@ def ready():
         waves = max(sum(x["role"] == role for x in s["servers"]) for role in ("context", "generation"))
     gate = next(iter(targets))
     host, port = targets[gate]
+    errors, well_since = LoadingErrors(), None
     deadline = time.monotonic() + s["load_timeout_s"]
     problem = "nothing answers yet"
     while time.monotonic() < deadline:
         refuse_dead_servers()
+        errors.refuse()
         status = http_status(host, port)
+        deaf = [] if external else [name for name, (h, p) in targets.items() if http_status(h, p) != 200]
         # Not every endpoint knows /health, or shows it to everybody: what a completion says counts.
-        if status == 200 or external and status is not None and status < 500:
-            deaf = [] if external else [name for name, (h, p) in targets.items() if http_status(h, p) != 200]
+        if status != 200 and not (external and status is not None and status < 500):
+            said = "nothing answers" if status is None else f"status {status}"
+            problem = f"{gate} {host}:{port} /health: {said}"
+        elif deaf:
+            problem = f"no 200 from {', '.join(deaf)}"
+        else:
+            well_since = well_since or time.monotonic()
             remaining_s = max(1.0, min(s["stall_timeout_s"], deadline - time.monotonic()))
-            problem = (
-                f"no 200 from {', '.join(deaf)}" if deaf else complete_all(host, port, waves, remaining_s)
-            )
+            problem = complete_all(host, port, waves, remaining_s)
             if problem is None:
                 print(f"ready: {waves} completions came back through {len(targets)} servers", flush=True)
                 return
-            # The next completion would be refused, too.
-            if external and re.match(r"OPENAI_API_KEY|status 4(?!08|25|29)", problem):
-                fix = "Check endpoint_url, endpoint and served_model"
-                if problem[:10] in ("status 401", "status 403", "OPENAI_API"):
-                    fix = "Set OPENAI_API_KEY to a key that it accepts"
-                raise Failed(f"{gate} {host}:{port}: {problem}. {fix}")
-        else:
-            problem = f"{gate} {host}:{port} /health: " + (
-                "nothing answers" if status is None else f"status {status}"
-            )
+            refuse_hopeless(gate, host, port, problem, time.monotonic() - well_since)
         time.sleep(1.0)
     raise Failed(f"not ready after load_timeout_s = {s['load_timeout_s']} s: {problem}")
+
+
+def refuse_hopeless(gate, host, port, problem, well_s):
+    """Failed: what the completions meet will not come right by waiting, which is for servers that load."""
+    s = settings()
+    if not s["servers"] and re.match(r"OPENAI_API_KEY|status 4(?!08|25|29)", problem):
+        fix = "Check endpoint_url, endpoint and served_model"
+        if problem[:10] in ("status 401", "status 403", "OPENAI_API"):
+            fix = "Set OPENAI_API_KEY to a key that it accepts"
+        raise Failed(f"{gate} {host}:{port}: {problem}. {fix}")
+    if s["servers"] and well_s > 2 * s["stall_timeout_s"]:
+        why = told(RUN / "logs/output_workers.log")
+        raise Failed(
+            f"every server answers /health with 200, but for {well_s:.0f} s (2 x stall_timeout_s) no completion came "
+            f"through: {problem}. The servers' log: {why}"
+        )

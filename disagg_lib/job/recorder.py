@@ -37,7 +37,7 @@ class Recorder(threading.Thread):
         if isinstance(line, str):
             print(self.prefix + line, flush=True)
             return
-        if line["total"] is None and self.total is None:
+        if line["total"] is None and self.total is None and self.detail_log:
             self.total = read_log(self.detail_log)["generated"]
         with open(self.progress, "a") as file:
             file.write(json.dumps(dict(line, total=line["total"] or self.total, **self.words)) + "\n")

@@ -33,12 +33,20 @@ class Rows:
 
     def known(self, qps, queries):
         """Return the row of that trial, or None."""
-        same = (row for row in self.rows if row["queries"] == queries)
+        same = (row for row in self.standing() if row["queries"] == queries)
         return next((row for row in same if math.isclose(row["qps"], qps, rel_tol=1e-9)), None)
+
+    def standing(self):
+        """Return the rows that count: of a trial that was repeated, the last."""
+        return list({(row["qps"], row["queries"]): row for row in self.rows}.values())
+
+    def has_confirmed(self):
+        """Return whether a trial that was repeated is INVALID still."""
+        return any(row.get("repeated") and not passes(row) for row in self.rows)
 
     def best(self):
         """Return the VALID row of the highest QPS that no INVALID trial, at least as long, contradicts; or None."""
-        fails = [row for row in self.rows if not passes(row)]
+        fails = [row for row in self.standing() if not passes(row)]
 
         def stands(row):
             return not any(f["qps"] <= row["qps"] and f["queries"] >= row["queries"] for f in fails)
@@ -52,7 +60,7 @@ class Rows:
         result = trial(qps, queries)
         took_s = time.monotonic() - start
         row = dict({"seconds": round(took_s, 3)}, **result)
-        row = dict(row, qps=qps, queries=queries)
+        row = dict(row, qps=qps, queries=queries, **({"repeated": True} if self.known(qps, queries) else {}))
         self.rows.append(row)
         took_s = max(took_s, row["seconds"])  # a client prepares its requests before its own seconds begin
         self.spent_s += took_s

@@ -3,19 +3,33 @@
 import array
 import asyncio
 import collections
+import resource
 import ssl
 import time
 
 from .client_settings import ClientError
 from .connections import Connection, Request
 from .http_answer import BAD_ANSWER, DETAIL_ROOM, NO_IDS, STATUSES, AnswerError, failure_of
-from .prompts import load_tokenizer
+from .token_ids import ids_of_text, load_tokenizer
 
 LAG_PERIOD_S = 0.02
 
 CONNECT_S = 30  # for each connection that is opened before the run
 
 FILES_BESIDE = 100  # open files that are no connections
+
+IDS_MODES = ("accuracy", "test06")  # LoadGen logs the answers' ids
+
+
+def allow_open_files(most_open, fix=""):
+    """Let this process open as many connections as the machine allows; ClientError if they are fewer than most_open."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    needed = FILES_BESIDE + most_open
+    if most != resource.RLIM_INFINITY and most < needed:
+        raise ClientError(
+            f"{most} files may be open (ulimit -Hn), needed are {needed}. Raise `ulimit -Hn`{fix}"
+        )
 
 
 class Client:
@@ -24,15 +38,16 @@ class Client:
     def __init__(self, loop, loadgen, target, settings, samples, mode, log):
         self.loop, self.loadgen, self.target, self.samples, self.log = loop, loadgen, target, samples, log
         self.mode, self.settings = mode, settings
-        self.want_ids = mode != "performance"
+        self.want_ids = mode in IDS_MODES
         self.tells_early = not self.want_ids  # the first token's id is not asked for
-        self.encode, self.no_encode = load_tokenizer(settings["tokenizer"]) if self.want_ids else (None, "")
+        self.tokenizer = settings["tokenizer"] if self.want_ids else None
         self.token_latencies = settings["scenario"] == "Server"
         self.connections, self.idle = set(), collections.deque()
         self.waiting, self.queued = collections.deque(), collections.deque()
         self.active, self.held = {}, []
         self.rows, self.lags = array.array("d"), array.array("f")  # seven numbers a query; s
-        self.kinds = collections.Counter()
+        self.kinds, self.first_failure = collections.Counter(), ""
+        self.failures_in_a_row = 0
         self.issued = self.done = self.tokens = self.opening = self.reported_tokens = self.resent = 0
         self.flushed = False
         self.total, self.tasks = None, set()
@@ -172,24 +187,33 @@ class Client:
         request.connection = None
         if error is None:
             try:
-                count, ids, text = answer.result(self.want_ids)
-                if not request.first_s:
-                    raise AnswerError("empty", "usage says %d tokens, no content came" % count)
+                read = answer.result(self.want_ids)
+                self._check(request, read)
             except BAD_ANSWER as failure:
                 error = failure_of(failure)
         if error is not None:
             self._fail(request, error)
-        elif self.want_ids and ids is None:
-            self.held.append((request, text))  # ids through the tokenizer, after the run
+        elif self.want_ids and read.ids is None:
+            self.held.append((request, read))  # ids through the tokenizer, after the run
         else:
-            self._serve(request, ids, count)
+            self._serve(request, read.ids, read.count)
         self._release_held()
+
+    def _check(self, request, read):
+        """Refuse an answer whose usage contradicts what was sent and seen."""
+        sent = self.samples.input_tokens[request.index]
+        if not request.first_s:
+            raise AnswerError("empty", "usage says %d tokens, no content came" % read.count)
+        if read.prompt_tokens not in (None, sent):
+            said = "usage says that %d prompt tokens were read; %d were sent" % (read.prompt_tokens, sent)
+            raise AnswerError("prompt_mismatch", said)
 
     def _serve(self, request, ids, count):
         self._tell_first(request, ids and ids[:1])
         self._tell(self.loadgen.QuerySamplesComplete, request, ids, count)
         self.done += 1
         self.tokens += count
+        self.failures_in_a_row = 0
         self._record(request, count, "ok")
 
     def _fail(self, request, error):
@@ -198,10 +222,13 @@ class Client:
         self._tell_first(request, None)
         self._tell(self.loadgen.QuerySamplesComplete, request, None, 1 if error.kind == "short" else 0)
         self.kinds[error.kind] += 1
+        self.failures_in_a_row += 1
         if self.kinds[error.kind] <= 10:
             # Some servers echo the key: masked whole, before the text is cut.
-            detail = self.target.mask(error.detail)
-            self.log("request failed: sample %d: %s: %s" % (request.index, error.kind, detail[:DETAIL_ROOM]))
+            detail = self.target.mask(error.detail)[:DETAIL_ROOM]
+            said = "sample %d: %s: %s" % (request.index, error.kind, detail)
+            self.log("request failed: " + said)
+            self.first_failure = self.first_failure or said
         self._record(request, 0, error.kind)
 
     def _record(self, request, count, status):
@@ -213,16 +240,17 @@ class Client:
         if not (self.held and self.flushed and not self.active and not self.queued):
             return
         held, self.held = self.held, []
-        for request, text in held:
-            if self.encode is None:
-                self._fail(request, AnswerError("no_ids", "the server sends text, and " + self.no_encode))
-                continue
-            # Two events may hold a half each of a surrogate pair; a half alone is no text.
-            ids = self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-            if len(ids) < 2:
-                self._fail(request, AnswerError("short", f"{len(ids)} token after the tokenizer"))
+        encode, end_id, why = load_tokenizer(self.tokenizer)
+        for request, read in held:
+            ids = encode and ids_of_text(read, encode, end_id)
+            if ids:
+                self._serve(
+                    request, ids, read.count
+                )  # usage's count: the text's ids may be others than the model's
             else:
-                self._serve(request, ids, len(ids))
+                self._fail(
+                    request, AnswerError("no_ids", f"the server sends text, and {why or 'it has no id'}")
+                )
 
     def sweep(self):
         """Once a second: end requests that took too long; return the counts for progress.jsonl."""

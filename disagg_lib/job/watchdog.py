@@ -5,9 +5,14 @@ import re
 import shutil
 import time
 
-from .deaths import POLL_S, exit_status, last_lines, refuse_dead_servers
+from .deaths import POLL_S, exit_status, refuse_dead_servers, told
+from .health import Pulse, refuse_silent
+from .orchestrator_cpu import OrchestratorCpu
 from .phases import JOB, RUN, Failed, settings
 
+FAILURES_IN_A_ROW = (
+    50  # with none served between them: the run is INVALID, and nothing says that it will go on
+)
 HARNESS_QUIET_S = 1200  # NVIDIA's harness loads its data set and retries for minutes before its first query
 
 
@@ -50,38 +55,58 @@ def adopt():
     print(f"target_qps found: {found}", flush=True)
 
 
-def watch(mode):
-    """Follow the client of one test mode to its end; a stall or a dead server ends the job."""
-    s = settings()
-    ours = s["client"]["kind"] == "loadgen"
-    stall_s = s["stall_timeout_s"] if ours else max(s["stall_timeout_s"], HARNESS_QUIET_S)
-    moved, seen = time.monotonic(), None
-    while True:
-        status = exit_status("client_" + mode)
-        if status is not None:
-            if status:
-                log = RUN / "logs" / (mode + ".log")
-                log = log if log.exists() else RUN / "logs" / f"mlperf_benchmark_{mode}.log"
-                raise Failed(f"the {mode} client ended with status {status}: {last_lines(log)}")
+class Movement:
+    """Whether the newest line of progress differs from the one before, and since when it does not."""
+
+    def __init__(self, mode):
+        self.s, self.mode = settings(), mode
+        self.ours = self.s["client"]["kind"] == "loadgen"
+        stall_s = self.s["stall_timeout_s"]
+        self.stall_s = stall_s if self.ours else max(stall_s, HARNESS_QUIET_S)
+        self.moved, self.seen, self.line = time.monotonic(), None, None
+
+    def look(self):
+        line = last_progress() if self.ours else harness_progress(self.mode)
+        if line is None or line["mode"] != self.mode:
             return
-        refuse_dead_servers()
-        progress = last_progress() if ours else harness_progress(mode)
-        if progress is not None and progress["mode"] == mode:
-            # With no query open there are no tokens to wait for, but a living client still writes a line a second.
-            counts = (
-                progress["done"],
-                progress["tokens"],
-                0 if progress["outstanding"] else progress["time_s"],
-            )
-            if counts != seen:
-                moved, seen = time.monotonic(), counts
-        still_s = time.monotonic() - moved
+        self.line = line
+        # With no query open there are no tokens to wait for, but a living client still writes a line a second.
+        counts = line["done"], line["tokens"], 0 if line["outstanding"] else line["time_s"]
+        if counts != self.seen:
+            self.moved, self.seen = time.monotonic(), counts
+
+    def refuse(self):
+        """Failed: nothing moves any more."""
+        line, still_s = self.line, time.monotonic() - self.moved
         # Before the first query a client prepares its requests, in a search before each trial.
-        prepares = not seen or mode == "find_target_qps" and not (progress and progress["outstanding"])
-        if still_s > (max(stall_s, 600) if prepares else stall_s):
-            what = f"{progress['outstanding']} queries open" if seen else "the client has not begun"
-            done = f"{progress['done']} done, {progress['tokens']} tokens" if seen else "no query"
+        prepares = not line or self.mode == "find_target_qps" and not line["outstanding"]
+        if still_s > (max(self.stall_s, 600) if prepares else self.stall_s):
+            what = f"{line['outstanding']} queries open" if line else "the client has not begun"
+            done = f"{line['done']} done, {line['tokens']} tokens" if line else "no query"
             raise Failed(
-                f"stalled: no token for {still_s:.0f} s (stall_timeout_s = {stall_s}) with {what}; {done} so far"
+                f"stalled: no token for {still_s:.0f} s (stall_timeout_s = {self.stall_s}) with {what}; {done} so far"
             )
+
+
+def client_log(mode):
+    log = RUN / "logs" / (mode + ".log")
+    return log if log.exists() else RUN / "logs" / f"mlperf_benchmark_{mode}.log"
+
+
+def watch(mode):
+    """Follow the client of one test mode to its end; a stall or a dead server end the job."""
+    movement = Movement(mode)
+    pulse, orchestrator = (Pulse(), OrchestratorCpu(mode)) if settings()["servers"] else (None, None)
+    while exit_status("client_" + mode) is None:
+        refuse_dead_servers()
+        if pulse:
+            pulse.refuse()
+            orchestrator.sample()
+        movement.look()
+        movement.refuse()
         time.sleep(POLL_S)
+    status = exit_status("client_" + mode)
+    if status:
+        if pulse:
+            refuse_silent()
+        raise Failed(f"the {mode} client ended with status {status}: {told(client_log(mode))}")

@@ -69,14 +69,15 @@ def phase_steps(
         seconds = None if last and ended else begins[place + 1] - begins[place]
         steps.append((name.partition(":")[0], state, seconds))
     if not ended:
-        search = ("find_target_qps",) if e.find_target_qps else ()
+        before = ("warmup",) if e.client == "loadgen" else ()
+        before += ("find_target_qps",) if e.find_target_qps else ()
         usual = (
             "container",
             "bind",
             "workers",
             "orchestrator",
             "ready",
-            *search,
+            *before,
             *e.test_modes,
             "teardown",
             "done",

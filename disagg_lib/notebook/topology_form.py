@@ -1,6 +1,6 @@
 """03's form: the topology, checked and drawn as it is typed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets as ipw
@@ -13,7 +13,6 @@ from ..experiment.parameters import Experiment
 from ..experiment.topology import topology_arithmetic
 from ..run.writing import create_run
 from ..serving.prediction import simulate_table
-from ..serving.simulate import INTERACTIVE_LIMITS_MS
 from .elements import MUTED, WIDE, Fields, Latest, html_box, lines_html, message_html, problems_by_field, show
 from .live import front_end_is_live
 from .pictures import topology_svg
@@ -23,26 +22,24 @@ GENERATION = ("num_gen_servers", "gen_tp_size", "gen_batch_size", "gen_max_num_t
 SHARED = ("gpus_per_node", "server_target_qps")
 
 
-def predict_text(e: Experiment, seeds: Sequence[int] = range(4)) -> str:
+def predict_text(e: Experiment, draws: int = 4) -> str:
     """TTFT, TPOT and verdict at the target QPS, simulated, in one sentence; or why there is no prediction."""
     if e.engine == "external":
         return "No prediction: the endpoint's topology is not known here."
-    if e.scenario != "Interactive":
-        return f"No prediction: the model judges by Interactive's limits, and this is {e.scenario}."
     scale = e.rehearsal_time_scale if e.engine == "rehearsal" else 1.0
     modelled = e.model_copy(update={"server_target_qps": e.server_target_qps * scale})
     try:
-        table = simulate_table(modelled, seeds)
+        table = simulate_table(modelled, draws)
     except DisaggError as error:
         return f"No prediction: {error}"
     table = table[table["prompt_lengths"] == table["prompt_lengths"].iloc[0]]  # 02_plan has the other spreads
     median, good = table.median(numeric_only=True), int(table["valid"].sum())
-    limits = INTERACTIVE_LIMITS_MS
+    limits = table["ttft_limit_ms"].iloc[0], table["tpot_limit_ms"].iloc[0]
     pace = "" if scale == 1 else f", which is {modelled.server_target_qps:g} at the modelled GPUs' own pace"
     return (
         f"At {e.server_target_qps:g} queries/s{pace}: TTFT p99 {median['ttft_p99_ms']:,.0f} ms (limit {limits[0]:g}), "
-        f"TPOT p99 {median['tpot_p99_ms']:.1f} ms (limit {limits[1]:g}), VALID in {good} of {len(seeds)} seeds. "
-        "Source: simulated, medians over the seeds."
+        f"TPOT p99 {median['tpot_p99_ms']:.1f} ms (limit {limits[1]:g}), VALID in {good} of {len(table)} draws of the lengths. "
+        "Source: simulated, medians over them."
     )
 
 

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 from .configuration import known_keys
 from .engine import Sequence
 
-FIRST_TOKEN_ID, TOKEN_IDS = 1000, 4096
+FIRST_TOKEN_ID, TOKEN_IDS, END_TOKEN = 1000, 4096, 128009  # the last one is Llama 3's <|eot_id|>
+DONE = b"data: [DONE]\n\n"
 
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
 EVENT_STREAM = {"Content-Type": "text/event-stream"}
@@ -21,20 +22,33 @@ TokenIds = Annotated[list[NonNegativeInt], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
 
 
-class DisaggregatedParams(BaseModel):
-    """What a context server hands on; its state holds the GPUs that the KV cache lies on."""
+class Strict(BaseModel):
+    """Of the right types; which names there may be, the release's own list says."""
 
     model_config = ConfigDict(strict=True)
+
+
+class DisaggregatedParams(Strict):
+    """What a context server hands on; its state holds the GPUs that the KV cache lies on."""
+
     request_type: str | None = None
     first_gen_tokens: TokenIds | None = None
     ctx_request_id: int | None = None
     encoded_opaque_state: str | None = Field(None, pattern=r"^[1-9]\d{0,5}$")
+    disagg_request_id: int | None = None
 
 
-class Body(BaseModel):
+class StreamOptions(Strict):
+    """What a stream tells besides its tokens; usage in every chunk is v5.1's default."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool | None = True
+    continuous_usage_stats: bool | None = None
+
+
+class Body(Strict):
     """What a request asks for, as far as the serving model cares; the names it may bear besides are in data/trtllm_keys.yaml."""
 
-    model_config = ConfigDict(strict=True)
     model: str
     prompt: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=1)] | None = (
         None
@@ -46,8 +60,9 @@ class Body(BaseModel):
     max_tokens: PositiveInt | None = None
     max_completion_tokens: PositiveInt | None = None
     min_tokens: NonNegativeInt | None = None
+    detokenize: bool = True
     stream: bool = False
-    stream_options: dict | None = None
+    stream_options: StreamOptions | None = None
     disaggregated_params: DisaggregatedParams | None = None
 
     def tokens(self, chat: bool) -> list[int]:
@@ -73,8 +88,11 @@ def need(holds, text: str, status: int = 400) -> None:
         raise STATUS[status](text=json.dumps({"error": text}), content_type="application/json")
 
 
-async def read_body(request: web.Request) -> tuple[dict, Body, list[int]]:
-    """A request's body, the same checked, and its prompt's token ids; what is wrong is answered with 400."""
+async def read_body(request: web.Request, dialect: str, unknown=()) -> tuple[dict, Body, list[int]]:
+    """A request's body, the same checked, and its prompt's token ids; what is wrong is answered with 400.
+
+    unknown : fields of the release's list that this server shall not know
+    """
     try:
         body = json.loads(await request.read())
         asked = Body.model_validate(body)
@@ -83,8 +101,13 @@ async def read_body(request: web.Request) -> tuple[dict, Body, list[int]]:
         need(False, "; ".join(wrong))
     except (ValueError, RecursionError) as error:
         need(False, f"body is not JSON: {error}")
-    unknown = sorted(set(body) - known_keys("request"))
-    need(not unknown, f"unknown field {', '.join(unknown)}")
+    known = known_keys("request", "both") | known_keys(
+        "request", "chat" if is_chat(request) else "completions"
+    )
+    strange = set(body) - (known - set(unknown))
+    params = known_keys("disaggregated_params", "both") | known_keys("disaggregated_params", dialect)
+    strange |= set(body.get("disaggregated_params") or ()) - params
+    need(not strange, f"unknown field {', '.join(sorted(strange))}: extra inputs are not permitted")
     need(asked.stream or asked.stream_options is None, "stream_options needs stream: true")
     return body, asked, asked.tokens(is_chat(request))
 
@@ -100,38 +123,59 @@ def compact(value) -> bytes:
 
 
 class Answer:
-    """The bytes of one answer: parts that do not change are made once, a token costs one formatting."""
+    """The bytes of one answer: parts that do not change are made once, a token costs one formatting.
 
-    def __init__(self, number: int, model: str, chat: bool, checksum: int, finish: str, usage: bool = False):
-        self.chat, self.checksum, self.finish, self.include_usage = chat, checksum, finish, usage
+    As the real one's post-processors write it: ids take the place of text where a completion says `detokenize: false`;
+    chat has none. The end token has no text. The last usage is an event of chat, on completions, too.
+    """
+
+    def __init__(self, number: int, asked: Body, chat: bool, dialect: str, checksum: int, finish: str):
+        self.chat, self.checksum, self.finish = chat, checksum, finish
+        self.gives_ids = not chat and not asked.detokenize
         self.first_token = FIRST_TOKEN_ID + checksum % TOKEN_IDS
-        kind, prefix = ("chat.completion", "chatcmpl") if chat else ("text_completion", "cmpl")
-        self.head = {"id": f"{prefix}-{number}", "object": kind, "created": int(time.time()), "model": model}
-        head = {**self.head, "object": kind + ".chunk"} if chat else self.head
-        self.event = b"data: " + compact(head)[:-1] + b',"choices":['
-        piece = b'"delta":{"content":" t%d"}' if chat else b'"text":" t%d"'
-        self.piece = b'{"index":0,' + piece + b',"token_ids":[%d],"logprobs":null,"finish_reason":'
+        options = asked.stream_options
+        self.include_usage = bool(options and options.include_usage)
+        everywhere = options and options.continuous_usage_stats
+        self.usage_everywhere = self.include_usage and (
+            dialect == "v5.1" if everywhere is None else everywhere
+        )
+        told = {"created": int(time.time()), "model": asked.model}
+        chunk = {"id": f"chatcmpl-{number}", "object": "chat.completion.chunk", **told}
+        if chat:
+            self.head = {**chunk, "object": "chat.completion"}
+        else:
+            self.head = {"id": f"cmpl-{number}", "object": "text_completion", **told}
+        self.event = b"data: " + compact(chunk if chat else self.head)[:-1] + b',"choices":['
+        self.last_event = b"data: " + compact(chunk)[:-1] + b',"choices":['
+        self.piece = b'{"index":0,' + (b'"delta":{"content":"%b"}' if chat else b'"text":"%b","token_ids":%b')
+        self.piece += b',"logprobs":null,"finish_reason":%b,"stop_reason":null}]'
 
-    def token(self, position: int) -> int:
+    def token(self, position: int, last: bool = False) -> int:
         """The id of the token at `position`, counted from 0."""
+        if last and self.finish == "stop":
+            return END_TOKEN
         if position == 0:
             return self.first_token
         return FIRST_TOKEN_ID + (self.checksum + position * 7919) % TOKEN_IDS
 
     def frame(self, sequence: Sequence) -> bytes:
         """The HTTP chunk for the token just emitted; with the last one also usage and [DONE]."""
-        token = self.token(sequence.emitted - 1)
-        data = self.event + self.piece % (token, token)
-        if self.chat and sequence.emitted == 1:
-            role = b'{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}'
-            data = self.event + role + b"]}\n\n" + data
-        if sequence.emitted < sequence.output_tokens:
-            data += b"null}]}\n\n"
-        else:
-            data += b'"%b"}]}\n\n' % self.finish.encode()
+        count, last = sequence.emitted, sequence.emitted == sequence.output_tokens
+        token = self.token(count - 1, last)
+        text = b"" if self.gives_ids or token == END_TOKEN else b" t%d" % token
+        finish = b'"%b"' % self.finish.encode() if last else b"null"
+        ids = b"[%d]" % token if self.gives_ids else b"null"
+        data = self.event + self.piece % ((text, finish) if self.chat else (text, ids, finish))
+        if self.usage_everywhere:
+            data += b',"usage":' + compact(usage_of(sequence, count))
+        data += b"}\n\n"
+        if self.chat and count == 1:
+            role = b'{"index":0,"delta":{"role":"assistant"},"finish_reason":null}]} \n\n'
+            data = self.event + role + data
+        if last:
             if self.include_usage:
-                data += self.event + b'],"usage":' + compact(usage_of(sequence)) + b"}\n\n"
-            data += b"data: [DONE]\n\n"
+                data += self.last_event + b'],"usage":' + compact(usage_of(sequence, count)) + b"}\n\n"
+            data += DONE
         return b"%x\r\n%b\r\n" % (len(data), data)
 
     def half_frame(self, sequence: Sequence) -> bytes:
@@ -141,19 +185,24 @@ class Answer:
         sequence.transport.close()
         return b""
 
-    def whole(self, sequence: Sequence, **extra) -> dict:
-        """The non-streaming body; `extra` goes into the choice."""
-        ids = [self.token(i) for i in range(sequence.output_tokens)]
-        text = "".join(f" t{i}" for i in ids)
-        content = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **content, "token_ids": ids, "logprobs": None, "finish_reason": self.finish}
-        return {**self.head, "choices": [{**choice, **extra}], "usage": usage_of(sequence)}
+    def whole(self, sequence: Sequence, params: dict | None = None) -> dict:
+        """The non-streaming body; params are what a context server hands on."""
+        count = sequence.output_tokens
+        ids = [self.token(i, i == count - 1) for i in range(count)]
+        text = "".join(f" t{i}" for i in ids if i != END_TOKEN)
+        if self.chat:
+            content = {"message": {"role": "assistant", "content": text}}
+        else:
+            content = {"text": "", "token_ids": ids} if self.gives_ids else {"text": text, "token_ids": None}
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": self.finish, "stop_reason": None}
+        choice |= {"disaggregated_params": params}
+        return {**self.head, "choices": [choice], "usage": usage_of(sequence, count)}
 
 
-def usage_of(sequence: Sequence) -> dict:
-    """The usage object of an answer."""
-    prompt, completion = sequence.input_tokens, sequence.output_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+def usage_of(sequence: Sequence, completion: int) -> dict:
+    """The usage object of an answer, or of its first `completion` tokens."""
+    prompt = sequence.input_tokens
+    return {"prompt_tokens": prompt, "total_tokens": prompt + completion, "completion_tokens": completion}
 
 
 async def begin_stream(request: web.Request) -> web.StreamResponse:

@@ -62,6 +62,7 @@ class EngineArgs:
     transport: bool
     print_iter_log: bool
     chunks_overlap: bool
+    capacity_policy: str = "GUARANTEED_NO_EVICT"
 
 
 def _need(holds, message: str) -> None:
@@ -210,6 +211,16 @@ def _graph_sizes(where: str, graphs: dict, max_batch_size: int) -> tuple[int, ..
     return tuple(sorted({n for n in sizes if _whole(f"{where}: CUDA-graph sizes", n) <= max_batch_size}))
 
 
+def _policy(where: str, scheduler: dict) -> str:
+    policy = scheduler.get("capacity_scheduler_policy", "GUARANTEED_NO_EVICT")
+    known = policy in ("GUARANTEED_NO_EVICT", "MAX_UTILIZATION")
+    _need(
+        known,
+        f"{where}: capacity_scheduler_policy is {policy!r}; rehearsed are GUARANTEED_NO_EVICT and MAX_UTILIZATION.",
+    )
+    return policy
+
+
 def engine_args(where: str, engine: dict, dialect: str, role: str, per_worker: bool = False) -> EngineArgs:
     """Check one server's engine arguments and keep those that the serving model acts on, with the release's defaults."""
     check_engine_keys(where, engine, dialect, per_worker)
@@ -251,4 +262,5 @@ def engine_args(where: str, engine: dict, dialect: str, role: str, per_worker: b
         transport=transport is not None,
         print_iter_log=bool(engine.get("print_iter_log", False)),
         chunks_overlap=dialect != "v5.1",
+        capacity_policy=_policy(where, engine.get("scheduler_config") or {}),
     )  # fmt: skip

@@ -24,7 +24,6 @@ class Sequence:
     computed: int = 0
     busy_until: float = 0.0
     emitted: int = 0
-    kv_tokens: int = 0
     ready: float = 0.0
     transport: asyncio.Transport | None = None
     frame: object = None
@@ -113,23 +112,36 @@ class GenerationEngine(Engine):
     def __init__(self, args: EngineArgs, table: LatencyTable, seconds_per_ms: float, log=None):
         super().__init__(args, table, seconds_per_ms, log)
         self.kv_capacity = table.kv_capacity_tokens(args.kv_fraction, args.max_num_tokens)
+        self.grows = args.capacity_policy == "MAX_UTILIZATION"
         self.slowdown = 1.0
-        self.kv_used = 0
         self.admitted = 0
         self.moving: list[Sequence] = []
         self.groups: list[list[Sequence]] = [[] for _ in range(args.pp)]
 
-    def _admit(self, start: float) -> None:
+    def _reserved(self, s: Sequence) -> int:
+        return rules.kv_tokens(s.input_tokens, s.output_tokens)
+
+    def kv_asked(self, s: Sequence) -> int:
+        """KV-cache tokens that must be free for a request to be admitted."""
+        return rules.kv_asked(s.input_tokens, self._reserved(s), self.grows)
+
+    def kv_used(self) -> int:
+        """KV-cache tokens of those that generate or are on their way."""
+        inside = (s for group in [self.moving, *self.groups] for s in group)
+        return sum(rules.kv_held(s.input_tokens, s.emitted, self._reserved(s), self.grows) for s in inside)
+
+    def _admit(self, start: float, group: list[Sequence], turn: int) -> None:
+        self.groups[turn] = group
+        used = self.kv_used() if self.waiting else 0
         while self.waiting and self.admitted < self.args.max_batch_size * self.args.pp:
             sequence = self.waiting[0]
-            need = rules.kv_tokens(sequence.input_tokens, sequence.output_tokens)
-            if self.kv_used + need > self.kv_capacity:
+            if used + self.kv_asked(sequence) > self.kv_capacity:
                 return
             self.waiting.popleft()
-            self.kv_used += need
             self.admitted += 1
-            sequence.kv_tokens, sequence.ready = need, start + sequence.transfer_s
+            sequence.ready = start + sequence.transfer_s
             self.moving.append(sequence)
+            used += rules.kv_held(sequence.input_tokens, 0, self._reserved(sequence), self.grows)
 
     def _emit(self, sequence: Sequence) -> bool:
         """Send the next token; False when the sequence has ended (or its client has gone)."""
@@ -140,7 +152,6 @@ class GenerationEngine(Engine):
             sequence.transport.write(sequence.frame(sequence))
         if sequence.emitted < sequence.output_tokens and not gone:
             return True
-        self.kv_used -= sequence.kv_tokens
         self.admitted -= 1
         sequence.done.set()
         return False
@@ -160,7 +171,7 @@ class GenerationEngine(Engine):
             start = max(now, self.stage_free[0], ends[turn])
             await self._until(start)
             group = [s for s in self.groups[turn] if self._emit(s)]
-            self._admit(start)
+            self._admit(start, group, turn)
             joining = [s for s in self.moving if s.ready <= start][: args.max_batch_size - len(group)]
             self.moving = [s for s in self.moving if s not in joining]
             group += [s for s in joining if self._emit(s)]

@@ -15,7 +15,7 @@ from aiohttp import web
 from ..errors import DisaggError
 from .answers import ENDPOINTS
 from .configuration import ServeFile
-from .knobs import log
+from .knobs import Knobs, log
 from .orchestrator import Orchestrator
 from .worker import Worker
 
@@ -34,11 +34,11 @@ def refuse_foreign_host(host: str) -> None:
         )
 
 
-async def _listen(server: Worker | Orchestrator, host: str, port: int, dialect: str) -> None:
+async def _listen(server: Worker | Orchestrator, host: str, port: int) -> None:
     refuse_foreign_host(host)
 
     async def version(request) -> web.Response:
-        return web.json_response({"version": f"rehearsal of {dialect}"})
+        return web.json_response({"version": f"rehearsal of {server.dialect}"})
 
     app = web.Application(client_max_size=2**26)
     app.add_routes([web.post(path, server.complete) for path in ENDPOINTS])
@@ -71,28 +71,28 @@ def _run(serving) -> None:
         runner.run(serving)
 
 
-def run_server(worker: Worker, host: str, port: int, dialect: str) -> None:
+def run_server(worker: Worker, host: str, port: int) -> None:
     """Load, listen on host:port, serve until signalled."""
 
     async def serve() -> None:
         await worker.load()
-        await _listen(worker, host, port, dialect)
+        await _listen(worker, host, port)
         log(worker.name, f"ready on http://{host}:{port}")
         await worker.engine.run()
 
     _run(serve())
 
 
-def run_orchestrator(file: ServeFile, start_timeout_s: float, request_timeout_s: float) -> None:
+def run_orchestrator(file: ServeFile, start_timeout_s: float, request_timeout_s: float, knobs: Knobs) -> None:
     """Wait for the workers, listen on hostname:port, serve until signalled."""
 
     async def serve() -> None:
-        orchestrator = Orchestrator(file, request_timeout_s)
+        orchestrator = Orchestrator(file, request_timeout_s, knobs)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as orchestrator.session:
             log("orchestrator", f"waiting for {len(file.instances)} servers")
             await orchestrator.wait_for_workers(start_timeout_s)
-            await _listen(orchestrator, file.hostname, file.port, file.dialect)
+            await _listen(orchestrator, file.hostname, file.port)
             log("orchestrator", f"ready on http://{file.hostname}:{file.port}")
             await asyncio.Event().wait()
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from ..errors import ServeConfigError
 
 # What may follow each fault's name.
-FAULTS = {"none": "", "crash_loading": "server", "crash_midrun": "server count", "health_503": "", "no_tokens": "",
-          "slow_tokens": "", "truncated_stream": "count"}  # fmt: skip
+FAULTS = {"none": "", "crash_loading": "server", "crash_midrun": "server count", "crash_loading_quiet": "server",
+          "crash_midrun_quiet": "server count", "gen_refuses": "server count", "no_request_id": "", "health_503": "",
+          "no_tokens": "", "slow_tokens": "", "truncated_stream": "count", "eos_first": "count",
+          "no_detokenize": ""}  # fmt: skip
+LATE_FAULTS = ("crash_midrun", "crash_midrun_quiet", "gen_refuses")  # after so many requests of the server
 
 
 @dataclass(frozen=True)
@@ -17,9 +20,14 @@ class Knobs:
 
     time_scale: float
     system: str
+    stack: str
     fault: str
     fault_server: str
     fault_count: int
+
+    def fault_of(self, server: str) -> str:
+        """The fault that is meant for this server, "none" if it is for another."""
+        return self.fault if self.fault_server == server else "none"
 
 
 def read_knobs(environment) -> Knobs:
@@ -36,12 +44,13 @@ def read_knobs(environment) -> Knobs:
     found = match.groupdict() if match else {"name": fault, "server": None, "count": None}
     name, server, count = found["name"], found["server"], found["count"]
     extra = {key for key in ("server", "count") if found[key]} - set(FAULTS.get(name, "").split())
-    if not match or name not in FAULTS or extra or (name == "truncated_stream" and count == "0"):
+    if not match or name not in FAULTS or extra or (FAULTS[name] == "count" and count == "0"):
         raise ServeConfigError(
             f"REHEARSAL_FAULT is {fault!r}; one of {', '.join(FAULTS)}, see --help for what may follow."
         )
-    count = int(count or {"crash_midrun": 20}.get(name, 7))
-    return Knobs(scale, environment.get("REHEARSAL_SYSTEM", "gb200"), name, server or "gen0", count)
+    count = int(count or (20 if name in LATE_FAULTS else 7))
+    system, stack = environment.get("REHEARSAL_SYSTEM", "gb200"), environment.get("REHEARSAL_STACK", "none")
+    return Knobs(scale, system, stack, name, server or "gen0", count)
 
 
 def log(name: str, text: str) -> None:

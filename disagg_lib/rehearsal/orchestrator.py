@@ -10,16 +10,24 @@ from aiohttp import web
 
 from ..errors import DisaggError
 from ..serving import rules
-from .answers import begin_stream, compact, is_chat, need, read_body
+from .answers import DONE, Body, begin_stream, compact, is_chat, need, read_body
 from .configuration import ServeFile
-from .knobs import log
+from .knobs import Knobs, log
+
+FIRST_REQUEST_ID = 1 << 42  # of 1.2's ids that both phases of a request share
+
+
+class Refused(aiohttp.ClientError):
+    """A server answered, but with a status of 400 or more."""
 
 
 class Orchestrator:
     """Takes requests to a context server, then to a generation server, and passes the answer's bytes through."""
 
-    def __init__(self, file: ServeFile, request_timeout_s: float):
-        self.file = file
+    def __init__(self, file: ServeFile, request_timeout_s: float, knobs: Knobs):
+        self.file, self.dialect = file, file.dialect
+        self.unknown_fields = {"detokenize"} if knobs.fault == "no_detokenize" else set()
+        self.request_ids = itertools.count(FIRST_REQUEST_ID)
         self.timeout = aiohttp.ClientTimeout(total=request_timeout_s)
         self.attempts = file.max_retries if file.dialect == "v5.1" else file.max_retries + 1
         self.servers = {r: [i for i in file.instances if i.role == r] for r in file.routers}
@@ -66,7 +74,7 @@ class Orchestrator:
             loads[index] -= load
 
     async def _post(self, instance, path: str, body: dict) -> aiohttp.ClientResponse:
-        """POST with the release's retries, 1 s apart; raises the last failure."""
+        """POST with the release's retries, 1 s apart, of a stream none; raises the last failure."""
         url, headers = f"http://{instance.host}:{instance.port}{path}", {"Content-Type": "application/json"}
         for attempt in itertools.count(1):
             try:
@@ -76,44 +84,72 @@ class Orchestrator:
                 if answer.status < 400:
                     return answer
                 text = await answer.text()
-                raise aiohttp.ClientError(f"{instance.name} answered {answer.status}: {text[:300]}")
+                raise Refused(f"{instance.name} answered {answer.status}: {text[:300]}")
             except (aiohttp.ClientError, OSError) as error:
                 what = error or type(error).__name__
                 log("orchestrator", f"[E] {instance.name}{path}, attempt {attempt}: {what}")
-                if attempt >= self.attempts or isinstance(error, TimeoutError):
+                if attempt >= self.attempts or body.get("stream") or isinstance(error, TimeoutError):
                     raise
                 await asyncio.sleep(1)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions and /v1/chat/completions: context server first, then a generation server."""
-        body, asked, tokens = await read_body(request)
-        question = {k: v for k, v in body.items() if k != "stream_options"}
-        question |= {"stream": False, "disaggregated_params": {"request_type": "context_only"}}
+        body, asked, tokens = await read_body(request, self.dialect, self.unknown_fields)
+        if "max_tokens" in body and is_chat(request):  # an alias there, passed on by its own name
+            body["max_completion_tokens"] = body.pop("max_tokens")
+        shared = {} if self.dialect == "v5.1" else {"disagg_request_id": next(self.request_ids)}
+        question = {**body, "stream": False, "stream_options": None}
+        question["disaggregated_params"] = {"request_type": "context_only", **shared}
         try:
             async with self._answer("context", request.path, question, tokens) as answer:
                 context = await answer.json()
-            params = {**context["choices"][0]["disaggregated_params"], "request_type": "generation_only"}
+            params = self._verified(context)
+            if context["choices"][0]["finish_reason"] != "length":
+                return await self._ended_at_once(request, asked, context)
             prompt = "prompt_token_ids" if is_chat(request) else "prompt"
-            question = {**body, "disaggregated_params": params, prompt: context["prompt_token_ids"]}
+            question = {**body, "disaggregated_params": {**params, "request_type": "generation_only"}}
+            question[prompt] = context["prompt_token_ids"]
+            if asked.stream:
+                return await self._pass_through(request, question, tokens)
             async with self._answer("generation", request.path, question, tokens) as answer:
-                if not asked.stream:
-                    return web.json_response(body=await answer.read())
-                return await self._pass_through(request, answer)
+                return web.json_response(body=await answer.read())
         except (aiohttp.ClientError, OSError) as error:
-            if self.file.dialect == "v5.1":
+            if self.dialect == "v5.1":
                 need(False, "Too many requests", 429)
             need(False, f"Internal server error {error}", 500)
 
-    async def _pass_through(self, request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    def _verified(self, context: dict) -> dict:
+        """The params of a context server's answer; 500 without the ids that the release needs."""
+        params = context["choices"][0]["disaggregated_params"] or {}
+        ids = ("ctx_request_id",) if self.dialect == "v5.1" else ("ctx_request_id", "disagg_request_id")
+        for name in ids:
+            said = f"Invalid disaggregated params in context phase response. {name} is None"
+            need(params.get(name) is not None, f"Internal server error {said}", 500)
+        return params
+
+    async def _ended_at_once(self, request, asked: Body, context: dict) -> web.StreamResponse:
+        """The answer ended with its first token: no generation server is asked, and a stream has no token."""
+        if not asked.stream:
+            del context["choices"][0]["disaggregated_params"]
+            return web.json_response(context)
+        response = await begin_stream(request)
+        await response.write(DONE)
+        await response.write_eof()
+        return response
+
+    async def _pass_through(self, request, question: dict, tokens: list[int]) -> web.StreamResponse:
+        """Begin the stream, then ask the generation server: whatever fails from here on finds 200 sent already."""
         response = await begin_stream(request)
         try:
-            async for data in answer.content.iter_any():
-                await response.write(data)
+            async with self._answer("generation", request.path, question, tokens) as answer:
+                async for data in answer.content.iter_any():
+                    await response.write(data)
             await response.write_eof()
         except (aiohttp.ClientError, OSError) as error:
-            # The status is sent: all that is left is to end the stream without [DONE].
             log("orchestrator", f"[E] stream broke: {error or type(error).__name__}")
-            if request.transport is not None:
+            if self.dialect == "v5.1" and isinstance(error, Refused):
+                await response.write_eof()  # its reader takes an answer that is no stream for an empty one
+            elif request.transport is not None:
                 request.transport.abort()
         return response
 

@@ -6,9 +6,8 @@
 
 How it differs from TensorRT-LLM:
   - No model: tokens are invented from a checksum of the prompt, so no answer means anything. If min_tokens = max_tokens the answer
-    has exactly that length; otherwise its length is drawn (from the same checksum) out of the built-in shape.
-  - Each choice carries `token_ids`, the ids behind its text, so that a client needs no tokenizer. Text prompts count one token for
-    four characters.
+    has exactly that length; otherwise its length is drawn (from the same checksum) out of the built-in shape, and one in 32 has one
+    token and the end token. A token's text is made from its id. Text prompts count one token for four characters.
   - Time passes as the serving model says: step times from a latency table x REHEARSAL_TIME_SCALE, the same rules as `simulate`.
     Loading takes 1.5 s x the scale. No GPU, no MPI: a rank that leads no server only sleeps.
   - The KV cache is not moved, only its time is spent. Stream interval, beams, several choices, conditional disaggregation
@@ -19,9 +18,16 @@ How it differs from TensorRT-LLM:
 Environment:
   REHEARSAL_TIME_SCALE   seconds that pass for each second of the model (default 1.0)
   REHEARSAL_SYSTEM       latency table (default gb200)
+  REHEARSAL_STACK        constants on it, by name or file (default none)
   REHEARSAL_SERVER_NAME  the name in messages and faults of a server started as MODEL (default: role@port)
-  REHEARSAL_FAULT        none | crash_loading[:SERVER] | crash_midrun[:SERVER[:AFTER_N_REQUESTS]] | health_503 |
-                         no_tokens | slow_tokens | truncated_stream[:EVERY_N]; SERVER is ctx0, ctx1, gen0 ... (default gen0)
+  REHEARSAL_FAULT        what goes wrong; SERVER is ctx0, ctx1, gen0 ... (default gen0), N a number of requests
+      crash_loading[:SERVER], crash_midrun[:SERVER[:N]]   the server dies, while loading or after N requests (20)
+      crash_loading_quiet, crash_midrun_quiet             the same, but what started it lives on, as with the real ones
+      gen_refuses[:SERVER[:N]]                            after N requests the server answers 400 to each
+      no_request_id                                       context servers' answers lack the id that joins the two phases
+      health_503, no_tokens, slow_tokens                  never well; 200 and then silence; 20 times slower
+      truncated_stream[:N], eos_first[:N]                 every Nth answer breaks half way; ends with its first token
+      no_detokenize                                       a release that does not know the field `detokenize`
 """
 
 import argparse
@@ -37,10 +43,33 @@ from .knobs import Knobs, read_knobs
 # The HTTP side is imported where it is needed: a rank that only sleeps must stay small.
 
 
+SIGNALS = {signal.SIGTERM, signal.SIGINT}
+
+
 def _sleep_until_signalled() -> None:
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    signal.sigwait(signals)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.sigwait(SIGNALS)
+
+
+def _outlive_server() -> bool:
+    """Go on as two: the server, and what started it, which never looks whether it lives; True in the latter, at its end.
+
+    So do `trtllm-llmapi-launch` (1.x) and rank 0 of `disaggregated_mpi_worker` (v5.1).
+    """
+    server = os.fork()
+    if server:
+        _sleep_until_signalled()
+        os.kill(server, signal.SIGTERM)
+    return bool(server)
+
+
+def _serve(name: str, role: str, model: str, args, knobs: Knobs, dialect: str, host: str, port: int) -> None:
+    if knobs.fault_of(name).endswith("_quiet") and _outlive_server():
+        return
+    from .http import run_server
+    from .worker import Worker
+
+    run_server(Worker(name, role, model, args, knobs, dialect), host, port)
 
 
 def _slurm_number(name: str) -> int:
@@ -68,11 +97,8 @@ def run_mpi_worker(options, knobs: Knobs) -> None:
         return _sleep_until_signalled()
     where = f"{options.config_file}: {leader.name} ({leader.role}_servers)"
     args = configuration.engine_args(where, leader.engine, file.dialect, leader.role)
-    from .http import run_server
-    from .worker import Worker
-
-    worker = Worker(leader.name, leader.role, str(leader.engine.get("model", "model")), args, knobs)
-    run_server(worker, leader.host, leader.port, file.dialect)
+    model = str(leader.engine.get("model", "model"))
+    _serve(leader.name, leader.role, model, args, knobs, file.dialect, leader.host, leader.port)
 
 
 def run_orchestrator(options, knobs: Knobs) -> None:
@@ -80,7 +106,7 @@ def run_orchestrator(options, knobs: Knobs) -> None:
     file = configuration.read_serve_file(options.config_file)
     from .http import run_orchestrator as run
 
-    run(file, options.server_start_timeout, options.request_timeout)
+    run(file, options.server_start_timeout, options.request_timeout, knobs)
 
 
 def run_worker(options, knobs: Knobs) -> None:
@@ -102,10 +128,7 @@ def run_worker(options, knobs: Knobs) -> None:
         }
     args = configuration.engine_args(str(file or "command line"), engine, "1.x", role, per_worker=True)
     name = os.environ.get("REHEARSAL_SERVER_NAME") or f"{role}@{options.port}"
-    from .http import run_server
-    from .worker import Worker
-
-    run_server(Worker(name, role, options.model, args, knobs), options.host, options.port, "1.x")
+    _serve(name, role, options.model, args, knobs, "1.x", options.host, options.port)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

@@ -11,20 +11,27 @@ from aiohttp import web
 from ..serving import rules
 from ..serving.latency import read_table
 from ..serving.lengths import output_tokens_at
-from .answers import Answer, Body, DisaggregatedParams, begin_stream, is_chat, need, read_body
+from ..serving.stacks import read_stack
+from .answers import END_TOKEN, Answer, Body, DisaggregatedParams, begin_stream, is_chat, need, read_body
 from .configuration import EngineArgs
 from .engine import ContextEngine, GenerationEngine, Sequence
 from .knobs import Knobs, log
 
 LOAD_S = 1.5
+SHORT_EVERY = (
+    32  # of answers whose length is free, one is a token and the end token, as question answering has them
+)
 
 
 class Worker:
     """One context or generation server."""
 
-    def __init__(self, name: str, role: str, model: str, args: EngineArgs, knobs: Knobs):
+    def __init__(self, name: str, role: str, model: str, args: EngineArgs, knobs: Knobs, dialect: str):
         self.name, self.role, self.model, self.args, self.knobs = name, role, model, args, knobs
-        self.table = read_table(knobs.system, args.tp, args.pp)
+        self.dialect, self.fault = dialect, knobs.fault_of(name)
+        self.unknown_fields = {"detokenize"} if knobs.fault == "no_detokenize" else set()
+        self.stack = read_stack(knobs.stack)
+        self.table = read_table(knobs.system, args.tp, args.pp).under(self.stack)
         self.numbers = itertools.count(1)
         self.served = 0
         engine = ContextEngine if role == "context" else GenerationEngine
@@ -47,13 +54,15 @@ class Worker:
             f" CUDA graphs: {list(a.graph_sizes) or 'off'}")  # fmt: skip
 
     def _crash_if(self, fault: str, reason: str) -> None:
-        if (self.knobs.fault, self.knobs.fault_server) == (fault, self.name):
-            log(self.name, f"[E] {reason} (fault {fault})")
+        if self.fault.removesuffix("_quiet") == fault:
+            log(self.name, f"[E] Failed to initialize executor on rank 0: {reason} (fault {self.fault})")
+            print("Traceback (most recent call last):", flush=True)
+            print("RuntimeError: Executor worker returned error", flush=True)
             os._exit(1)
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions and /v1/chat/completions."""
-        _, asked, tokens = await read_body(request)
+        _, asked, tokens = await read_body(request, self.dialect, self.unknown_fields)
         params, args, chat = asked.disaggregated_params or DisaggregatedParams(), self.args, is_chat(request)
         need(
             params.request_type == f"{self.role}_only",
@@ -73,47 +82,61 @@ class Worker:
         self.served += 1
         if self.served > self.knobs.fault_count:
             self._crash_if("crash_midrun", f"executor worker died after {self.served - 1} requests")
-        most = min(room, asked.max_completion_tokens or asked.max_tokens or (room if chat else 16))
+            if self.fault == "gen_refuses":
+                log(self.name, "[E] the executor takes no request any more (fault gen_refuses)")
+                need(False, "the executor takes no request any more")
         checksum = zlib.crc32(repr(tokens).encode())
         if self.role == "context":
-            return await self._context(tokens, chat, checksum)
+            return await self._context(asked, tokens, chat, checksum)
+        most = min(room, asked.max_completion_tokens or asked.max_tokens or (room if chat else 16))
         return await self._generation(request, asked, tokens, checksum, params, most)
 
-    async def _context(self, tokens: list[int], chat: bool, checksum: int) -> web.Response:
+    async def _context(self, asked: Body, tokens: list[int], chat: bool, checksum: int) -> web.Response:
         sequence = Sequence(len(tokens), 1)
+        await asyncio.sleep(self.knobs.time_scale * self.stack.ttft_ms / 1000)
         self.engine.submit(sequence)
         await sequence.done.wait()
         number = next(self.numbers)
-        answer = Answer(number, self.model, chat, checksum, "length")
+        ends = self.knobs.fault == "eos_first" and self.served % self.knobs.fault_count == 0
+        answer = Answer(number, asked, chat, self.dialect, checksum, "stop" if ends else "length")
         params = {
             "request_type": "context_only",
-            "first_gen_tokens": [answer.first_token],
+            "first_gen_tokens": [END_TOKEN if ends else answer.first_token],
             "ctx_request_id": number,
             "encoded_opaque_state": str(self.args.tp * self.args.pp),
             "draft_tokens": None,
         }
-        content = answer.whole(sequence, disaggregated_params=params)
-        return web.json_response({**content, "prompt_token_ids": tokens})
+        if self.dialect != "v5.1":
+            params["disagg_request_id"] = asked.disaggregated_params.disagg_request_id
+        if self.knobs.fault == "no_request_id":
+            params["ctx_request_id" if self.dialect == "v5.1" else "disagg_request_id"] = None
+        return web.json_response({**answer.whole(sequence, params), "prompt_token_ids": tokens})
+
+    def _length(self, asked: Body, checksum: int, most: int) -> int:
+        """How many tokens the answer has: as many as asked for, or drawn where that is left open."""
+        drawn = int(output_tokens_at(checksum / 2**32)) if checksum % SHORT_EVERY else 2
+        return min(most, max(asked.min_tokens or 0, drawn))
 
     async def _generation(
         self, request, asked: Body, tokens: list[int], checksum: int, params: DisaggregatedParams, most: int
     ) -> web.StreamResponse:
-        drawn = int(output_tokens_at(checksum / 2**32))
-        sequence = Sequence(len(tokens), min(most, max(asked.min_tokens or 0, drawn)))
-        kv_need = rules.kv_tokens(sequence.input_tokens, sequence.output_tokens)
+        sequence = Sequence(len(tokens), self._length(asked, checksum, most))
+        kv_need = self.engine.kv_asked(sequence)
         fits = kv_need <= self.kv_capacity
         need(fits, f"the request needs {kv_need} KV-cache tokens; there are {self.kv_capacity}", 500)
         gpus = self.args.tp * self.args.pp
         moved_ms = rules.transfer_ms(len(tokens), int(params.encoded_opaque_state or gpus), gpus)
         sequence.transfer_s = self.knobs.time_scale * moved_ms / 1000
         finish = "length" if sequence.output_tokens == most else "stop"
-        usage = bool((asked.stream_options or {}).get("include_usage"))
-        answer = Answer(next(self.numbers), self.model, is_chat(request), checksum, finish, usage)
+        answer = Answer(next(self.numbers), asked, is_chat(request), self.dialect, checksum, finish)
         answer.first_token = params.first_gen_tokens[0]
         if not asked.stream:
             self.engine.submit(sequence)
             await sequence.done.wait()
             return web.json_response(answer.whole(sequence))
+        return await self._stream(request, sequence, answer)
+
+    async def _stream(self, request, sequence: Sequence, answer: Answer) -> web.StreamResponse:
         response = await begin_stream(request)
         sequence.transport, sequence.frame = request.transport, answer.frame
         if sequence.transport is None:  # the client has gone

@@ -20,65 +20,66 @@ def node_placeholder(index: int) -> str:
 
 def _engine_arguments(e: Experiment, role: str) -> dict[str, Any]:
     """The engine arguments of one group of servers, in the dialect's own keys and places."""
-    context = role == "context"
-    flat = e.trtllm_dialect == "v5.1"
-    tp_size, pp_size = (e.ctx_tp_size, e.ctx_pp_size) if context else (e.gen_tp_size, 1)
-    batch_size = e.ctx_batch_size if context else e.gen_batch_size
-    spans_nodes = any(len(s.nodes) > 1 for s in e.servers if s.role == role)
-    arguments = {
+    short = "ctx" if role == "context" else "gen"
+    tp_size = getattr(e, f"{short}_tp_size")
+    return {
         "tensor_parallel_size": tp_size,
-        "pipeline_parallel_size": pp_size,
+        "pipeline_parallel_size": e.ctx_pp_size if role == "context" else 1,
         "moe_expert_parallel_size": tp_size,
         "enable_attention_dp": False,
-        "max_batch_size": batch_size,
-        "max_num_tokens": e.ctx_max_num_tokens if context else e.gen_max_num_tokens,
+        "max_batch_size": getattr(e, f"{short}_batch_size"),
+        "max_num_tokens": getattr(e, f"{short}_max_num_tokens"),
         "max_seq_len": e.max_seq_len,
         "print_iter_log": True,
+        **_kv_cache(e, role, getattr(e, f"{short}_gpu_memory_fraction")),
+        **(_context(e) if role == "context" else _generation(e)),
     }
+
+
+def _kv_cache(e: Experiment, role: str, fraction: float) -> dict[str, Any]:
     # The fraction belongs inside kv_cache_config in every release: beside it, it is lost (up to 1.1) or refused.
-    kv_cache: dict[str, Any] = {
-        "free_gpu_memory_fraction": e.ctx_gpu_memory_fraction if context else e.gen_gpu_memory_fraction,
-        "enable_block_reuse": False,
-    }
-    if flat:
-        arguments |= {
-            "kv_cache_dtype": "fp8",
-            "kv_cache_config": kv_cache,
-            "cache_transceiver_config": {"max_num_tokens": e.max_seq_len},
-        }
-    else:
-        arguments |= {
-            "kv_cache_config": kv_cache | {"dtype": "fp8"},
-            "cache_transceiver_config": {
-                "backend": e.transfer_backend,
-                "max_tokens_in_buffer": e.max_seq_len,
-            },
-        }
-        if spans_nodes:
-            arguments["allreduce_strategy"] = "MNNVL"
-    if context:
-        arguments |= {
-            "disable_overlap_scheduler": True,
-            "enable_chunked_prefill": True,
-            "scheduler_config": {
-                "capacity_scheduler_policy": "MAX_UTILIZATION",
-                "context_chunking_policy": "FIRST_COME_FIRST_SERVED",
-            },
-        }
+    cache = {"free_gpu_memory_fraction": fraction, "enable_block_reuse": False}
+    if e.trtllm_dialect == "v5.1":
+        transfer = {"max_num_tokens": e.max_seq_len}
+        return {"kv_cache_dtype": "fp8", "kv_cache_config": cache, "cache_transceiver_config": transfer}
+    transfer = {"backend": e.transfer_backend, "max_tokens_in_buffer": e.max_seq_len}
+    spans_nodes = any(len(s.nodes) > 1 for s in e.servers if s.role == role)
+    reduce = {"allreduce_strategy": "MNNVL"} if spans_nodes else {}
+    return {"kv_cache_config": cache | {"dtype": "fp8"}, "cache_transceiver_config": transfer, **reduce}
+
+
+def _context(e: Experiment) -> dict[str, Any]:
+    return {
+        "disable_overlap_scheduler": True,
+        "enable_chunked_prefill": True,
+        "scheduler_config": {
+            "capacity_scheduler_policy": e.ctx_capacity_policy,
+            "context_chunking_policy": "FIRST_COME_FIRST_SERVED",
+        },
         # From 1.0 CUDA graphs are on by default, for context servers, too.
-        return arguments if flat else arguments | {"cuda_graph_config": None}
-    sizes = cuda_graph_sizes(batch_size)
-    if flat:
-        return arguments | {
+        **({} if e.trtllm_dialect == "v5.1" else {"cuda_graph_config": None}),
+    }
+
+
+def _generation(e: Experiment) -> dict[str, Any]:
+    scheduler = {}
+    if (
+        e.gen_capacity_policy != "GUARANTEED_NO_EVICT"
+    ):  # every release's own, which the original leaves unsaid
+        scheduler["scheduler_config"] = {"capacity_scheduler_policy": e.gen_capacity_policy}
+    sizes = cuda_graph_sizes(e.gen_batch_size, e.gen_cuda_graphs)
+    if e.trtllm_dialect == "v5.1":
+        graphs = {
             "use_cuda_graph": True,
             "cuda_graph_padding_enabled": True,
             "cuda_graph_batch_sizes": sizes,
-            "moe_backend": "TRTLLM",
         }
-    return arguments | {
-        "cuda_graph_config": {"enable_padding": True, "batch_sizes": sizes},
-        "moe_config": {"backend": "TRTLLM"},
-    }
+        return scheduler | graphs | {"moe_backend": "TRTLLM"}
+    graphs = {"enable_padding": True, "batch_sizes": sizes}
+    return scheduler | {"cuda_graph_config": graphs, "moe_config": {"backend": "TRTLLM"}}
+
+
+_ROUTERS = {"round_robin": {}, "least_tokens": {"router": {"type": "load_balancing", "use_tokens": True}}}
 
 
 def _group(e: Experiment, role: str) -> dict[str, Any]:
@@ -86,6 +87,7 @@ def _group(e: Experiment, role: str) -> dict[str, Any]:
     return {
         "num_instances": len(servers),
         "urls": [f"{node_placeholder(s.node)}:{s.port}" for s in servers],
+        **_ROUTERS[e.routing],
         **_engine_arguments(e, role),
     }
 

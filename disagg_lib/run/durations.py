@@ -1,5 +1,7 @@
 """How long the parts of a job take at least: loading, the search, the test modes."""
 
+import math
+
 from ..experiment.parameters import Experiment
 from ..job.search import seconds_of
 from ..job.search import stages as search_stages
@@ -12,7 +14,8 @@ LOAD_S = 600  # a fair guess for loading 230 GB of weights on every server
 
 def performance_run(e: Experiment) -> tuple[int, int]:
     """Queries and least seconds of the performance run, and so of the search's full-length trials."""
-    return (e.rehearsal_queries, 0) if e.shortened else (SAMPLE_COUNT, MIN_DURATION_S)
+    permutations = math.ceil((e.min_query_count or 1) / SAMPLE_COUNT)
+    return (e.rehearsal_queries, 0) if e.shortened else (permutations * SAMPLE_COUNT, MIN_DURATION_S)
 
 
 def runs_of(e: Experiment) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import RunFolderError
 from ..experiment.parameters import Experiment
+from ..experiment.rules import PLAIN_PATH
 from ..files import REPOSITORY, existing_parent
 
 RESULTS = REPOSITORY / "results"
@@ -33,9 +34,12 @@ def free_run_dir(e: Experiment, run_dir: str | Path | None = None) -> Path:
             )
     else:
         path = RESULTS / run_name(e, datetime.datetime.now())
-    if e.container == "pyxis" and re.search("[,:]", str(path)):
+    if e.container == "pyxis" and not re.fullmatch(PLAIN_PATH, str(path)):
+        why = "pyxis reads , and : as separators and expands others than letters, digits and _./+@=~-"
+        raise RunFolderError(f"run_dir: found {str(path)!r}; {why}. Choose another place")
+    if e.engine == "trtllm" and e.trtllm_dialect == "1.x" and re.search(r"\s", str(path)):
         raise RunFolderError(
-            f"run_dir: {path} holds ',' or ':', which pyxis reads as separators of mounts. Choose another place"
+            f"run_dir: found {str(path)!r}; trtllm-llmapi-launch splits its command at blanks. Choose another place"
         )
     parent = existing_parent(path.parent)
     if not (parent.is_dir() and os.access(parent, os.W_OK)):

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from itertools import groupby
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -10,49 +11,86 @@ from ..experiment.parameters import Experiment
 from ..experiment.topology import Server, topology_arithmetic
 
 
-def _environment_variables(e: Experiment) -> list[tuple[str, str]]:
+def _variables(e: Experiment) -> dict[str, str]:
     """What the servers are told through the environment; TensorRT-LLM, facts of the v5.1 runs."""
+    own_python = {"PYTHONNOUSERSITE": "1"}  # the home folder's packages would come before the image's
     if e.engine == "external":
-        return []
+        return own_python
     if e.engine == "rehearsal":
-        return [
-            ("REHEARSAL_TIME_SCALE", str(e.rehearsal_time_scale)),
-            ("REHEARSAL_SYSTEM", e.gpu_system),
-            ("REHEARSAL_FAULT", e.fault),
+        return own_python | {
+            "REHEARSAL_TIME_SCALE": str(e.rehearsal_time_scale),
+            "REHEARSAL_SYSTEM": e.gpu_system,
+            "REHEARSAL_STACK": e.serving_stack,
+            "REHEARSAL_FAULT": e.fault,
             # Five servers share a laptop: none may start a thread a core.
-            ("OMP_NUM_THREADS", "1"),
-            ("PYTHONUNBUFFERED", "1"),
-        ]
-    variables = [
-        ("TLLM_LOG_LEVEL", "INFO"),
-        ("TRTLLM_ENABLE_PDL", "1"),
-        ("TRTLLM_SERVER_DISABLE_GC", "1"),
-        ("TRTLLM_WORKER_DISABLE_GC", "1"),
-        ("NCCL_GRAPH_MIXING_SUPPORT", "0"),
-    ]
+            "OMP_NUM_THREADS": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+    variables = own_python | {
+        # At these levels a run writes megabytes; somebody's DEBUG or TRACE would be gigabytes.
+        "TLLM_LOG_LEVEL": "INFO",
+        "NCCL_DEBUG": "WARN",
+        "UCX_LOG_LEVEL": "warn",
+        "TRTLLM_ENABLE_PDL": "1",
+        "TRTLLM_SERVER_DISABLE_GC": "1",
+        "TRTLLM_WORKER_DISABLE_GC": "1",
+        "NCCL_GRAPH_MIXING_SUPPORT": "0",
+    }
     if e.trtllm_dialect == "v5.1":
         # This release chooses the KV transport by environment alone.
-        variables.append((f"TRTLLM_USE_{e.transfer_backend}_KVCACHE", "1"))
-        if any(len(server.nodes) > 1 for server in e.servers):
-            variables.append(("TRTLLM_MNNVL_AR_ENABLED", "1"))
-    if e.container == "pyxis":
-        variables.append(("ENROOT_ALLOW_DEV", "yes"))
-        # The v5.1 image's TensorRT-LLM lives in the mounted tree.
-        if e.work_dir and e.trtllm_dialect == "v5.1":
-            variables.append(("PYTHONPATH", f"{e.work_dir}/.llm_aarch64/lib/python3.12/site-packages"))
-    if e.client == "nvidia_harness":
-        variables += [
-            ("SYSTEM_NAME", e.system_name or ""),
-            ("MLPERF_SCRATCH_PATH", e.scratch_dir),
-            ("ENV", "dev"),
-            ("BUILD_CONTEXT", "aarch64-Grace"),
-            ("CUDA_VER", "12.9"),
-            ("TRT_VER", "10.11.0.33"),
-            ("INSTALL_RGAT_DEPS", "0"),
-            ("INSTALL_TRTLLM", ""),
-            ("INSTALL_LOADGEN", ""),
-        ]
+        variables |= {f"TRTLLM_USE_{e.transfer_backend}_KVCACHE": "1", "TRTLLM_MNNVL_AR_ENABLED": "1"}
+        if path := tensorrt_llm_path(e):
+            variables["PYTHONPATH"] = path
     return variables
+
+
+def tensorrt_llm_path(e: Experiment) -> str | None:
+    """Where v5.1's TensorRT-LLM lies in the container: in the mounted tree, which the image does not hold."""
+    mounted = e.container == "pyxis" and e.trtllm_dialect == "v5.1" and e.work_dir
+    return f"{e.work_dir}/.llm_aarch64/lib/python3.12/site-packages" if mounted else None
+
+
+def container_options(e: Experiment) -> list[str]:
+    """srun's options for a container as the job's, but for its name and the run folder's mount."""
+    options = {"image": e.container_image, "mounts": e.container_mounts, "workdir": e.work_dir}
+    return [f"--container-{name}={value}" for name, value in options.items() if value] + [
+        # Root inside is not who the job is outside: PMIx would refuse each rank.
+        "--no-container-remap-root",
+        "--container-mount-home",
+    ]
+
+
+_HARNESS_CONSTANTS = {
+    "ENV": "dev",
+    "BUILD_CONTEXT": "aarch64-Grace",
+    "CUDA_VER": "12.9",
+    "TRT_VER": "10.11.0.33",
+    "INSTALL_RGAT_DEPS": "0",
+    "INSTALL_TRTLLM": "",
+    "INSTALL_LOADGEN": "",
+}
+
+
+def serve_check(e: Experiment, python: str) -> str:
+    """The command that shows, where the servers will run, that what serves is there."""
+    if e.engine == "rehearsal":
+        return f"{shlex.quote(python)} -c 'import disagg_lib.rehearsal'"
+    if e.trtllm_dialect == "v5.1":
+        return "python3 -c 'import tensorrt_llm'"
+    return (
+        """python3 -c 'import shutil, tensorrt_llm; """
+        """lacks = [p for p in ("trtllm-llmapi-launch", "trtllm-serve") if not shutil.which(p)]; """
+        """assert not lacks, f"not on PATH: {lacks}"'"""
+    )
+
+
+def start_waves(servers: tuple[Server, ...]) -> list[list[Server]]:
+    """The first server of each node, then the second of each, and so on: those of a wave start at once."""
+
+    def place(server: Server) -> int:
+        return [other for other in servers if other.node == server.node].index(server)
+
+    return [list(wave) for _, wave in groupby(sorted(servers, key=place), place)]
 
 
 def make_job_script(e: Experiment, python: str = sys.executable) -> str:
@@ -76,7 +114,8 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
     environment.filters["sh"] = lambda text: (
         f"'{text}'" if "," in text and "'" not in text else shlex.quote(text)
     )
-    ours = e.engine == "rehearsal" or e.launcher == "local"
+    python = python if e.engine == "rehearsal" or e.launcher == "local" else "python3"
+    serve = {"v5.1": "python3 -m tensorrt_llm.commands.serve", "1.x": "trtllm-serve"}[e.trtllm_dialect]
 
     def gpus(server: Server) -> str:
         shared = len(server.nodes) == 1 and len(server.gpus) < e.gpus_per_node
@@ -85,16 +124,17 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
     return environment.get_template("job.sh.j2").render(
         e=e,
         arithmetic=topology_arithmetic(e) if e.servers else f"no servers: measures {e.endpoint_url}",
-        environment=_environment_variables(e),
-        python=python if ours else "python3",
-        # The container's PYTHONPATH stays behind it: the client brings LoadGen, the container the rest.
-        with_client_dir=f'env PYTHONPATH={shlex.quote(e.client_dir)}"${{PYTHONPATH:+:$PYTHONPATH}}" '
-        if e.client_dir
-        else "",
-        client_python=python if ours else "python3",
-        serve='"$PYTHON" -m disagg_lib.rehearsal' if e.engine == "rehearsal" else "trtllm-serve",
-        launch="trtllm-llmapi-launch " if e.engine == "trtllm" else "",
+        variables=_variables(e),
+        harness_variables={
+            "SYSTEM_NAME": e.system_name or "",
+            "MLPERF_SCRATCH_PATH": e.scratch_dir,
+            **_HARNESS_CONSTANTS,
+        },
+        python=python,
+        serve='"$PYTHON" -m disagg_lib.rehearsal' if e.engine == "rehearsal" else serve,
+        serve_check=serve_check(e, python),
         tasks_per_node=min(e.gpus_per_node, e.gpu_count),
+        waves=start_waves(e.servers),
         gpus=gpus,
         url=shlex.quote(e.endpoint_url) if e.endpoint_url else '"http://${NODES[0]}:${PORT[orchestrator]}"',
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..checkpoint.digests import cite_model
 from ..errors import ModelError
 from ..experiment.parameters import Experiment
+from ..files import REPOSITORY
 
 
 def cite_image(e: Experiment) -> dict | None:
@@ -26,6 +27,13 @@ def cite_image(e: Experiment) -> dict | None:
 
 def image_record(e: Experiment) -> Path:
     return Path(e.scratch_dir) / "setup" / f"{Path(e.container_image or '').name}.sha256"
+
+
+def pinned_versions() -> dict[str, str]:
+    """Package -> version that requirements.lock asks for."""
+    lines = (REPOSITORY / "requirements.lock").read_text().splitlines()
+    pins = (line.split(";")[0].strip().split("==") for line in lines if "==" in line)
+    return {name: version for name, version in pins}
 
 
 def cite_client(folder: str | Path) -> dict | None:

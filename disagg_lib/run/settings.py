@@ -3,6 +3,7 @@
 from ..experiment.parameters import Experiment
 from ..serving import lengths
 from ..serving.lengths import SAMPLE_COUNT
+from ..serving.loadgen_rules import seeds_of
 from .durations import MIN_DURATION_S, TEARDOWN_S, performance_run, runs_of
 
 
@@ -14,6 +15,8 @@ def user_conf_text(e: Experiment) -> str:
     """
     short = {"min_duration": 1, "min_query_count": e.rehearsal_queries, "sample_concatenate_permutation": 0}
     whole = {"min_duration": 1000 * MIN_DURATION_S, "performance_sample_count_override": SAMPLE_COUNT}
+    if e.min_query_count:
+        whole["min_query_count"] = e.min_query_count
     settings = {"target_qps": e.server_target_qps, **(short if e.shortened else whole)}
     return "".join(f"*.{loadgen_scenario(e)}.{name} = {value}\n" for name, value in settings.items())
 
@@ -34,7 +37,7 @@ def settings_of(e: Experiment) -> dict:
         data_set = {"kind": "synthetic", "lengths": "job/lengths.csv"}
     full_queries, full_s = performance_run(e)
     # Servers that send text alone: the client makes ids of it after an accuracy or TEST06 run.
-    has_model = e.engine == "trtllm" or (e.engine == "external" and e.model_dir)
+    has_model = e.engine == "trtllm" or e.model_dir
     return {
         "engine": e.engine,
         "launcher": e.launcher,
@@ -45,6 +48,7 @@ def settings_of(e: Experiment) -> dict:
         "time_limit_s": e.time_limit_s,
         "load_timeout_s": e.load_timeout_s,
         "stall_timeout_s": e.stall_timeout_s,
+        "error_grace_s": 60,  # from an error in a loading server's log on, without another line and without /health
         "servers": [{name: getattr(server, name) for name in _OF_A_SERVER} for server in e.servers],
         "find_target_qps": {
             "low_qps": e.search_bounds_qps[0],
@@ -64,6 +68,7 @@ def settings_of(e: Experiment) -> dict:
             "max_in_flight": e.max_in_flight if e.scenario == "Offline" else None,
             "tokenizer": f"{e.model_path}/tokenizer.json" if has_model else None,
             "user_conf": "user.conf",
+            "seeds": seeds_of(e.round),
             "total_sample_count": SAMPLE_COUNT,
             "accuracy_sample_count": e.rehearsal_accuracy_samples if e.shortened else SAMPLE_COUNT,
             "data_set": data_set,
@@ -77,5 +82,6 @@ def settings_of(e: Experiment) -> dict:
             "stall_timeout_s": e.stall_timeout_s + 60,
             # Opened before the run. Somebody else's server may keep a thread for each.
             "connections": 8 if e.engine == "external" else 64,
+            "test_modes": list(e.test_modes),
         },
     }

@@ -67,7 +67,7 @@ def _write_run(folder: Path, e: Experiment, python: str) -> None:
     if not e.dataset_path:
         sample_lengths = lengths.data_set_lengths(e.lengths_file)
         if e.shortened:
-            sample_lengths = lengths.shorten_outputs(sample_lengths, e.rehearsal_output_tokens)
+            sample_lengths = lengths.scale_outputs(sample_lengths, e.rehearsal_output_tokens)
         lengths.write_lengths_csv(sample_lengths, folder / "job/lengths.csv")
     if e.search_rows_from:
         take_search_rows(folder, e)

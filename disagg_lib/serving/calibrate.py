@@ -1,60 +1,63 @@
-"""Fit the serving model's two physical constants, context-step and generation-step factor, on measured runs.
+"""Fit a stack's constants on measured runs, so that the fit cannot diverge.
 
-A factor is the ratio of a real step's time to the latency table's: kernels of another release, host overhead, clocks. Two
-constants for a stack, nothing for each row. Aggregated and disaggregated stacks are fitted apart. Without a calibration both are 1.
+Each run is inverted first: two bisections, each of a figure that only grows with its factor, find how long its steps really took
+(`invert`). Then the constants of the stack are solved from those step times, which is linear (`solve`). Source: facts on the
+serving model.
 """
 
 import csv
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
+import pandas as pd
 
 from ..errors import CalibrationError
-from ..files import DATA
-from .lengths import LENGTHS, built_in_lengths
-from .loadgen_rules import Load, draw_load, percentile
-from .simulate import Deployment, simulate, summarise
+from ..results.found import find_logs
+from ..results.logs import read_run
+from ..results.rounds import load_rules
+from . import rules
+from .latency import read_table
+from .lengths import LENGTHS, length_draws
+from .loadgen_rules import Load, official_load, percentile
+from .simulate import Deployment, simulate
+from .stacks import Stack
 
-FIGURES = ("ttft_mean_ms", "ttft_p50_ms", "tpot_mean_ms", "tpot_p50_ms")
-SHIPPED = DATA / "calibration_aggregated.yaml"
+QUANTILES = (50, 90, 95, 97, 99)
+FIGURES = tuple(f"{name}_p{q}_ms" for name in ("ttft", "tpot") for q in QUANTILES)
+SHOWN = tuple(f"{name}_p{q}_ms" for name in ("ttft", "tpot") for q in (50, 90, 97, 99))
+FITTED_TTFT = tuple(f"ttft_p{q}_ms" for q in (50, 90, 95, 97))
+BRACKET = 0.4, 2.5  # of a step's factor; what lies outside is a finding, no fit
+LEAST_TTFT_MS = 200.0  # below, the constant of about 10 ms a request bends the factors
+DRAWS = 3  # of the lengths, in a fit; a prediction takes more
 
 
 @dataclass(frozen=True)
 class Observed:
-    """A measured run: what served, what was offered, and its FIGURES in ms.
+    """A run to compare with: what served, what was offered, its figures in ms as far as they are known (`FIGURES`).
 
-    `load` is the recorded one if there is one; otherwise loads are drawn at target_qps, one for each seed.
+    `lengths` are the recorded ones, or several draws of the built-in shapes.
     """
 
     name: str
     deployment: Deployment
-    target_qps: float
+    load: Load
     figures: dict[str, float]
-    lengths: np.ndarray = field(default_factory=built_in_lengths, repr=False)
-    load: Load | None = None
+    lengths: tuple[np.ndarray, ...] = field(repr=False)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Two constants and the names of the runs that they were fitted on."""
-
-    context_factor: float = 1.0
-    generation_factor: float = 1.0
-    fitted_on: tuple[str, ...] = ()
-
-    def apply(self, deployment: Deployment) -> Deployment:
-        """The deployment with these constants."""
-        factors = {"context_factor": self.context_factor, "generation_factor": self.generation_factor}
-        return replace(deployment, **factors)
+def figures_of(ttft_ms: np.ndarray, tpot_ms: np.ndarray) -> dict[str, float]:
+    """FIGURES of a run's queries, and the means."""
+    values = {"ttft": ttft_ms, "tpot": tpot_ms}
+    figures = {f"{name}_p{q}_ms": percentile(v, q / 100) for name, v in values.items() for q in QUANTILES}
+    return figures | {f"{name}_mean_ms": float(v.mean()) for name, v in values.items()}
 
 
-UNCALIBRATED = Calibration()
-
-
-def observe(run_dir: Path, deployment: Deployment, target_qps: float, time_scale: float = 1.0) -> Observed:
+def observe_record(
+    run_dir: Path, deployment: Deployment, target_qps: float, time_scale: float = 1.0
+) -> Observed:
     """A run of the project's own client, with the arrivals and lengths that it recorded in job/queries_performance.csv.
 
     Times are divided by `time_scale`, so that a rehearsal at another pace compares in the model's time.
@@ -70,7 +73,7 @@ def observe(run_dir: Path, deployment: Deployment, target_qps: float, time_scale
         failed = sum(row["status"] != "ok" for row in rows)
         if failed or not rows:
             raise CalibrationError(
-                f"{path}: {failed} of {len(rows)} requests failed; only a complete run can be compared."
+                f"{path}: {failed} of {len(rows)} requests failed; only a complete run can be compared. Take another run."
             )
         columns = ("issue_s", "late_ms", "ttft_ms", "latency_ms", "input_tokens", "output_tokens")
         issue, late, ttft, latency, inputs, outputs = np.array(
@@ -85,105 +88,243 @@ def observe(run_dir: Path, deployment: Deployment, target_qps: float, time_scale
     arrivals = issue - late / 1e3
     order = np.argsort(arrivals, kind="stable")
     load = Load(target_qps, (arrivals - arrivals.min())[order] / time_scale, order)
-    values = {"ttft": (ttft + late) / time_scale, "tpot": (latency - ttft) / (outputs - 1) / time_scale}
-    figures = {f"{name}_mean_ms": float(v.mean()) for name, v in values.items()}
-    figures |= {f"{name}_p{p}_ms": percentile(v, p / 100) for name, v in values.items() for p in (50, 90, 99)}
-    return Observed(Path(run_dir).name, deployment, target_qps, figures, lengths, load)
+    figures = figures_of((ttft + late) / time_scale, (latency - ttft) / (outputs - 1) / time_scale)
+    return Observed(Path(run_dir).name, deployment, load, figures, (lengths,))
 
 
-def predict(
-    run: Observed, calibration: Calibration, seeds: Iterable[int] = (0,), names: Sequence[str] = FIGURES
-) -> dict[str, float]:
-    """Figures of a run as the model has them: the median over seeds (one recorded load needs no seeds)."""
-    deployment = calibration.apply(run.deployment)
-    loads = [run.load] if run.load is not None else [draw_load(run.target_qps, seed) for seed in seeds]
-    rows = [summarise(simulate(deployment, load, run.lengths)) for load in loads]
-    return {name: float(np.median([row[name] for row in rows])) for name in names}
-
-
-def relative_errors(
-    run: Observed, calibration: Calibration, seeds: Iterable[int] = (0,), names: Sequence[str] = FIGURES
-) -> dict[str, float]:
-    """Predicted / measured - 1, for each name."""
-    predicted = predict(run, calibration, seeds, names)
-    return {name: predicted[name] / run.figures[name] - 1 for name in names}
-
-
-def fit(runs: Sequence[Observed], seeds: Sequence[int] = range(100, 108)) -> Calibration:
-    """Least squares of the logarithmic errors of FIGURES over all runs, by Gauss-Newton in the factors' logarithms.
+def observe_log(folder: Path, deployment: Deployment, draws: int = DRAWS) -> Observed:
+    """A LoadGen log of scenario Server with a round's seeds: its load is known to the ns, its lengths by shape and mean.
 
     Raises
     ------
-    CalibrationError : no runs, a figure missing or not positive, or aggregated and disaggregated runs together.
+    LogError, CalibrationError : no such log, other seeds, failed queries, or no token figures.
     """
-    if not runs or len({run.deployment.context is None for run in runs}) != 1:
+    run = read_run(find_logs(folder).performance)
+    claimed = [name for name, r in load_rules()["rounds"].items() if tuple(r["seeds"]) == tuple(run.seeds)]
+    if not claimed or run.loadgen_scenario != "Server" or run.error_count:
         raise CalibrationError(
-            "fit needs at least one run, and aggregated and disaggregated runs are fitted apart."
+            f"{folder}: scenario {run.loadgen_scenario}, {run.error_count} errors, seeds of"
+            f" {claimed[0] if claimed else 'no round'}; needed is a Server run without errors on a round's seeds."
         )
-    for run in runs:
-        bad = [name for name in FIGURES if not run.figures.get(name, 0) > 0]
-        if bad:
-            raise CalibrationError(f"{run.name}: no {', '.join(bad)} to fit on; is the run complete?")
-
-    def errors(logs):
-        c = Calibration(*np.exp(logs))
-        return np.array([np.log1p(list(relative_errors(run, c, seeds).values())) for run in runs]).ravel()
-
-    logs, step = np.zeros(2), 0.02
-    for _ in range(12):
-        now = errors(logs)
-        slope = np.column_stack([(errors(logs + move) - now) / step for move in step * np.eye(2)])
-        change = np.clip(np.linalg.lstsq(slope, -now)[0], -0.3, 0.3)
-        logs = logs + change
-        if np.abs(change).max() < 5e-4:
-            break
-    return Calibration(float(np.exp(logs[0])), float(np.exp(logs[1])), tuple(run.name for run in runs))
+    names = {
+        "ttft": "result_first_token_{}.00_percentile_latency_ns",
+        "tpot": "result_time_per_output_token_{}.00_percentile_ns",
+    }
+    figures = {
+        f"{n}_p{q}_ms": run.detail.get(key.format(q), math.nan) / 1e6
+        for n, key in names.items()
+        for q in QUANTILES
+    }
+    row = figures | {
+        "target_qps": run.target_qps,
+        "min_duration_ms": run.min_duration_ms,
+        "min_query_count": run.detail["effective_min_query_count"],
+        "tokens_per_sample": run.completed_tokens_per_s / run.samples_per_s,
+    }
+    return observe_row(row, claimed[0], deployment, Path(folder).name, draws)
 
 
-def calibrate(
-    runs: Sequence[Observed], seeds: Sequence[int] = range(100, 108), score_seeds: Sequence[int] = range(16)
-) -> tuple[Calibration, list[dict]]:
-    """Fit on all runs, and show how well constants fitted on the *other* runs predict each one.
+def observe_row(row: dict, claimed: str, deployment: Deployment, name: str, draws: int = DRAWS) -> Observed:
+    """A published row: target_qps, min_duration_ms, figures as columns; tokens_per_sample and min_query_count if known."""
+    least = row.get("min_query_count", 100)
+    load = official_load(claimed, row["target_qps"], int(row["min_duration_ms"]), int(least))
+    figures = {key: float(row[key]) for key in FIGURES if row.get(key, math.nan) > 0}
+    if not {"ttft_p50_ms", "tpot_p50_ms"} <= set(figures):
+        raise CalibrationError(f"{name}: no ttft_p50_ms and tpot_p50_ms to fit on. Is it an Offline run?")
+    return Observed(name, deployment, load, figures, length_draws(draws, row.get("tokens_per_sample")))
+
+
+def under(run: Observed, stack: Stack) -> Observed:
+    """The run as the stack serves it; its router and policies stay what the run's configuration says."""
+    stack.check_system(run.deployment.system)
+    return replace(run, deployment=replace(run.deployment, stack=stack))
+
+
+def predict(run: Observed) -> dict[str, float]:
+    """Figures of a run as the model has them: the median over its draws of lengths."""
+    runs = [simulate(run.deployment, run.load, lengths) for lengths in run.lengths]
+    rows = [figures_of(r.ttft_ms, r.tpot_ms) for r in runs]
+    return {name: float(np.median([row[name] for row in rows])) for name in rows[0]}
+
+
+def relative_errors(run: Observed) -> dict[str, float]:
+    """Predicted / measured - 1, for each figure that was measured."""
+    predicted = predict(run)
+    return {name: predicted[name] / measured - 1 for name, measured in run.figures.items()}
+
+
+def _bisect(run: Observed, factor: str, names: Sequence[str], bracket=BRACKET) -> Observed:
+    """The run with the factor at which the mean logarithmic error of these figures is 0; CalibrationError beyond the bracket."""
+    stack = run.deployment.stack
+
+    def error(value: float) -> float:
+        errors = relative_errors(under(run, replace(stack, **{factor: value})))
+        return sum(math.log1p(errors[name]) for name in names if name in errors)
+
+    low, high = bracket
+    if error(low) > 0 or error(high) < 0:
+        if bracket != BRACKET:
+            return _bisect(run, factor, names)
+        role = factor.removesuffix("_factor")
+        raise CalibrationError(
+            f"{run.name}: no {role} step time within {low:g} to {high:g} of stack {stack.name}'s reaches its {names[0]}. Are layout,"
+            " system, router and lengths those of the run?"
+        )
+    while high / low > 1.0005:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if error(middle) > 0 else (middle, high)
+    return under(run, replace(stack, **{factor: math.sqrt(low * high)}))
+
+
+def invert(run: Observed, base: Stack) -> Observed:
+    """The run with the two factors on `base` that give its TPOT p50 and, on the whole, its TTFT quantiles.
+
+    Raises
+    ------
+    CalibrationError : a run that no factor reaches, or one whose TTFT is too short to fit.
+    """
+    if run.figures["ttft_p50_ms"] < LEAST_TTFT_MS:
+        raise CalibrationError(
+            f"{run.name}: TTFT p50 is {run.figures['ttft_p50_ms']:.0f} ms; below {LEAST_TTFT_MS:g} ms a request's constant of about 10 ms"
+            " bends the fit. Take a run with longer prompts or at a higher QPS."
+        )
+    found = under(run, base)
+    for width in (None, 1.04):  # the second time from near the first
+        for factor, names, draws in (
+            ("generation_factor", ["tpot_p50_ms"], 1),
+            ("context_factor", FITTED_TTFT, DRAWS),
+        ):
+            near = getattr(found.deployment.stack, factor)
+            bracket = (near / width, near * width) if width else BRACKET
+            some = replace(found, lengths=run.lengths[:draws])  # TPOT hardly depends on the draw
+            found = _bisect(some, factor, names, bracket)
+    return replace(found, lengths=run.lengths)
+
+
+def _context_parts(d: Deployment, prompt_tokens: float) -> tuple[float, float]:
+    """ms of compute with attention, and of communication, that a prompt of this length takes by the table."""
+    t, group = read_table(d.system, d.context.tp, d.context.pp), d.context
+    done, compute, comm = 0, 0.0, 0.0
+    while done < prompt_tokens:
+        chunk = min(prompt_tokens - done, group.max_num_tokens)
+        compute += rules.interpolate(t.context_tokens, t.context_ms, chunk)
+        compute += rules.interpolate_grid(t.attention_new, t.attention_past, t.attention_ms, chunk, done)
+        comm += rules.interpolate(t.context_tokens, t.context_comm_ms, chunk)
+        done += chunk
+    return compute, comm
+
+
+def _generation_parts(d: Deployment, batch: float, mean_tokens: float) -> tuple[float, float]:
+    """ms of compute with attention, and of communication, of a generation step by the table."""
+    t, group = read_table(d.system, d.generation.tp, d.generation.pp), d.generation
+    size = rules.captured_batch(math.ceil(batch), group.cuda_graph_sizes, group.cuda_graph_padding) or batch
+    attention = d.stack.generation_attention * rules.interpolate_grid(
+        t.kv_batch, t.kv_length, t.kv_ms, batch, mean_tokens
+    )
+    compute = rules.interpolate(t.generation_batch, t.generation_ms, size)
+    return compute + attention, rules.interpolate(t.generation_batch, t.generation_comm_ms, size)
+
+
+def step_times(run: Observed) -> dict[str, float]:
+    """What an inverted run's steps are made of (ms), and what they must take in all to give its figures (`_needed`)."""
+    d, lengths = run.deployment, run.lengths[0]
+    simulated = simulate(d, run.load, lengths)
+    mean_input, mean_output = lengths["input_tokens"].mean(), lengths["output_tokens"].mean()
+    generating_s = (simulated.end_s - simulated.first_token_s).sum()
+    # Without ramp-up and drain the batch is what Little's law says at the offered rate.
+    batch = generating_s / (run.load.arrivals_s[-1] * d.generation.count)
+    row = {"batch": float(batch)}
+    parts = {
+        "context": _context_parts(d, float(mean_input)),
+        "generation": _generation_parts(d, batch, float(mean_input + mean_output / 2)),
+    }
+    for role, (compute, comm) in parts.items():
+        row |= {f"{role}_compute": float(compute), f"{role}_comm": float(comm)}
+        row[f"{role}_needed"] = float(_step(d.stack, role, compute, comm))
+    return row
+
+
+def _step(stack: Stack, role: str, compute: float, comm: float) -> float:
+    if role == "context":
+        return stack.context_factor * (compute + stack.b_context * comm)
+    return stack.generation_factor * (compute + stack.b_generation * comm + stack.host_ms)
+
+
+def solve(steps: Sequence[dict[str, float]], base: Stack, fitted_on: Sequence[str]) -> Stack:
+    """The constants of a stack from step times; b_generation keeps its ratio to b_context, host_ms takes the rest.
+
+    One or two runs cannot tell communication that is hidden from host time: the ratio is the base stack's (1 without one).
+    """
+    comm = np.array([s["context_comm"] for s in steps])
+    beyond = np.array([s["context_needed"] - s["context_compute"] for s in steps])
+    b_context = max(0.0, float((comm * beyond).sum() / (comm**2).sum()))
+    ratio = base.b_generation / base.b_context if base.b_context else 1.0
+    rest = [
+        s["generation_needed"] - s["generation_compute"] - ratio * b_context * s["generation_comm"]
+        for s in steps
+    ]
+    return replace(
+        base, b_context=b_context, b_generation=ratio * b_context, host_ms=max(0.0, float(np.mean(rest))), context_factor=1.0,
+        generation_factor=1.0, fitted_on=tuple(fitted_on), residuals=(),
+    )  # fmt: skip
+
+
+def calibrate(runs: Sequence[Observed], base: Stack, name: str) -> tuple[Stack, pd.DataFrame]:
+    """Solve a stack on all runs, and show how well the constants of the *other* runs predict each one.
 
     Returns
     -------
-    the calibration, and one row a run: name, used_in_fit (only a single run has no others), and before_/after_ + FIGURES:
-    relative errors with factors 1 and with the fitted ones, on seeds that the fit did not see.
+    the stack, and one row a run: needed and table step times, the stack's residual in them, errors in-sample and left out
+    (NaN for a single run, which has no others).
+
+    Raises
+    ------
+    CalibrationError : no runs, aggregated ones, or one that cannot be reached.
     """
-    rows = []
-    for run in runs:
-        others = [other for other in runs if other is not run]
-        held_out = fit(others or [run], seeds)
-        before = relative_errors(run, Calibration(), score_seeds)
-        after = relative_errors(run, held_out, score_seeds)
-        rows.append(
-            {"name": run.name, "used_in_fit": not others}
-            | {f"before_{name}": value for name, value in before.items()}
-            | {f"after_{name}": value for name, value in after.items()}
-        )
-    return fit(runs, seeds), rows
-
-
-def write_calibration(calibration: Calibration, path: Path) -> None:
-    """Write the constants and the runs that they came from; never over an existing file."""
-    content = {
-        "fitted_on": list(calibration.fitted_on),
-        "context_factor": round(calibration.context_factor, 4),
-        "generation_factor": round(calibration.generation_factor, 4),
-    }
-    with Path(path).open("x") as file:
-        yaml.safe_dump(content, file, sort_keys=False)
-
-
-def read_calibration(path: Path = SHIPPED) -> Calibration:
-    """Read a calibration file; the shipped one is for aggregated TensorRT engines only."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-        context, generation = float(content["context_factor"]), float(content["generation_factor"])
-        if not (0 < min(context, generation) <= max(context, generation) < 100 and content["fitted_on"]):
-            raise ValueError(f"factors {context:g} and {generation:g}")
-        return Calibration(context, generation, tuple(content["fitted_on"]))
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+    if not runs or any(run.deployment.context is None for run in runs):
         raise CalibrationError(
-            f"{path}: needs fitted_on, context_factor and generation_factor; cannot be used ({error!r})."
-        ) from None
+            "needed are runs of context and generation servers; aggregated ones have one step for both."
+        )
+    steps = [step_times(invert(run, base)) for run in runs]
+    names = [run.name for run in runs]
+    stack = replace(
+        solve(steps, base, names), name=name, systems=tuple(sorted({run.deployment.system for run in runs}))
+    )
+    rows = []
+    for k, (run, step) in enumerate(zip(runs, steps, strict=True)):
+        row = {"run": run.name, **{key: round(value, 2) for key, value in step.items()}}
+        for role in ("context", "generation"):
+            found = _step(stack, role, step[f"{role}_compute"], step[f"{role}_comm"])
+            row[f"{role}_residual"] = found / step[f"{role}_needed"] - 1
+        others = [i for i in range(len(runs)) if i != k]
+        left_out = solve([steps[i] for i in others], base, [names[i] for i in others]) if others else None
+        for word, with_ in (("in_sample", stack), ("left_out", left_out)):
+            errors = relative_errors(under(run, replace(with_, systems=()))) if with_ else {}
+            row |= {f"{word}_{figure}": errors.get(figure, math.nan) for figure in SHOWN}
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    residuals = tuple(
+        f"{r['run']}: context {r['context_residual']:+.2%}, generation {r['generation_residual']:+.2%}"
+        for r in rows
+    )
+    return replace(stack, residuals=residuals), table
+
+
+def calibration_text(stack: Stack, table: pd.DataFrame) -> str:
+    """The constants, each run's step times, and its errors in-sample and left out, for a terminal."""
+    lines = [
+        f"stack {stack.name}: b_context {stack.b_context:.3f}, b_generation {stack.b_generation:.3f}, host_ms {stack.host_ms:.2f},"
+        f" ttft_ms {stack.ttft_ms:g}"
+    ]
+    for row in table.to_dict("records"):
+        lines.append(f"{row['run']}, batch {row['batch']:.0f}")
+        for role in ("context", "generation"):
+            parts = f"{row[f'{role}_compute']:.1f} + communication {row[f'{role}_comm']:.1f}"
+            lines.append(
+                f"  {role} step ms: table {parts}, needed {row[f'{role}_needed']:.1f}, residual {row[f'{role}_residual']:+.1%}"
+            )
+        for word in ("in_sample", "left_out"):
+            errors = [f"{figure.removesuffix('_ms')} {row[f'{word}_{figure}']:+.1%}" for figure in SHOWN]
+            known = [error for error in errors if "nan" not in error]
+            lines.append(f"  {word.replace('_', ' ')}: " + (", ".join(known) or "the only run"))
+    return "\n".join(lines)

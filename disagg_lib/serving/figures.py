@@ -13,9 +13,10 @@ from matplotlib.patches import Rectangle
 
 from ..results.style import BLUE, INK, MID, ORANGE, new_figure, set_title
 from . import rules
-from .calibrate import Calibration
 from .latency import LatencyTable, read_table, server_shapes
-from .plan import qps_over_seeds
+from .lengths import length_draws
+from .loadgen_rules import OfficialLoads
+from .plan import qps_over_draws
 from .simulate import Deployment, SimulatedRun, queue_lengths
 
 DASHES = {2: "-", 4: "--", 8: ":", 16: "-."}  # by TP
@@ -86,9 +87,7 @@ def figure_queues(run: SimulatedRun) -> Figure:
     return figure
 
 
-def heat_map(
-    best: Deployment, gpus: int, lengths: np.ndarray | None = None, seeds: Sequence[int] = (0,)
-) -> pd.DataFrame:
+def heat_map(best: Deployment, gpus: int, lengths: np.ndarray, loads: OfficialLoads) -> pd.DataFrame:
     """Highest VALID queries/s over (context servers, generation servers) of the best topology's server sizes; NaN: too many GPUs.
 
     Half the choice's context servers and more; up to twice its generation servers and two.
@@ -106,7 +105,7 @@ def heat_map(
         d = replace(
             best, context=replace(context, count=cell[0]), generation=replace(generation, count=cell[1])
         )
-        return float(np.median(qps_over_seeds(d, lengths, seeds, guess=1.2 * cell[0], error=0.01)))
+        return float(qps_over_draws(d, [lengths], loads, guess=1.2 * cell[0], error=0.01)[0])
 
     with ThreadPoolExecutor(2) as pool:
         values = pool.map(one, cells)
@@ -140,21 +139,28 @@ def figure_heat_map(table: pd.DataFrame, best: Deployment) -> Figure:
 
 
 def sensitivity(
-    best: Deployment, spreads: Sequence[tuple[str, np.ndarray]], seeds: Sequence[int] = range(4)
+    best: Deployment, spreads: Sequence[tuple[str, Sequence[np.ndarray]]], loads: OfficialLoads
 ) -> pd.DataFrame:
-    """Highest VALID queries/s of a topology if prompts spread otherwise, or steps take 10 % more or less."""
-    assumed = spreads[0][1]
+    """Highest VALID queries/s of a topology if prompts spread otherwise or are longer or shorter, or steps take 10 % more or less."""
+    assumed, stack = spreads[0][1][:4], best.stack
     cases = [("as assumed", assumed, 1.0, 1.0)]
-    cases += [(f"prompt {name}", lengths, 1.0, 1.0) for name, lengths in spreads[1:]]
+    cases += [(f"prompt {name}", lengths[:4], 1.0, 1.0) for name, lengths in spreads[1:]]
+    if len(spreads) > 1:  # no lengths file
+        outputs = float(assumed[0]["output_tokens"].mean())
+        cases += [
+            (f"prompts of {mean} on average", length_draws(4, outputs, mean=mean), 1.0, 1.0)
+            for mean in (9000, 9800)
+        ]
     for sign, factor in (("+10 %", 1.1), ("-10 %", 0.9)):
         cases += [(f"context steps {sign}", assumed, factor, 1.0)]
         cases += [(f"generation steps {sign}", assumed, 1.0, factor)]
 
     def one(case):
         name, lengths, context, generation = case
-        factors = best.context_factor * context, best.generation_factor * generation
-        d = Calibration(*factors).apply(best)
-        qps = qps_over_seeds(d, lengths, seeds, guess=1.2 * best.context.count)
+        factors = {"context_factor": stack.context_factor * context}
+        factors["generation_factor"] = stack.generation_factor * generation
+        d = replace(best, stack=replace(stack, **factors))
+        qps = qps_over_draws(d, lengths, loads, guess=1.2 * best.context.count)
         return {"case": name, "target_qps": np.median(qps), "lowest": qps.min(), "highest": qps.max()}
 
     with ThreadPoolExecutor(2) as pool:
@@ -164,7 +170,7 @@ def sensitivity(
 
 
 def figure_sensitivity(table: pd.DataFrame) -> Figure:
-    """The sensitivity table as bars with the range over seeds."""
+    """The sensitivity table as bars with the range over draws of the lengths."""
     figure, axis = new_figure(7, 3.2)
     middle = table["target_qps"]
     spread = [middle - table["lowest"], table["highest"] - middle]
@@ -173,6 +179,6 @@ def figure_sensitivity(table: pd.DataFrame) -> Figure:
     )
     axis.axvline(middle[0], color=INK, linewidth=0.8, linestyle="--")
     axis.invert_yaxis()
-    axis.set(xlabel="highest VALID queries/s (bar: median, line: range over seeds)")
+    axis.set(xlabel="highest VALID queries/s (bar: median, line: range over draws of the lengths)")
     set_title(figure, "What the choice depends on", "simulated")
     return figure

@@ -1,24 +1,26 @@
 """Step-latency tables: how long one context or generation step takes, per (system, TP, PP), and how much KV cache fits.
 
 `python -m disagg_lib.serving.latency gb200 --out FILE` asks aiconfigurator-core (extra `latency`) and writes one table file;
-the files in disagg_lib/data/ were made so and are read without it. A step splits into a dense part, which depends
-on the tokens in it, and attention, which depends on each request's new and past tokens: two small grids instead of one big one.
+the files in disagg_lib/data/ were made so and are read without it. A step splits into compute and communication, which depend
+on the tokens in it, and attention, which depends on each request's new and past tokens: small grids instead of one big one.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from ..errors import LatencyTableError
 from ..files import DATA
+from .stacks import Stack
 
 
 @dataclass(frozen=True)
 class LatencyTable:
     """One server shape. Times in ms for the whole pipeline (PP does not shorten a step); memory in bytes per GPU.
 
-    context_ms[tokens], attention_ms[new x past] (row-major), generation_ms[batch], kv_ms[kv_batch x kv_length].
+    context_ms[tokens], attention_ms[new x past] (row-major), generation_ms[batch], kv_ms[kv_batch x kv_length]; context_comm_ms and
+    generation_comm_ms are the communication of a step, which stands beside the compute in context_ms and generation_ms.
     """
 
     system: str
@@ -26,11 +28,13 @@ class LatencyTable:
     pp: int
     context_tokens: tuple[float, ...]
     context_ms: tuple[float, ...]
+    context_comm_ms: tuple[float, ...]
     attention_new: tuple[float, ...]
     attention_past: tuple[float, ...]
     attention_ms: tuple[float, ...]
     generation_batch: tuple[float, ...]
     generation_ms: tuple[float, ...]
+    generation_comm_ms: tuple[float, ...]
     kv_batch: tuple[float, ...]
     kv_length: tuple[float, ...]
     kv_ms: tuple[float, ...]
@@ -42,18 +46,36 @@ class LatencyTable:
     @property
     def context(self) -> tuple:
         """What `rules.context_step_ms` takes."""
-        grid = self.attention_new, self.attention_past, self.attention_ms
-        return self.context_tokens, self.context_ms, *grid
+        dense = _sums(self.context_ms, self.context_comm_ms)
+        return self.context_tokens, dense, self.attention_new, self.attention_past, self.attention_ms
 
     @property
     def generation(self) -> tuple:
         """What `rules.generation_step_ms` takes."""
-        return self.generation_batch, self.generation_ms, self.kv_batch, self.kv_length, self.kv_ms
+        dense = _sums(self.generation_ms, self.generation_comm_ms)
+        return self.generation_batch, dense, self.kv_batch, self.kv_length, self.kv_ms
+
+    def under(self, stack: Stack) -> "LatencyTable":
+        """The step times of a stack."""
+        context, generation = stack.context_factor, stack.generation_factor
+        return replace(
+            self,
+            context_ms=_sums(self.context_ms, scale=context),
+            context_comm_ms=_sums(self.context_comm_ms, scale=context * stack.b_context),
+            attention_ms=_sums(self.attention_ms, scale=context),
+            generation_ms=_sums(self.generation_ms, [stack.host_ms] * len(self.generation_ms), generation),
+            generation_comm_ms=_sums(self.generation_comm_ms, scale=generation * stack.b_generation),
+            kv_ms=_sums(self.kv_ms, scale=generation * stack.generation_attention),
+        )
 
     def kv_capacity_tokens(self, fraction: float, max_num_tokens: int) -> int:
         """KV-cache tokens of one server: `fraction` of what weights and activations leave free."""
         free = self.free_bytes - self.activation_bytes_per_token * max_num_tokens
         return max(0, int(free * fraction / self.kv_bytes_per_token))
+
+
+def _sums(ms, more_ms=None, scale: float = 1.0) -> tuple[float, ...]:
+    return tuple(scale * (a + b) for a, b in zip(ms, more_ms or [0.0] * len(ms), strict=True))
 
 
 @cache
@@ -124,12 +146,19 @@ def library_system(system: str) -> str:
     return f"{system}_sxm" if system.startswith("b") else system
 
 
+# Operations that a stack may hide behind compute or fuse into it: all-reduces with their norms, and the way to the next stage.
+_COMMUNICATION = ("_ar_", "embedding_ar", "p2p", "add_norm")
+
+
 def _measure(handle) -> dict[str, list[float]]:
-    """Ask the library at every grid point; ms. Attention ops are told apart by their name."""
+    """Ask the library at every grid point; ms. Attention and communication are told apart by the operations' names."""
 
     def split(ops):
-        attention = sum(op[1] for op in ops if "attention" in op[0])
-        return sum(op[1] for op in ops) - attention, attention
+        """compute, communication, attention"""
+        parts = [0.0, 0.0, 0.0]
+        for name, ms, *_ in ops:
+            parts[2 if "attention" in name else any(word in name for word in _COMMUNICATION)] += ms
+        return parts
 
     def context(new):
         return split(handle.run_static_per_op(batch_size=1, isl=new, osl=2)[0])
@@ -138,14 +167,17 @@ def _measure(handle) -> dict[str, list[float]]:
         return split(handle.decode_step_per_op(batch, length, 2))
 
     def attention(new, past):
-        return handle.predict_prefill_latency(1, new + past, past) - context(new)[0]
+        return handle.predict_prefill_latency(1, new + past, past) - sum(context(new)[:2])
 
-    values = {
-        "context_ms": [context(n)[0] for n in GRID["context_tokens"]],
-        "attention_ms": [attention(n, p) for n in GRID["attention_new"] for p in GRID["attention_past"]],
-        "generation_ms": [generation(b, 1024)[0] for b in GRID["generation_batch"]],
-        "kv_ms": [generation(b, n)[1] for b in GRID["kv_batch"] for n in GRID["kv_length"]],
+    dense = [context(n) for n in GRID["context_tokens"]]
+    steps = [generation(b, 1024) for b in GRID["generation_batch"]]
+    values = {"context_ms": [parts[0] for parts in dense], "context_comm_ms": [parts[1] for parts in dense]}
+    values |= {
+        "generation_ms": [parts[0] for parts in steps],
+        "generation_comm_ms": [parts[1] for parts in steps],
     }
+    values["attention_ms"] = [attention(n, p) for n in GRID["attention_new"] for p in GRID["attention_past"]]
+    values["kv_ms"] = [generation(b, n)[2] for b in GRID["kv_batch"] for n in GRID["kv_length"]]
     return {key: [float(f"{v:.4g}") for v in row] for key, row in values.items()}
 
 

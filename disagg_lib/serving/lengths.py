@@ -7,18 +7,23 @@ comparison and replaceable: every function that needs lengths takes an array, wh
 import csv
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import LengthsError
+from ..files import DATA
 
 LENGTHS = np.dtype([("input_tokens", "<i4"), ("output_tokens", "<i4")])
 SAMPLE_COUNT = 8313  # of the benchmark's data set
 MAX_INPUT_TOKENS = 20000
 INPUT_RANGE = (400, MAX_INPUT_TOKENS)
-INPUT_MEAN = 9400
+INPUT_MEAN, INPUT_CV = 9400, 0.40
 MAX_OUTPUT_TOKENS = 2000
+OUTPUTS_BY_SAMPLE = (
+    DATA / "output_lengths.csv"
+)  # of 485 samples: medians over the TEST06 logs of 73 v5.1 and v6.0 submissions
 # Percentile -> output tokens of 297 published data-set items; the ends (0, 100) are the smallest and largest medians.
 OUTPUT_PERCENTILES = ((0, 180), (1, 186), (5, 205), (10, 215), (25, 438), (50, 706), (75, 817), (90, 900), (95, 960),
                       (99, 1042), (100, 1097))  # fmt: skip
@@ -28,6 +33,15 @@ def output_tokens_at(quantile):
     """Output length at a quantile (0 to 1; number or array) of the built-in shape."""
     percent, tokens = zip(*OUTPUT_PERCENTILES, strict=True)
     return np.floor(np.interp(100 * quantile, percent, tokens) + 0.5).astype(int)
+
+
+@cache
+def known_outputs() -> np.ndarray:
+    """Output tokens of the data set's samples as far as they are published, shape (8313,); 0 where not."""
+    known = np.zeros(SAMPLE_COUNT, int)
+    rows = np.loadtxt(OUTPUTS_BY_SAMPLE, int, delimiter=",", skiprows=1)
+    known[rows[:, 0]] = rows[:, 1]
+    return known
 
 
 def _beta_quantiles(quantiles: np.ndarray, mean: float, cv: float) -> np.ndarray:
@@ -49,25 +63,29 @@ def _beta_quantiles(quantiles: np.ndarray, mean: float, cv: float) -> np.ndarray
 
 def built_in_lengths(
     count: int = SAMPLE_COUNT,
-    cv: float = 0.45,
+    cv: float = INPUT_CV,
     seed: int = 405,
     input_histogram: list[tuple[float, float]] | None = None,
+    mean: float = INPUT_MEAN,
 ) -> np.ndarray:
-    """Lengths of `count` samples in the built-in shapes, the same on every machine.
+    """Lengths of `count` samples in the built-in shapes, the same on every machine; another seed is another draw.
 
-    Inputs: Beta scaled to 400..20000, mean 9400, coefficient of variation `cv`; or, if given, a histogram (`read_histogram`).
+    Inputs: Beta scaled to 400..20000, of this mean and coefficient of variation; or, if given, a histogram (`read_histogram`).
     Outputs: piecewise linear through the published percentiles, independent of the input. Both are stratified, at quantiles
-    (i + 0.5) / count, then shuffled by RandomState, whose stream numpy has frozen.
+    (i + 0.5) / count, then shuffled by RandomState, whose stream numpy has frozen. Of the whole data set, samples whose output is
+    published have that.
 
     Returns
     -------
     array of shape (count,), fields input_tokens and output_tokens (int32).
     """
+    if not INPUT_RANGE[0] < mean < INPUT_RANGE[1]:
+        raise LengthsError(f"mean of the prompt length is {mean:g}; this shape takes 401 to 19999 tokens.")
     if count < 1:
         raise LengthsError(f"count is {count}; a data set has at least 1 sample.")
     quantiles = (np.arange(count) + 0.5) / count
     if input_histogram is None:
-        inputs = _beta_quantiles(quantiles, INPUT_MEAN, cv)
+        inputs = _beta_quantiles(quantiles, mean, cv)
     else:
         edges, weights = np.array(input_histogram).T
         mass = np.concatenate(([0.0], np.cumsum(weights[1:])))
@@ -75,7 +93,10 @@ def built_in_lengths(
     stream = np.random.RandomState(seed)
     lengths = np.empty(count, LENGTHS)
     lengths["input_tokens"] = np.floor(inputs + 0.5)[stream.permutation(count)]
-    lengths["output_tokens"] = output_tokens_at(quantiles)[stream.permutation(count)]
+    outputs = output_tokens_at(quantiles)[stream.permutation(count)]
+    if count == SAMPLE_COUNT:
+        outputs = np.where(known_outputs() > 0, known_outputs(), outputs)
+    lengths["output_tokens"] = outputs
     return lengths
 
 
@@ -123,29 +144,57 @@ def read_histogram(path: Path) -> list[tuple[float, float]]:
     return rows
 
 
-def data_set_lengths(path: Path | str | None = None, cv: float = 0.45) -> np.ndarray:
-    """Lengths of the data set's 8313 samples: the built-in shapes, or a file of lengths or a histogram of prompts.
-
-    A lengths file with more or fewer rows is thinned or repeated evenly.
-    """
-    if path is None:
-        return built_in_lengths(cv=cv)
+def is_histogram(path: Path | str) -> bool:
+    """Whether a lengths file is a histogram of prompts, whose order nobody knows; LengthsError if it cannot be read."""
     try:
-        histogram = "up_to_tokens" in Path(path).read_text().partition("\n")[0]
+        return "up_to_tokens" in Path(path).read_text().partition("\n")[0]
     except (OSError, UnicodeDecodeError) as error:
         raise LengthsError(f"{path}: cannot be read ({error}).") from None
-    if histogram:
-        return built_in_lengths(input_histogram=read_histogram(path))
+
+
+def data_set_lengths(path: Path | str | None = None, seed: int = 405) -> np.ndarray:
+    """Lengths of the data set's 8313 samples: the built-in shapes, a file of lengths in sample order, or a histogram of prompts.
+
+    `seed` is the draw where the order is not known.
+
+    Raises
+    ------
+    LengthsError : a file whose count or order is not the data set's, which the published outputs tell.
+    """
+    if path is None:
+        return built_in_lengths(seed=seed)
+    if is_histogram(path):
+        return built_in_lengths(seed=seed, input_histogram=read_histogram(path))
     lengths = read_lengths_csv(path)
-    return lengths[np.arange(SAMPLE_COUNT) * len(lengths) // SAMPLE_COUNT]
+    need = "Make it with `python -m disagg_lib lengths PICKLE --out FILE`, or give a histogram (up_to_tokens,samples)."
+    if len(lengths) != SAMPLE_COUNT:
+        raise LengthsError(
+            f"{path}: {len(lengths)} rows; the data set has {SAMPLE_COUNT} samples, one row each. {need}"
+        )
+    known = known_outputs() > 0
+    agreement = np.corrcoef(lengths["output_tokens"][known], known_outputs()[known])[0, 1]
+    if not agreement > 0.5:
+        raise LengthsError(
+            f"{path}: rows are not in the data set's order: its outputs agree with the published ones of {known.sum()} samples at a"
+            f" correlation of {agreement:.2f}, needed 0.5. {need}"
+        )
+    return lengths
 
 
-def shorten_outputs(lengths: np.ndarray, mean_tokens: float) -> np.ndarray:
+def scale_outputs(lengths: np.ndarray, mean_tokens: float) -> np.ndarray:
     """A copy with outputs scaled to the given mean; never below 2, the least that LoadGen can time."""
     short = lengths.copy()
     outputs = lengths["output_tokens"]
     short["output_tokens"] = np.maximum(2, np.floor(outputs * (mean_tokens / outputs.mean()) + 0.5))
     return short
+
+
+def length_draws(
+    count: int, mean_outputs: float | None = None, cv: float = INPUT_CV, mean: float = INPUT_MEAN
+) -> tuple[np.ndarray, ...]:
+    """Draws of the built-in shapes; outputs scaled to `mean_outputs` if given (else mean 630)."""
+    draws = (built_in_lengths(cv=cv, seed=405 + k, mean=mean) for k in range(count))
+    return tuple(scale_outputs(lengths, mean_outputs) if mean_outputs else lengths for lengths in draws)
 
 
 def write_lengths_csv(lengths: np.ndarray, path: Path) -> None:

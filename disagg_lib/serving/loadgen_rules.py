@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from ..results.rounds import allowed_over_limit
+from ..errors import SimulationError
+from ..results.rounds import allowed_over_limit, load_rules
 from .lengths import SAMPLE_COUNT
 
 
@@ -17,8 +19,135 @@ class Load:
     arrivals_s: np.ndarray
     samples: np.ndarray
 
+    @property
+    def arrivals_ns(self) -> np.ndarray:
+        """LoadGen's own unit; exact, since a run is far shorter than 2^53 ns."""
+        return np.rint(self.arrivals_s * 1e9).astype(np.int64)
 
-def draw_load(
+
+def seeds_of(claimed: str) -> tuple[int, int, int]:
+    """The round's seeds: of the loaded samples (qsl), their order (sample index) and the arrivals (schedule)."""
+    rounds = load_rules()["rounds"]
+    if claimed not in rounds:
+        raise SimulationError(
+            f"round {claimed!r} has no seeds in rounds.yaml; there are {', '.join(rounds)}."
+        )
+    return tuple(rounds[claimed]["seeds"])
+
+
+def _words(seed: int, count: int) -> list[int]:
+    """The first numbers of std::mt19937(seed), 32 bits each."""
+    return np.random.RandomState(seed % 2**32).randint(0, 2**32, count, np.uint32).tolist()
+
+
+def _bounded(words, size: int) -> int:
+    """libstdc++'s uniform_int_distribution(0, size - 1), from GCC 11 on (Lemire's method)."""
+    product = next(words) * size
+    while product % 2**32 < 2**32 % size and product % 2**32 < size:
+        product = next(words) * size
+    return product >> 32
+
+
+def _shuffle(items: list[int], words) -> None:
+    """libstdc++'s std::shuffle: two swaps from one number. Holds for fewer than 2^16 items."""
+    start = 1
+    if len(items) % 2 == 0:
+        other, start = _bounded(words, 2), 2
+        items[1], items[other] = items[other], items[1]
+    for i in range(start, len(items), 2):
+        pair = _bounded(words, (i + 1) * (i + 2))
+        for k, other in ((i, pair // (i + 2)), (i + 1, pair % (i + 2))):
+            items[k], items[other] = items[other], items[k]
+
+
+@cache
+def _official_samples(
+    claimed: str, permutations: int, offline: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The samples as loaded, and the order in which they are issued: `permutations` of them, each of all samples.
+
+    LoadGen draws one order for another kind of sampling and leaves it unused. Each further order shuffles the one before; those
+    of Offline, which leaves a second one unused, begin from the loaded order again.
+    """
+    qsl_seed, sample_seed, _ = seeds_of(claimed)
+    loaded, order, issued = list(range(SAMPLE_COUNT)), list(range(SAMPLE_COUNT)), []
+    _shuffle(loaded, iter(_words(qsl_seed, SAMPLE_COUNT)))
+    words = iter(_words(sample_seed, SAMPLE_COUNT * (permutations + 2)))
+    for _ in range(1 + offline):
+        _shuffle(list(order), words)
+    for _ in range(permutations):
+        order = list(range(SAMPLE_COUNT)) if offline else order
+        _shuffle(order, words)
+        issued += order
+    return np.array(loaded), np.array(loaded)[issued]
+
+
+@cache
+def _unit_gaps(claimed: str, count: int) -> np.ndarray:
+    """Gaps between arrivals at one query a second, in s; libstdc++'s exponential_distribution, by the C library's log."""
+    words = np.array(_words(seeds_of(claimed)[2], 2 * count), float)
+    uniform = (words[0::2] + words[1::2] * 2.0**32) / 2.0**64
+    return -np.fromiter(map(math.log, (1.0 - uniform).tolist()), float, count)
+
+
+def official_load(
+    claimed: str,
+    target_qps: float,
+    min_duration_ms: int = 600_000,
+    min_query_count: int = 100,
+    scenario: str = "Server",
+) -> Load:
+    """The queries of a run of round `claimed`, as LoadGen issues them: to the ns, sample by sample, whoever runs it.
+
+    Whole permutations of the data set until the last query is due at or after min_duration_ms. There are as many different ones as
+    the unpadded min_query_count asks for, repeated in turn. Scenario Interactive is Server with other limits; Offline issues all
+    samples at once. Source: mlcommons/inference loadgen (loadgen.cc, libstdc++); seen equal to what 5.1.2 issues.
+
+    Raises
+    ------
+    SimulationError : the round is not known.
+    """
+    if scenario == "Offline":  # as many samples as the target promises for the duration, and a tenth more
+        min_query_count = max(int(1.1 * target_qps * min_duration_ms / 1000), min_query_count)
+    permutations = math.ceil(min_query_count / SAMPLE_COUNT)
+    order, count = (
+        _official_samples(claimed, permutations, scenario == "Offline")[1],
+        permutations * SAMPLE_COUNT,
+    )
+    if scenario == "Offline":
+        return Load(target_qps, np.zeros(count), order)
+    while True:
+        gaps_ns = (_unit_gaps(claimed, count) / target_qps * 1e9).astype(np.int64)
+        arrivals_ns = np.concatenate(([0], np.cumsum(gaps_ns[:-1])))
+        if arrivals_ns[-1] >= min_duration_ms * 1_000_000:
+            return Load(target_qps, arrivals_ns / 1e9, np.resize(order, count))
+        count += SAMPLE_COUNT
+
+
+@dataclass(frozen=True)
+class OfficialLoads:
+    """The loads of a round at any target QPS: one sequence, stretched."""
+
+    claimed: str = "v5.1"
+    min_query_count: int = 100
+
+    def at(self, target_qps: float) -> Load:
+        """The queries at this target."""
+        return official_load(self.claimed, target_qps, min_query_count=self.min_query_count)
+
+
+@dataclass(frozen=True)
+class RandomLoads:
+    """Loads of other seeds than a round's."""
+
+    seed: int
+
+    def at(self, target_qps: float) -> Load:
+        """The queries at this target."""
+        return random_load(target_qps, self.seed)
+
+
+def random_load(
     target_qps: float,
     seed: int,
     min_duration_s: float = 600.0,
@@ -26,11 +155,12 @@ def draw_load(
     sample_count: int = SAMPLE_COUNT,
     equal_issue: bool = True,
 ) -> Load:
-    """Draw one run's queries as LoadGen does; the same seed gives the same load, stretched by 1 / target_qps.
+    """A load like LoadGen's with other seeds than a round's: for rehearsals, and to see how lucky a round's seeds are.
 
-    Arrivals are Poisson, the first at 0. With equal issue (`sample_concatenate_permutation`) samples come in whole
-    permutations, one more until the last arrival has passed min_duration_s; without, samples are drawn with replacement and the
-    run ends with the first arrival past min_duration_s that completes min_query_count.
+    The same seed gives the same load, stretched by 1 / target_qps. Arrivals are Poisson, the first at 0. With equal issue
+    (`sample_concatenate_permutation`) samples come in whole permutations, one more until the last arrival has passed min_duration_s;
+    without, samples are drawn with replacement and the run ends with the first arrival past min_duration_s that completes
+    min_query_count.
     """
     unit = sample_count if equal_issue else 1
     passed = count = math.ceil(min_query_count / unit) * unit

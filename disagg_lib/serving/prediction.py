@@ -1,4 +1,4 @@
-"""What `plan`, `simulate` and `calibrate` print: the model's predictions as tables, with what they depend on beside them."""
+"""What `plan` and `simulate` print: the model's predictions as tables, with what they depend on beside them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,81 +7,95 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..errors import CalibrationError
-from ..experiment.loading import load_experiment, load_recorded
+from ..experiment.loading import load_experiment
 from ..experiment.parameters import Experiment
-from . import calibrate, plan
-from .lengths import data_set_lengths, shorten_outputs
-from .loadgen_rules import Load, draw_load
-from .simulate import Deployment, SimulatedRun, simulate, summarise
+from . import plan, screen
+from .lengths import INPUT_CV, data_set_lengths, is_histogram, length_draws, scale_outputs
+from .loadgen_rules import Load, OfficialLoads, RandomLoads, random_load
+from .simulate import SimulatedRun, simulate, summarise
+from .stacks import read_stack, shipped_stacks
 
-PROMPT_CVS = (0.45, 0.35, 0.55)  # the built-in spread of prompt lengths, and the two reported beside it
-
-
-def _calibration(e: Experiment) -> calibrate.Calibration:
-    return calibrate.read_calibration(e.calibration_file) if e.calibration_file else calibrate.UNCALIBRATED
+PROMPT_CVS = (INPUT_CV, 0.30, 0.50)  # the built-in spread of prompt lengths, and the two reported beside it
+DRAWS = 8
 
 
-def _deployment(e: Experiment) -> Deployment:
-    return _calibration(e).apply(plan.deployment_of(e))
-
-
-def spreads(e: Experiment) -> list[tuple[str, np.ndarray]]:
-    """(name, lengths) of what is reported side by side: the lengths file, or the built-in shape with three spreads."""
+def spreads(e: Experiment, draws: int = DRAWS) -> list[tuple[str, tuple[np.ndarray, ...]]]:
+    """(name, draws of the lengths) of what is reported side by side: the lengths file (one), or the built-in shape with three spreads."""
     if e.lengths_file:
-        return [(Path(e.lengths_file).name, data_set_lengths(e.lengths_file))]
-    return [(f"cv {cv}", data_set_lengths(cv=cv)) for cv in PROMPT_CVS]
+        count = draws if is_histogram(e.lengths_file) else 1
+        return [
+            (
+                Path(e.lengths_file).name,
+                tuple(data_set_lengths(e.lengths_file, 405 + k) for k in range(count)),
+            )
+        ]
+    outputs, mean = read_stack(e.serving_stack).mean_output_tokens, e.prompt_mean_tokens
+    return [(f"cv {cv}", length_draws(draws, outputs, cv, mean)) for cv in PROMPT_CVS]
 
 
-def _load(e: Experiment, seed: int) -> Load:
+def loads_of(e: Experiment) -> OfficialLoads:
+    """The loads of the round that the experiment claims."""
+    return OfficialLoads(e.round, e.min_query_count or 100)
+
+
+def _load(e: Experiment, seed: int | None) -> Load:
+    """A rehearsal's load, the claimed round's, or (with a seed) another like it."""
     if e.shortened:
-        return draw_load(e.server_target_qps, seed, 0.001, e.rehearsal_queries, equal_issue=False)
-    return draw_load(e.server_target_qps, seed)
+        return random_load(e.server_target_qps, seed or 0, 0.001, e.rehearsal_queries, equal_issue=False)
+    return (loads_of(e) if seed is None else RandomLoads(seed)).at(e.server_target_qps)
 
 
-def simulate_table(e: Experiment, seeds: Sequence[int]) -> pd.DataFrame:
-    """One row a prompt-length spread and seed, at the experiment's server_target_qps; a rehearsal is simulated as shortened.
+def _as_served(e: Experiment, lengths: np.ndarray) -> np.ndarray:
+    return scale_outputs(lengths, e.rehearsal_output_tokens) if e.shortened else lengths
+
+
+def simulate_table(e: Experiment, draws: int = DRAWS, other_seeds: bool = False) -> pd.DataFrame:
+    """One row a prompt-length spread and draw of the lengths, at server_target_qps; a rehearsal is simulated as shortened.
+
+    `other_seeds`: with random loads in place of the claimed round's, to see how lucky that is. A lengths file is one exact run.
 
     Raises
     ------
     PlanError : the QPS is beyond what the servers can keep up with.
     """
-    deployment = _deployment(e)
-    rows = []
-    for name, lengths in spreads(e):
-        lengths = shorten_outputs(lengths, e.rehearsal_output_tokens) if e.shortened else lengths
-        plan.check_saturation(deployment, e.server_target_qps, lengths)
-        for seed in seeds:
-            row = summarise(simulate(deployment, _load(e, seed), lengths))
-            settings = {"topology": plan.layout_of(deployment), "prompt_lengths": name, "seed": seed}
-            verdict = {"loadgen_valid": "VALID" if row["valid"] else "INVALID", "submittable": "no"}
+    deployment, limits, rows = plan.deployment_of(e), plan.limits_of(e), []
+    for name, drawn in spreads(e, draws):
+        if e.shortened or other_seeds:  # then loads differ, too
+            drawn = (drawn * draws)[:draws]
+        screen.check_saturation(deployment, e.server_target_qps, _as_served(e, drawn[0]))
+        for draw, lengths in enumerate(drawn):
+            load = _load(e, draw if e.shortened or other_seeds else None)
+            row = summarise(simulate(deployment, load, _as_served(e, lengths)), limits)
+            row |= {"ttft_limit_ms": limits[0], "tpot_limit_ms": limits[1]}
+            settings = {"topology": plan.layout_of(deployment), "prompt_lengths": name, "draw": draw}
+            verdict = {"loadgen_valid": "VALID" if row["valid"] else "INVALID", "submittable": False}
             rows.append(settings | row | verdict)
     return pd.DataFrame(rows)
 
 
-def highest_qps_table(e: Experiment, seeds: Sequence[int] = range(12)) -> pd.DataFrame:
-    """One row: the highest QPS that stays VALID (whole runs, median [range] over seeds) for each spread, beside server_target_qps."""
-    deployment = _deployment(e)
-    row = {"GPUs": e.gpu_count, "topology": plan.layout_of(deployment)}
-    for name, lengths in spreads(e):
-        row[name] = _range(plan.qps_over_seeds(deployment, lengths, seeds, guess=e.server_target_qps))
+def highest_qps_table(e: Experiment, draws: int = DRAWS) -> pd.DataFrame:
+    """One row: the highest QPS that stays VALID (whole runs, median [range] over draws) for each spread, beside server_target_qps."""
+    deployment = plan.deployment_of(e)
+    row = {"GPUs": e.gpu_count, "topology": plan.layout_of(deployment), "stack": deployment.stack.name}
+    for name, drawn in spreads(e, draws):
+        row[name] = _range(
+            plan.qps_over_draws(deployment, drawn, loads_of(e), plan.limits_of(e), e.server_target_qps)
+        )
     return pd.DataFrame([row | {"server_target_qps": e.server_target_qps, "source": "simulated"}])
 
 
-def advice_table(seeds: Sequence[int] = range(12)) -> pd.DataFrame:
+def advice_table(draws: int = DRAWS) -> pd.DataFrame:
     """`highest_qps_table` of the original's topologies, beside what the original advises for them (server_target_qps there)."""
     files = [f"params/gb200_{gpus}gpu.yaml" for gpus in (20, 40, 60)]
     table = pd.concat(
-        [highest_qps_table(load_experiment([file]), seeds) for file in files], ignore_index=True
+        [highest_qps_table(load_experiment([file]), draws) for file in files], ignore_index=True
     )
     return table.rename(columns={"server_target_qps": "the original's advice"})
 
 
-def simulated_run(e: Experiment, seed: int = 0) -> SimulatedRun:
-    """One run of the experiment, query by query, with the first of the prompt spreads."""
-    lengths = spreads(e)[0][1]
-    lengths = shorten_outputs(lengths, e.rehearsal_output_tokens) if e.shortened else lengths
-    return simulate(_deployment(e), _load(e, seed), lengths)
+def simulated_run(e: Experiment) -> SimulatedRun:
+    """One run of the experiment, query by query, with the first draw of the first of the prompt spreads."""
+    return simulate(plan.deployment_of(e), _load(e, None), _as_served(e, spreads(e, 1)[0][1][0]))
 
 
 def _range(qps: np.ndarray) -> str:
@@ -100,20 +114,21 @@ def format_simulation(table: pd.DataFrame) -> str:
             **{f"TTFT {p} ms": f"{median[f'ttft_{p}_ms']:.0f}" for p in ("p50", "p99")},
             **{f"TPOT {p} ms": f"{median[f'tpot_{p}_ms']:.1f}" for p in ("p50", "p99")},
             "tokens/s": f"{median['completed_tokens_per_s']:.0f}",
+            "KV refused": f"{int(part['kv_refused'].sum())} of {len(part)}",
         }
     first = table.iloc[0]
     return (
-        f"{first['topology']} at {first['target_qps']:g} queries/s; source: simulated, medians over seeds\n"
+        f"{first['topology']} at {first['target_qps']:g} queries/s; source: simulated, medians over draws of the lengths\n"
         f"{pd.DataFrame(rows).T.rename_axis('prompt lengths').reset_index().to_string(index=False)}\n"
-        "Limits: TTFT 4500 ms, TPOT 80 ms; margin: at the query that early stopping looks at."
+        f"Limits: TTFT {first['ttft_limit_ms']:g} ms, TPOT {first['tpot_limit_ms']:g} ms; margin: at the query that early stopping looks at."
     )
 
 
-def budget_of(e: Experiment, gpus: int | None = None) -> plan.Budget:
-    """`gpus` (or plan_gpus, or what the parameters need), with the parameters' system, release, lengths and calibration."""
-    return plan.Budget(
-        gpus or e.plan_gpus or e.gpu_count, e.gpu_system, e.gpus_per_node, spreads(e)[0][1], calibration=_calibration(e),
-        chunks_overlap=e.trtllm_dialect != "v5.1",
+def budget_of(e: Experiment, gpus: int | None = None, draws: int = DRAWS) -> screen.Budget:
+    """`gpus` (or plan_gpus, or what the parameters need), with the parameters' system, round, lengths, stack and scheduling."""
+    return screen.Budget(
+        gpus or e.plan_gpus or e.gpu_count, e.gpu_system, e.gpus_per_node, spreads(e, draws)[0][1], plan.limits_of(e), stack=read_stack(e.serving_stack),
+        chunks_overlap=e.trtllm_dialect != "v5.1", routing=e.routing, gen_capacity_policy=e.gen_capacity_policy, loads=loads_of(e),
     )  # fmt: skip
 
 
@@ -127,34 +142,76 @@ def plan_table(ranked: Sequence[plan.PlanRow]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], seeds: Sequence[int] = range(4)) -> str:
-    """What the ranking depends on (prompt spreads, PP, aggregated servers, calibration), and the choice as a params file."""
+# CPU seconds of the real orchestrators: a request of 9400 ids, a streamed token (150 requests, Python 3.11, no uvloop).
+ORCHESTRATOR_CPU_S = {"v5.1": (19.3e-3, 21e-6), "1.x": (13.5e-3, 35e-6)}
+
+
+def orchestrator_cores(dialect: str, qps: float, output_tokens: float = 646) -> float:
+    """How much of a core TensorRT-LLM's own orchestrator takes at this load."""
+    a_request_s, a_token_s = ORCHESTRATOR_CPU_S[dialect]
+    return qps * (a_request_s + output_tokens * a_token_s)
+
+
+def _stack_notes(e: Experiment) -> list[str]:
+    stack = read_stack(e.serving_stack)
+    fitted = "; ".join(stack.fitted_on) or "nothing: the latency table as it is"
+    notes = [f"Stack {stack.name}, fitted on {fitted}"]
+    for key, used in (("routing", stack.router), ("gen_capacity_policy", stack.gen_capacity_policy)):
+        if stack.fitted_on and getattr(e, key) != used:
+            notes.append(f"  it was fitted with {key}: {used}; here it is {getattr(e, key)}")
+    if not e.lengths_file and e.prompt_mean_tokens != stack.mean_input_tokens:
+        notes.append(
+            f"  its constants hold at prompts of {stack.mean_input_tokens:g} tokens on average, not {e.prompt_mean_tokens}"
+        )
+    return notes
+
+
+def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], draws: int = 4) -> str:
+    """What the ranking depends on (prompt spreads, PP, KV refusals, aggregated servers, stack), and the choice as a params file."""
     best, notes = ranked[0], []
     gpus = best.gpus + best.gpus_idle
-    for name, other in spreads(e)[1:]:
-        qps = plan.qps_over_seeds(best.deployment, other, seeds, guess=best.target_qps)
-        notes.append(f"With {name} of the prompt length instead of 0.45: {_range(qps)} queries/s")
+    for name, drawn in spreads(e, draws)[1:]:
+        qps = plan.qps_over_draws(best.deployment, drawn, loads_of(e), plan.limits_of(e), best.target_qps)
+        notes.append(f"With {name} of the prompt length instead of {INPUT_CV}: {_range(qps)} queries/s")
     one_stage = next((row for row in ranked if row.deployment.context.pp == 1), None)
     if best.deployment.context.pp > 1:
         instead = f"{one_stage.layout} gives {one_stage.target_qps:.2f}" if one_stage else "nothing fits"
         notes.append(f"PP of context servers is unproven; measure it first. Without it {instead} queries/s")
-    # The two stacks are calibrated apart: these servers keep factors 1.
-    together = plan.aggregated_alternative(
-        replace(budget_of(e, gpus), calibration=calibrate.UNCALIBRATED), seeds
-    )
+    if (cores := orchestrator_cores(e.trtllm_dialect, best.target_qps)) > 0.5:
+        why = f"{cores:.2f} of a core at {best.target_qps:.2f} queries/s, measured on another processor"
+        notes.append(f"The orchestrator is one Python process: {why}. Above about 0.8 it is the limit")
+    if best.kv_refused:
+        notes.append(
+            "KV room was refused at times: with MAX_UTILIZATION a server may pause requests there, which is not modelled"
+        )
+    # The aggregated engine has a stack of its own; where it knows nothing of the system, the table as it is.
+    stack = shipped_stacks()["aggregated"]
+    stack = stack if e.gpu_system in stack.systems else shipped_stacks()["none"]
+    together = plan.aggregated_alternative(replace(budget_of(e, gpus, draws), stack=stack))
     ratio = best.target_qps / together.target_qps if together.target_qps else float("inf")
     notes.append(
-        f"Aggregated ({together.layout}): {together.target_qps:.2f} queries/s; disaggregation gives {ratio:.2f} times that, uncalibrated"
+        f"Aggregated ({together.layout}, stack {stack.name}): {together.target_qps:.2f} queries/s; disaggregation gives {ratio:.2f} times that"
     )
-    fitted = ", ".join(_calibration(e).fitted_on) or "nothing: factors 1"
-    notes.append(f"Calibrated on {fitted}. The choice, as a params file:")
-    chosen = ({} if e.trtllm_dialect == "v5.1" else {"trtllm_dialect": e.trtllm_dialect}) | best.params()
+    notes += [*_stack_notes(e), "The choice, as a params file:"]
+    kept = (
+        "round",
+        "trtllm_dialect",
+        "gpu_system",
+        "stack",
+        "routing",
+        "gen_capacity_policy",
+        "min_query_count",
+    )
+    defaults = Experiment.model_fields
+    chosen = {
+        key: getattr(e, key) for key in kept if getattr(e, key) != defaults[key].default
+    } | best.params()
     notes += [f"    {name}: {value}" for name, value in chosen.items()]
     return "\n".join(notes)
 
 
 def ranking(ranked: Sequence[plan.PlanRow]) -> pd.DataFrame:
-    """What a person reads of a plan: queries/s are the highest that stay VALID, median [range] over seeds."""
+    """What a person reads of a plan: queries/s are the highest that stay VALID, median [range] over draws."""
     rows = [
         {
             "topology": row.layout,
@@ -164,37 +221,10 @@ def ranking(ranked: Sequence[plan.PlanRow]) -> pd.DataFrame:
             "tokens/s/GPU": f"{row.tokens_per_s_per_gpu:.0f}",
             "TTFT p99 ms": f"{row.ttft_p99_ms:.0f}",
             "TPOT p99 ms": f"{row.tpot_p99_ms:.1f}",
-            "binds": row.binds,
+            "binds": row.binds + " (KV refused)" * row.kv_refused,
             "ctx tray down": f"{row.without_context_server_qps:.2f}",
             "gen tray down": f"{row.without_generation_server_qps:.2f}",
         }
         for row in ranked
     ]
     return pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="rank"))
-
-
-def calibrate_runs(runs: Sequence[Path], out: Path) -> str:
-    """Fit on run folders, write the file, and say the errors before and after.
-
-    Raises
-    ------
-    CalibrationError : a run that cannot be used, or the file is there already.
-    """
-    observed = []
-    for run in runs:
-        e = load_recorded(run)
-        scale = e.rehearsal_time_scale if e.engine == "rehearsal" else 1.0
-        observed.append(calibrate.observe(run, plan.deployment_of(e), e.server_target_qps * scale, scale))
-    if out.exists():
-        raise CalibrationError(f"{out} is there already, and nothing is overwritten. Choose another name.")
-    fitted, rows = calibrate.calibrate(observed)
-    calibrate.write_calibration(fitted, out)
-    lines = [
-        f"{out}: context_factor {fitted.context_factor:.4f}, generation_factor {fitted.generation_factor:.4f}"
-    ]
-    for row in rows:
-        used = "fitted on itself: the only run" if row["used_in_fit"] else "predicted from the other runs"
-        for word in ("before", "after"):
-            errors = (f"{name[:-3]} {100 * row[f'{word}_{name}']:+.1f} %" for name in calibrate.FIGURES)
-            lines.append(f"{row['name']} ({used}) {word}: {', '.join(errors)}")
-    return "\n".join(lines)

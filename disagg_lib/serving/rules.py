@@ -2,8 +2,8 @@
 
 Plain Python on numbers and indexable sequences: the rehearsal calls them as they are, `simulate` compiles these same
 functions with numba. Times are in whatever unit the caller uses, step times in ms; tables are `LatencyTable.context` and
-`.generation`. Source: facts of TensorRT-LLM's PyTorch executor (first-come-first-served chunks, in-flight batching,
-GUARANTEED_NO_EVICT admission).
+`.generation`. Source: facts of TensorRT-LLM's PyTorch executor (first-come-first-served chunks, in-flight batching, admission by
+GUARANTEED_NO_EVICT or MAX_UTILIZATION, whose pausing is not modelled).
 """
 
 import math
@@ -104,23 +104,25 @@ def generation_step_ms(table, batch, mean_tokens, sizes, padding, eager_floor_ms
     return interpolate(batches, dense_ms, graph) + attention
 
 
-def mixed_step_ms(context, kv, chunks, done, count, batch, mean_tokens, context_factor, generation_factor):
-    """Time of a step with `count` prompt chunks and one token for each of `batch` > 0 sequences (aggregated servers).
+def mixed_step_ms(context, generation, chunks, done, count, batch, mean_tokens):
+    """Time of a step with `count` prompt chunks and one token for each of `batch` sequences (aggregated servers, no graphs).
 
-    What the sequences alone would take is scaled by generation_factor, what the chunks add to it by context_factor.
+    What the sequences alone would take is a generation step; what the chunks add to it is of a context step.
     """
+    if batch == 0:
+        return context_step_ms(context, chunks, done, count)
     tokens, dense_ms, new, past, attention_ms = context
-    kv_batches, kv_lengths, kv_ms = kv
-    dense = interpolate(tokens, dense_ms, batch)
-    generation = dense + interpolate_grid(kv_batches, kv_lengths, kv_ms, batch, mean_tokens)
+    batches, batch_ms, kv_batches, kv_lengths, kv_ms = generation
+    alone = interpolate(batches, batch_ms, batch)
+    alone += interpolate_grid(kv_batches, kv_lengths, kv_ms, batch, mean_tokens)
     total = batch
     added = 0.0
     for i in range(count):
         total += chunks[i]
         added += interpolate_grid(new, past, attention_ms, chunks[i], done[i])
     if count > 0:
-        added += interpolate(tokens, dense_ms, total) - dense
-    return context_factor * added + generation_factor * generation
+        added += interpolate(tokens, dense_ms, total) - interpolate(tokens, dense_ms, batch)
+    return alone + added
 
 
 def stage_pass(start, step, stage_free):
@@ -135,9 +137,19 @@ def stage_pass(start, step, stage_free):
     return start
 
 
-def kv_tokens(input_tokens, max_new_tokens):
-    """KV-cache tokens that a request holds from admission to its end, in whole blocks (GUARANTEED_NO_EVICT)."""
-    return -(-(input_tokens + max_new_tokens) // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+def kv_tokens(input_tokens, new_tokens):
+    """KV-cache tokens of a prompt with so many new ones, in whole blocks; with all that may come, what GUARANTEED_NO_EVICT reserves."""
+    return -(-(input_tokens + new_tokens) // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+
+
+def kv_held(input_tokens, emitted, reserved, grows):
+    """KV-cache tokens that an admitted request holds: what it has so far (`grows`: MAX_UTILIZATION), or what was reserved for it."""
+    return kv_tokens(input_tokens, emitted) if grows else reserved
+
+
+def kv_asked(input_tokens, reserved, grows):
+    """KV-cache tokens that must be free to admit a request: with MAX_UTILIZATION its prompt's and one block more."""
+    return kv_tokens(input_tokens, 0) + KV_BLOCK_TOKENS if grows else reserved
 
 
 def transfer_ms(input_tokens, context_gpus, generation_gpus):
@@ -147,9 +159,17 @@ def transfer_ms(input_tokens, context_gpus, generation_gpus):
 
 
 def least_loaded(loads, turn):
-    """Index of the smallest load; ties are taken in turn (router `load_balancing`)."""
-    lowest = loads[0]
+    """Index of the smallest load; ties are taken in turn (routers `load_balancing`, `least_tokens`)."""
+    lowest, ties = loads[0], 0
     for load in loads:
-        lowest = min(lowest, load)
-    ties = [i for i in range(len(loads)) if loads[i] == lowest]
-    return ties[turn % len(ties)]
+        if load < lowest:
+            lowest, ties = load, 0
+        ties += load == lowest
+    passed, chosen = turn % ties, 0
+    for i in range(len(loads)):
+        if loads[i] == lowest:
+            chosen = i
+            if passed == 0:
+                break
+            passed -= 1
+    return chosen

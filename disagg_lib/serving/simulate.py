@@ -1,21 +1,31 @@
 """One run of a deployment in virtual time: TTFT and TPOT of every query, in milliseconds of computing.
 
-The scheduling rules are those of `rules`, compiled by numba; the loops are those of the rehearsal's `engine`, with two
+The scheduling rules are those of `rules`, compiled by numba; the loops (`engines`) are those of the rehearsal's `engine`, with two
 changes that leave the result the same: servers are visited as requests come (context servers first, since nothing flows back
 from generation), and sequences that end are found in a calendar, so a step costs the same for any batch.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 
 from ..errors import SimulationError
 from . import rules
-from .engines import TRACE_BINS, run_generation, run_prompts, tabulate_generation
+from .engines import (
+    TRACE_BINS,
+    Limits,
+    Queries,
+    Served,
+    run_aggregated,
+    run_context,
+    run_generation,
+    tabulate_generation,
+)
 from .latency import read_table
 from .lengths import MAX_OUTPUT_TOKENS
 from .loadgen_rules import Load, percentile, worst_allowed
+from .stacks import NO_STACK, Stack
 
 INTERACTIVE_LIMITS_MS = (4500.0, 80.0)
 
@@ -25,7 +35,9 @@ class ServerGroup:
     """`count` equal servers. CUDA-graph sizes matter for generation only; none means eager steps.
 
     `chunks_overlap` matters for context servers with PP: whether chunks of one prompt follow each other through the stages,
-    as from TensorRT-LLM 1.2 on, or a prompt sits out until its last chunk is back, as in MLPerf v5.1's release.
+    as from TensorRT-LLM 1.2 on, or a prompt sits out until its last chunk is back, as in MLPerf v5.1's release. `router` is round_robin,
+    load_balancing (the fewest requests) or least_tokens (the fewest prompt tokens of requests that are not done there), with one view
+    for all front ends. `capacity_policy` matters where sequences generate.
     """
 
     count: int
@@ -37,8 +49,8 @@ class ServerGroup:
     cuda_graph_padding: bool = True
     kv_fraction: float = 0.95
     router: str = "round_robin"
-    router_tokens: bool = False
     chunks_overlap: bool = False
+    capacity_policy: str = "GUARANTEED_NO_EVICT"
 
     @property
     def gpus(self) -> int:
@@ -50,15 +62,14 @@ class ServerGroup:
 class Deployment:
     """Context and generation servers of one system; without context servers the generation servers are aggregated ones.
 
-    The two factors are the calibration: 1 means the latency table as it is. `reserve_output_tokens` is the output length that
-    admission must assume (max_tokens of the requests); None: each request's own.
+    `reserve_output_tokens` is the output length that admission must assume under GUARANTEED_NO_EVICT (max_tokens of the requests);
+    None: each request's own.
     """
 
     system: str
     context: ServerGroup | None
     generation: ServerGroup
-    context_factor: float = 1.0
-    generation_factor: float = 1.0
+    stack: Stack = NO_STACK
     reserve_output_tokens: int | None = MAX_OUTPUT_TOKENS
 
     @property
@@ -100,16 +111,46 @@ class SimulatedRun:
         return (self.end_s - self.first_token_s) * 1e3 / (self.output_tokens - 1)
 
 
-@cache
-def _tables(system: str, tp: int, pp: int):
-    table = read_table(system, tp, pp)
+@lru_cache(64)
+def _tables(system: str, tp: int, pp: int, stack: Stack):
+    table = read_table(system, tp, pp).under(stack)
     return tuple(map(np.array, table.context)), tuple(map(np.array, table.generation)), table
 
 
-@cache
-def _generation_steps(system: str, tp: int, pp: int, sizes: tuple[int, ...], padding: bool, max_batch: int):
-    table, sizes = _tables(system, tp, pp)[1], np.array(sorted(sizes), np.int64)
-    return tabulate_generation(table, sizes, padding, rules.EAGER_FLOOR_MS, max_batch)
+@lru_cache(64)
+def _generation_steps(system: str, group: ServerGroup, stack: Stack):
+    sizes = np.array(sorted(group.cuda_graph_sizes), np.int64)
+    table = _tables(system, group.tp, group.pp, stack)[1]
+    return tabulate_generation(
+        table, sizes, group.cuda_graph_padding, rules.EAGER_FLOOR_MS, group.max_batch_size
+    )
+
+
+def _limits(group: ServerGroup, kv_capacity: int, bin_s: float) -> Limits:
+    return Limits(
+        group.count, group.router != "round_robin", group.router == "least_tokens",
+        group.max_num_tokens, group.max_batch_size, group.pp, group.chunks_overlap, kv_capacity,
+        group.capacity_policy == "MAX_UTILIZATION", bin_s,
+    )  # fmt: skip
+
+
+def _unfilled(group: ServerGroup, queries: int) -> Served:
+    busy, blocked = np.zeros((group.count, TRACE_BINS)), np.zeros(2, np.int64)
+    return Served(busy, blocked, np.empty(queries, np.int64), *np.full((2, queries), np.inf))
+
+
+def _kv_capacity(d: Deployment, queries: Queries) -> int:
+    """KV-cache tokens of a generation server; SimulationError if a request asks for more than all of them."""
+    g = d.generation
+    capacity = _tables(d.system, g.tp, g.pp, d.stack)[2].kv_capacity_tokens(g.kv_fraction, g.max_num_tokens)
+    grows = g.capacity_policy == "MAX_UTILIZATION"
+    longest = rules.kv_asked(queries.inputs, queries.needs, grows).max()
+    if longest > capacity:
+        raise SimulationError(
+            f"{d.system} TP{g.tp} PP{g.pp} has room for {capacity} KV-cache tokens; the longest request"
+            f" needs {longest}. Give the server more GPUs, or a larger memory fraction."
+        )
+    return capacity
 
 
 def simulate(deployment: Deployment, load: Load, lengths: np.ndarray) -> SimulatedRun:
@@ -125,54 +166,30 @@ def simulate(deployment: Deployment, load: Load, lengths: np.ndarray) -> Simulat
     """
     d, c, g = deployment, deployment.context, deployment.generation
     for group in filter(None, (c, g)):
-        if group.router not in ("round_robin", "load_balancing"):
+        if group.router not in ("round_robin", "load_balancing", "least_tokens"):
             raise SimulationError(
-                f"router {group.router!r} is not modelled; round_robin and load_balancing are."
+                f"router {group.router!r} is not modelled; round_robin, load_balancing and least_tokens are."
             )
-    chosen = lengths[load.samples]
+    chosen, count = lengths[load.samples], len(load.samples)
     inputs, outputs = chosen["input_tokens"].astype(np.int64), chosen["output_tokens"].astype(np.int64)
-    context_table, generation_table, table = _tables(d.system, g.tp, g.pp)
-    capacity = table.kv_capacity_tokens(g.kv_fraction, g.max_num_tokens)
-    kv_need = rules.kv_tokens(inputs, np.maximum(outputs, d.reserve_output_tokens or 0))
-    if kv_need.max() > capacity:
-        raise SimulationError(
-            f"{d.system} TP{g.tp} PP{g.pp} has room for {capacity} KV-cache tokens; the longest request"
-            f" needs {kv_need.max()}. Give the server more GPUs, or a larger memory fraction."
-        )
+    needs = rules.kv_tokens(inputs, np.maximum(outputs, d.reserve_output_tokens or 0))
+    asked = Queries(load.arrivals_s + d.stack.ttft_ms / 1e3, inputs, outputs, needs, np.zeros(count))
+    capacity = _kv_capacity(d, asked)
     bin_s = max(float(load.arrivals_s[-1]) * 1.1, 1.0) / TRACE_BINS
-
-    def unfilled(group):
-        """busy, blocked, server, first token and end, for a loop to fill."""
-        server = np.empty(len(inputs), np.int64)
-        return np.zeros((group.count, TRACE_BINS)), np.zeros(2, np.int64), server, *np.empty((2, len(inputs)))
-
-    busy, blocked, server, first, end = served = unfilled(g)
-    balanced = g.router == "load_balancing"
+    served = _unfilled(g, count)
     if c is None:
-        context_busy, context_server, context_end = busy, server, first
-        run_prompts(
-            load.arrivals_s, inputs, outputs, kv_need, g.count, balanced, False, context_table, generation_table[2:],
-            g.max_num_tokens, g.max_batch_size, 1, False, capacity, d.context_factor, d.generation_factor, bin_s, *served,
-        )  # fmt: skip
+        run_aggregated(asked, _limits(g, capacity, bin_s), _tables(d.system, g.tp, g.pp, d.stack)[:2], served)
+        prompts = served._replace(end=served.first)
     else:
-        context_table, _, _ = _tables(d.system, c.tp, c.pp)
-        context_busy, _, context_server, context_end, _ = prompts = unfilled(c)
-        run_prompts(
-            load.arrivals_s, inputs, np.ones_like(inputs), np.zeros_like(inputs), c.count, c.router == "load_balancing",
-            c.router_tokens, context_table, generation_table[2:], c.max_num_tokens, c.max_batch_size, c.pp, c.chunks_overlap, 0,
-            d.context_factor, 1.0, bin_s, *prompts,
-        )  # fmt: skip
-        transfer = 1e-3 * rules.transfer_ms(inputs, c.tp * c.pp, g.tp * g.pp)
-        steps = _generation_steps(
-            d.system, g.tp, g.pp, g.cuda_graph_sizes, g.cuda_graph_padding, g.max_batch_size
-        )
-        run_generation(
-            np.argsort(context_end, kind="stable"), context_end, inputs, outputs, kv_need, transfer, g.count, balanced, steps,
-            g.max_batch_size, g.pp, capacity, d.generation_factor, bin_s, *served,
-        )  # fmt: skip
+        prompts = _unfilled(c, count)
+        run_context(asked, _limits(c, 0, bin_s), _tables(d.system, c.tp, c.pp, d.stack)[0], prompts)
+        moved = 1e-3 * rules.transfer_ms(inputs, c.tp * c.pp, g.tp * g.pp)
+        handed = asked._replace(arrivals=prompts.end, transfer=moved)
+        steps, order = _generation_steps(d.system, g, d.stack), np.argsort(prompts.end, kind="stable")
+        run_generation(order, handed, _limits(g, capacity, bin_s), steps, served)
     return SimulatedRun(
-        load, inputs, outputs, context_server, context_end, server, first, end, bin_s, context_busy / bin_s, busy / bin_s,
-        *blocked.tolist(),
+        load, inputs, outputs, prompts.server, prompts.end, served.server, served.first, served.end, bin_s,
+        prompts.busy / bin_s, served.busy / bin_s, *served.blocked.tolist(),
     )  # fmt: skip
 
 
@@ -206,6 +223,7 @@ def summarise(run: SimulatedRun, limits_ms: tuple[float, float] = INTERACTIVE_LI
         "completed_tokens_per_s": float(run.output_tokens.sum()) / duration,
         "margin": margin,
         "binds": binds,
+        "kv_refused": run.blocked_by_kv > 0,
         "valid": margin >= 0,
         "source": "simulated",
     }

@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+REPO = "nvidia/Llama-3.1-405B-Instruct-FP4"
+SHARD = "model-00001-of-00002.safetensors"
 SIGNATURE = "X-Amz-Signature=5ec2e7"
+CANARY = "hf_" + "canary" * 5  # joined here, so that no tracked file holds what looks like a token
 
 
 @dataclass

@@ -4,11 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from disagg_lib import checks, errors
 from disagg_lib.checkpoint import synthetic
-from disagg_lib.cluster import machine, preflight
+from disagg_lib.cluster import machine, preflight, probe
 from disagg_lib.experiment.loading import load_experiment
 from disagg_lib.files import REPOSITORY
 from disagg_lib.run.durations import job_seconds, search_seconds
@@ -18,30 +19,17 @@ CLUSTER = {"engine": "trtllm", "launcher": "slurm", "container": "pyxis"}
 
 
 def unmet(experiment):
-    return {check.rule: check for check in preflight.experiment_checks(experiment) if not check.ok}
+    checks = [*preflight.experiment_checks(experiment), *preflight.scoring_checks(experiment)]
+    return {check.rule: check for check in checks if not check.ok}
 
 
 @pytest.fixture
-def site(tmp_path):
-    """Site values whose image, mounts and model are there."""
-    image = tmp_path / "image.sqsh"
-    image.write_bytes(b"hsqs")
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text('{"num_hidden_layers": 126}')
-    pickle = tmp_path / "data.pkl"
-    pickle.touch()
-    return CLUSTER | {
-        "dataset_path": str(pickle),
-        "trust_dataset": True,
-        "container_image": str(image),
-        "container_mounts": f"{tmp_path}:/scratch",
-        "model_dir": str(model),
-    }
+def site(site_files):
+    return CLUSTER | site_files
 
 
 def test_the_twenty_gpu_file_passes_with_a_site(site):
-    assert unmet(load_experiment(["params/gb200_20gpu.yaml"], site)) == {}
+    assert set(unmet(load_experiment(["params/gb200_20gpu.yaml"], site))) <= {"sentence_splitter"}
 
 
 def test_a_rehearsals_checkpoint_is_not_taken_for_the_real_one(site):
@@ -73,6 +61,9 @@ def test_it_tells_how_many_mean_requests_fit(site):
         ({"dataset_path": "/nowhere.pkl"}, "data_set", "error"),
         ({"trust_dataset": False}, "data_set", "error"),
         ({"model_dir": "/nowhere"}, "model_folder", "error"),
+        ({"container_mounts": "/tmp:/elsewhere"}, "tensorrt_llm_mount", "error"),
+        ({"work_dir": "/other"}, "tensorrt_llm_mount", "error"),
+        ({"trust_dataset": False}, "accuracy_inputs", "error"),
         ({"container_mounts": "/tmp:/hf_abcdefghijklmnopqrstu"}, "secrets", "error"),
         ({"client": "nvidia_harness"}, "harness_dir", "error"),
         ({"client": "nvidia_harness", "system_name": "x20"}, "harness_config", "error"),
@@ -92,7 +83,66 @@ def test_a_harness_with_its_configuration_passes(site, tmp_path):
     config.parent.mkdir(parents=True)
     config.touch()
     given = {"client": "nvidia_harness", "system_name": "x20", "harness_dir": str(tmp_path)}
-    assert unmet(load_experiment(["params/gb200_20gpu.yaml"], site | given)) == {}
+    assert set(unmet(load_experiment(["params/gb200_20gpu.yaml"], site | given))) <= {"sentence_splitter"}
+
+
+def test_a_mount_without_tensorrt_llm_is_found_and_1x_needs_none(site, tmp_path):
+    (tmp_path / "tree/.llm_aarch64").rename(tmp_path / "elsewhere")
+    found = unmet(load_experiment(["params/gb200_20gpu.yaml"], site))["tensorrt_llm_mount"]
+    assert found.found == f"no TensorRT-LLM in {tmp_path}/tree" and "closed/NVIDIA>:/work" in found.fix
+    assert "tensorrt_llm_mount" not in unmet(load_experiment([], site | {"trtllm_dialect": "1.x"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda model, data: (model / "tokenizer.json").unlink(), "tokenizer.json: no such file"),
+        (lambda model, data: data.write_bytes(b""), "EOFError"),
+        (
+            lambda model, data: pd.DataFrame({"tok_input": [[1]]}).to_pickle(data),
+            "no column gt_output, metric",
+        ),
+        (
+            lambda model, data: pd.DataFrame({"tok_input": [[900]], "gt_output": "", "metric": ""}).to_pickle(
+                data
+            ),
+            "1 samples with ids up to 900; a tokenizer up to 1",
+        ),
+    ],
+)
+def test_what_an_accuracy_runs_score_lacks_is_found_before_the_run(site, spoil, words):
+    spoil(Path(site["model_dir"]), Path(site["dataset_path"]))
+    assert words in unmet(load_experiment([], site))["accuracy_inputs"].found
+    assert "accuracy_inputs" not in unmet(load_experiment([], site | {"test_modes": ["performance"]}))
+
+
+def test_a_client_environment_with_another_rounds_loadgen_is_found(site, tmp_path):
+    cited = tmp_path / "client_env.json"
+    for version, found in (("6.0.9", ["6.0.9"]), ("5.1.2", [])):
+        cited.write_text(f'{{"mlcommons-loadgen": "{version}"}}')
+        rows = unmet(load_experiment([], site | {"client_dir": str(tmp_path)}))
+        assert [row.found for rule, row in rows.items() if rule == "client_loadgen"] == found
+
+
+def test_a_rehearsal_in_a_container_needs_the_project_there(site, monkeypatch):
+    monkeypatch.setenv("HOME", "/nowhere")  # which is mounted, too
+    given = site | {"engine": "rehearsal", "work_dir": None, "test_modes": ["performance"]}
+    assert "rehearsal_mount" in unmet(load_experiment([], given))
+    covered = given | {"container_mounts": f"{REPOSITORY}:{REPOSITORY}"}
+    assert set(unmet(load_experiment([], covered))) == set()
+
+
+def test_the_last_probes_word_on_the_image_is_a_rule(site, tmp_path):
+    e = load_experiment([], site | {"scratch_dir": str(tmp_path)})
+    folder = tmp_path / "setup/1_probe"
+    folder.mkdir(parents=True)
+    (folder / "job.sh").write_text(probe.probe_script(e))
+    (folder / "probe.txt").write_text("mpi\tnone pmi2 pmix\ntensorrt_llm\t1.2.0\nend\t\n")
+    told = {check.requirement: check for check in preflight._last_probe(e)}
+    assert [check.ok for check in told.values()] == [True, False]
+    (row,) = [check for check in told.values() if not check.ok]
+    assert row.found == "1.2.0" and "trtllm_dialect is v5.1" in row.requirement
+    assert row.fix.endswith("or trtllm_dialect: 1.x") and row.level == "error"
 
 
 def test_warnings_do_not_stop_a_submission_and_errors_do(site):

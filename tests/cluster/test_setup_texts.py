@@ -30,6 +30,8 @@ GOOD = {
     "path /scratch": "readable",
     "scratch": "writable",
     "free_kb": "900000000",
+    "mpi": "MPI plugin types are... none pmi2 pmix",
+    "tensorrt_llm": "1.0.0rc4",
     "end": "",
 }
 
@@ -43,14 +45,15 @@ def harness(tmp_path):
 
 
 @pytest.fixture
-def site(odd_dir, harness):
+def site(tmp_path, harness):
+    (tmp_path / "scratch").mkdir()
     return {
         "engine": "trtllm",
         "container": "pyxis",
         "partition": "batch",
         "account": "mlperf",
-        "scratch_dir": str(odd_dir),
-        "container_image": str(odd_dir / "image.sqsh"),
+        "scratch_dir": str(tmp_path / "scratch"),
+        "container_image": str(tmp_path / "image.sqsh"),
         "container_mounts": f"{harness}:/work,/data:/data",
         "harness_dir": str(harness),
     }
@@ -97,7 +100,7 @@ def test_a_path_that_make_would_split_or_expand_is_refused(plain, path):
         with pytest.raises(
             SetupError, match=f"^{key}: found .*make and its recipes would split or expand it"
         ):
-            container_image.image_script(load_experiment((), {**plain, key: value}))
+            container_image.image_script(load_experiment((), {**plain, "container": "none", key: value}))
 
 
 def test_an_image_is_built_with_all_of_a_nodes_cores_and_a_draft_goes_with_the_job(plain, tmp_path, harness):
@@ -158,8 +161,9 @@ def test_nodes_without_internet_are_told_how_to_bring_the_packages(tmp_path, mon
 def test_a_client_environment_in_no_container_is_refused(site):
     with pytest.raises(SetupError, match="^container_image: not given, and the client job"):
         client_environment.client_script(load_experiment((), {**site, "container_image": None}))
-    with pytest.raises(SetupError, match="a container's mounts cannot hold"):
-        client_environment.client_script(load_experiment((), {**site, "scratch_dir": "/a:b"}))
+    for path in ("/a:b", "/a b", "/a$b"):
+        with pytest.raises(SetupError, match="pyxis would expand or split it"):
+            client_environment.client_script(load_experiment((), {**site, "scratch_dir": path}))
 
 
 def test_the_client_check_refuses_modules_from_elsewhere(tmp_path):
@@ -220,7 +224,7 @@ def test_a_container_sees_the_scratch_folder_once(site):
     line = next(
         line for line in client_environment.client_script(e).splitlines() if "--container-mounts" in line
     )
-    assert line.count("owned") == 3  # the image, and one host:container pair of the awkward name
+    assert line.count(site["scratch_dir"]) == 2  # one host:container pair
 
 
 def test_the_probe_runs_here_in_an_awkward_folder(odd_dir):
@@ -271,12 +275,12 @@ def test_a_job_that_cannot_be_made_or_submitted_is_a_row(site, monkeypatch, tmp_
     assert not client.ok and client.found.startswith("sbatch is not on PATH")
 
 
-def test_a_built_client_environment_is_cited_and_an_unnamed_one_told(site, odd_dir):
+def test_a_built_client_environment_is_cited_and_an_unnamed_one_told(site, tmp_path):
     def row(**given):
         return client_environment.client_rows(load_experiment((), {**site, **given}), out=list)[0]
 
     assert not row().ok and "setup_jobs: all" in row().fix and row().level == "warning"
-    folder = odd_dir / "client_env"
+    folder = tmp_path / "scratch/client_env"
     folder.mkdir()
     (folder / "client_env.json").write_text('{"mlcommons-loadgen": "5.1.2", "machine": "aarch64"}')
     assert not row().ok and row().fix == f"set client_dir: {folder} in params/site.yaml"
@@ -292,6 +296,7 @@ def test_a_setup_job_that_fails_says_its_last_lines(tmp_path):
         )
 
 
+SPEAKS = "TensorRT-LLM in the container, {}: trtllm_dialect is {}"
 SPANS = "one NVLink domain (a server spans several nodes)"
 
 
@@ -318,6 +323,14 @@ def test_a_good_node_meets_every_requirement():
         ({"scratch": "mktemp: permission denied"}, {}, "scratch_dir is writable"),
         ({"free_kb": ""}, {}, "1 GB free in scratch_dir"),
         ({"python3": "bash: python3: command not found"}, {}, "python3 3.8 or newer"),
+        ({"mpi": "MPI plugin types are... none pmi2"}, {}, "srun offers --mpi=pmix"),
+        ({"tensorrt_llm": "1.2.0"}, {}, SPEAKS.format("of MLPerf v5.1 (0.20 to 1.0)", "v5.1")),
+        ({"tensorrt_llm": "1.1.0"}, {"trtllm_dialect": "1.x"}, SPEAKS.format("1.2 or newer", "1.x")),
+        (
+            {"tensorrt_llm": "ModuleNotFoundError: No module named"},
+            {},
+            SPEAKS.format("of MLPerf v5.1 (0.20 to 1.0)", "v5.1"),
+        ),
         ({"fabric": "a 1 a 1 a 2 a 2"}, {"gen_tp_size": 8}, SPANS),
         ({"fabric": "N/A N/A N/A N/A"}, {"gen_tp_size": 8}, SPANS),
         ({"fabric": "0 00000000-0000-0000-0000-000000000000"}, {"gen_tp_size": 8}, SPANS),
@@ -326,6 +339,31 @@ def test_a_good_node_meets_every_requirement():
 )
 def test_each_lack_of_a_node_is_found(found, given, requirement):
     assert unmet(found, **given) == ["on gb01: " + requirement]
+
+
+def test_the_probe_looks_inside_the_image_as_the_jobs_steps_will(site):
+    def srun(**given):
+        text = probe.probe_script(load_experiment((), {**site, **given}))
+        return next((line for line in text.splitlines() if "import tensorrt_llm" in line), "")
+
+    line = srun(work_dir="/work", mpi="pmi2")
+    assert f"srun --mpi=pmi2 --container-image={site['container_image']} --container-mounts=" in line
+    assert "--no-container-remap-root" in line and "PYTHONPATH=/work/.llm_aarch64/" in line
+    assert "PYTHONPATH" not in srun(work_dir="/work", trtllm_dialect="1.x")
+    assert srun(container="none") == srun(container_image=None) == ""
+
+
+def test_what_an_image_says_is_its_version_or_the_first_error(site, tmp_path):
+    e = load_experiment((), site)
+    look = probe._look_inside(e).replace(str(site["container_image"]), "x")
+    for said, found in (
+        ("[TensorRT-LLM] hello\ntensorrt_llm 1.2.0\nbye", "1.2.0"),
+        ("Traceback\nModuleNotFoundError: No module\nsrun: error: gb01", "ModuleNotFoundError: No module"),
+        ("odd\nend", "end"),
+    ):
+        (tmp_path / "said").write_text(said)
+        script = f'say() {{ echo "$2"; }}; srun() {{ cat {tmp_path}/said; }}\n{look}'
+        assert subprocess.run(["bash", "-c", script], capture_output=True, text=True).stdout == found + "\n"
 
 
 def test_a_probe_cut_short_is_refused(tmp_path):
@@ -417,8 +455,8 @@ def test_a_site_yaml_that_is_none_is_named(tmp_path):
         site_file.write_site({}, tmp_path / "site.yaml")
 
 
-def test_site_yaml_says_what_the_client_environment_is(site, odd_dir, tmp_path):
-    folder = odd_dir / "client_env"
+def test_site_yaml_says_what_the_client_environment_is(site, tmp_path):
+    folder = tmp_path / "scratch/client_env"
     folder.mkdir()
     (folder / "client_env.json").write_text('{"mlcommons-loadgen": "5.1.2", "numpy": "2.1", "digest": "abc"}')
     e = load_experiment((), site | LOCAL)

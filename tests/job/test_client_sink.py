@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_client import error_lines, make_run, run_client, value
+from client_runs import error_lines, make_run, run_client, value
 
 SOURCE = Path(__file__).parents[2] / "benchmarks" / "sse_sink.c"
 ATTEMPTS = 3

@@ -126,7 +126,7 @@ def hear(stream: bytes, cuts, want_ids):
     answer, error = heard.end
     if error is not None:
         raise error
-    count, ids, text = answer.result(want_ids)
+    count, _, ids, text, _ = answer.result(want_ids)
     first = heard.first[0], answer.first[0], heard.first[1]
     return (first, count, ids and ids.tolist(), text) if want_ids else (first[:1], count)
 
@@ -201,7 +201,7 @@ def test_junk_is_a_failure_and_raises_nothing_else(junk, cut):
 @pytest.mark.parametrize(
     "events, kind",
     [
-        ([event(b"[DONE]")], "empty"),
+        ([event(b"[DONE]")], "eos_first"),
         ([event(choice(text="")), event(b"[DONE]")], "empty"),
         ([event(choice(text="a", token_ids=[1])), event(b"[DONE]")], "short"),
         ([event(choice(text="a")), event(choice(text="b")), event(b"[DONE]")], "no_count"),

@@ -37,6 +37,7 @@ PHASES = [
     "workers",
     "orchestrator",
     "ready",
+    "warmup",
     "performance",
     "accuracy",
     "teardown",
@@ -150,9 +151,13 @@ def test_a_server_that_is_already_up_is_measured(tmp_path, endpoint):
         settings = json.loads((run / "job/settings.json").read_text())
         settings["client"]["accuracy_sample_count"] = 20
         (run / "job/settings.json").write_text(json.dumps(settings))
+        lengths = (run / "job/lengths.csv").read_text()  # short answers, or a warm-up has many open at once
+        (run / "job/lengths.csv").write_text(re.sub(r",\d+$", ",5", lengths, flags=re.M))
         state = finish(run)
     assert (state.state, state.reason) == ("done", "")
-    assert {body["model"] for body in server.bodies} == {"mine"} and server.asked == 60 + 20 + 1
+    told = [json.loads((run / f"job/client_{mode}.json").read_text()) for mode in ("performance", "accuracy")]
+    assert [(result["issued"], result["done"]) for result in told] == [(60, 60), (20, 20)]
+    assert {body["model"] for body in server.bodies} == {"mine"}
     assert {head.split(b" ")[1].decode() for head in server.heads} == {endpoint}
     key = "messages" if "chat" in endpoint else "prompt"
     assert all(key in body for body in server.bodies)
@@ -259,7 +264,11 @@ FAULTS = [
     ),
     ("crash_midrun:gen0:20", {}, r"generation server gen0 \(rank 4, node 127.0.0.1\) ended with status \d+"),
     ("health_503", {"load_timeout_s": 6}, r"not ready after load_timeout_s = 6 s: .*"),
-    ("no_tokens", {"load_timeout_s": 8, "stall_timeout_s": 2}, r"not ready after load_timeout_s = 8 s: .*"),
+    (
+        "no_tokens",
+        {"stall_timeout_s": 2},
+        r"every server answers /health with 200, but for \d+ s \(2 x stall_timeout_s\) no completion came through: no complete",
+    ),
     ("truncated_stream:10", {}, r"the performance client ended with status \d+: .*"),
 ]
 
@@ -297,7 +306,9 @@ def test_a_client_that_hangs_with_no_query_open_is_a_stall(tmp_path):
     wait(
         run,
         until=lambda state: (
-            state.ended or (state.progress and state.progress["done"] and not state.progress["outstanding"])
+            state.ended
+            or (state.phase == "performance" and state.progress["mode"] == "performance")
+            and (state.progress["done"] and not state.progress["outstanding"])
         ),
     )
     for process in processes_of(run):

@@ -7,12 +7,13 @@ import time
 import aiohttp
 import numpy as np
 import pytest
-import test_rehearsal as rehearsal
+from processes import v51_job
 
+from disagg_lib.experiment.cuda_graphs import cuda_graph_sizes
 from disagg_lib.experiment.loading import load_experiment
-from disagg_lib.serving.lengths import built_in_lengths, shorten_outputs
+from disagg_lib.serving.lengths import built_in_lengths, scale_outputs
 from disagg_lib.serving.loadgen_rules import Load
-from disagg_lib.serving.plan import GRAPH_SIZES, deployment_of
+from disagg_lib.serving.plan import deployment_of
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate
 
 QUERIES, TARGET_QPS = 18, 2.4
@@ -48,17 +49,17 @@ async def measure(port, arrivals, lengths):
 
 
 def test_rehearsal_and_simulation_agree_within_ten_percent(tmp_path):
-    lengths = shorten_outputs(built_in_lengths(QUERIES), 64)
+    lengths = scale_outputs(built_in_lengths(QUERIES), 64)
     arrivals = np.cumsum(np.random.RandomState(1).exponential(1 / TARGET_QPS, QUERIES))
     batch = {
         "generation_servers__max_batch_size": 512,
-        "generation_servers__cuda_graph_batch_sizes": list(GRAPH_SIZES),
+        "generation_servers__cuda_graph_batch_sizes": cuda_graph_sizes(512),
     }
-    with rehearsal.v51_job(tmp_path, environment={"REHEARSAL_TIME_SCALE": "1.0"}, **batch) as job:
+    with v51_job(tmp_path, environment={"REHEARSAL_TIME_SCALE": "1.0"}, **batch) as job:
         late, ttft, tpot = asyncio.run(measure(job.port, arrivals, lengths))
     if np.percentile(late, 90) > OVERLOADED_MS:
         pytest.skip(f"the machine is overloaded: requests left {np.percentile(late, 90):.0f} ms late")
-    generation = ServerGroup(1, 4, 1, 512, 512, GRAPH_SIZES, kv_fraction=0.9)
+    generation = ServerGroup(1, 4, 1, 512, 512, tuple(cuda_graph_sizes(512)), kv_fraction=0.9)
     deployment = Deployment("gb200", ServerGroup(2, 4), generation, reserve_output_tokens=None)
     run = simulate(deployment, Load(TARGET_QPS, arrivals, np.arange(QUERIES)), lengths)
     for found, expected in ((ttft, run.ttft_ms), (tpot, run.tpot_ms)):

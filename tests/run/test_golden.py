@@ -122,8 +122,8 @@ def test_worker_files_of_1x_hold_the_groups_engine_arguments():
         assert yaml.safe_load(files[name]) == arguments
 
 
-def test_a_server_over_nodes_reduces_over_nvlink(experiment):
+def test_servers_reduce_over_nvlink_in_v51_always_and_in_1x_where_they_span_nodes():
     wide = {"num_ctx_servers": 2, "ctx_tp_size": 8}
-    assert "TRTLLM_MNNVL_AR_ENABLED=1" in texts(wide)["job.sh"]
+    assert "TRTLLM_MNNVL_AR_ENABLED=1" in texts({})["job.sh"]  # as the original
     assert "allreduce_strategy: MNNVL" in texts(wide | {"trtllm_dialect": "1.x"})["config.ctx.yaml"]
-    assert "MNNVL" not in "".join(texts({}).values())
+    assert "MNNVL" not in "".join(texts({"trtllm_dialect": "1.x"}).values())

@@ -9,20 +9,21 @@ from disagg_lib.errors import LengthsError
 from disagg_lib.serving.lengths import (
     built_in_lengths,
     data_set_lengths,
+    known_outputs,
     output_tokens_at,
     read_histogram,
     read_lengths_csv,
-    shorten_outputs,
+    scale_outputs,
     write_lengths_csv,
 )
 
 
 def test_built_in_lengths_are_the_same_bytes_everywhere():
     digest = hashlib.sha256(built_in_lengths().tobytes()).hexdigest()
-    assert digest == "7246858abd7a762bf2f459e9099f9ba4bb82bfbc281d3a0fa57f8945f029e6e6"
+    assert digest == "c929dab3ee509911a97431d0a369a4b158486d1f2db4f9c17e9935b043cc6f20"
 
 
-@pytest.mark.parametrize("cv", [0.35, 0.45, 0.55])
+@pytest.mark.parametrize("cv", [0.30, 0.40, 0.50])
 def test_input_shape_has_the_stated_mean_and_spread(cv):
     inputs = built_in_lengths(cv=cv)["input_tokens"]
     assert inputs.mean() == pytest.approx(9400, abs=0.5)
@@ -31,7 +32,7 @@ def test_input_shape_has_the_stated_mean_and_spread(cv):
 
 
 def test_output_shape_has_the_published_percentiles_and_ignores_the_input():
-    lengths = built_in_lengths()
+    lengths = built_in_lengths(8000)
     found = np.percentile(lengths["output_tokens"], [1, 5, 10, 25, 50, 75, 90, 95, 99])
     assert found == pytest.approx([186, 205, 215, 438, 706, 817, 900, 960, 1042], abs=1)
     assert abs(np.corrcoef(lengths["input_tokens"], lengths["output_tokens"])[0, 1]) < 0.02
@@ -40,13 +41,13 @@ def test_output_shape_has_the_published_percentiles_and_ignores_the_input():
 
 def test_shortened_outputs_keep_inputs_and_shape():
     lengths = built_in_lengths()
-    short = shorten_outputs(lengths, 64)
+    short = scale_outputs(lengths, 64)
     assert short["output_tokens"].mean() == pytest.approx(64, abs=0.1)
     assert (short["input_tokens"] == lengths["input_tokens"]).all()
-    assert shorten_outputs(lengths, 1)["output_tokens"].min() == 2
+    assert scale_outputs(lengths, 1)["output_tokens"].min() == 2
 
 
-@pytest.mark.parametrize("arguments", [{"count": 0}, {"cv": 0.0}, {"cv": 1.5}])
+@pytest.mark.parametrize("arguments", [{"count": 0}, {"cv": 0.0}, {"cv": 1.5}, {"mean": 300}])
 def test_impossible_shapes_are_refused(arguments):
     with pytest.raises(LengthsError):
         built_in_lengths(**arguments)
@@ -88,12 +89,35 @@ def test_a_histogram_replaces_the_prompt_shape_and_nothing_else(tmp_path):
 def test_the_data_set_takes_its_lengths_from_either_kind_of_file(tmp_path):
     (tmp_path / "h.csv").write_text("up_to_tokens,samples\n1000,0\n2000,30\n8000,10\n")
     assert data_set_lengths(tmp_path / "h.csv")["input_tokens"].max() <= 8000
-    (tmp_path / "l.csv").write_text("input_tokens,output_tokens\n10,5\n20,6\n")
-    found, counts = np.unique(data_set_lengths(tmp_path / "l.csv")["input_tokens"], return_counts=True)
-    assert found.tolist() == [10, 20] and counts.sum() == 8313 and np.ptp(counts) == 1
+    lengths = built_in_lengths(seed=1)
+    write_lengths_csv(lengths, tmp_path / "l.csv")
+    assert (data_set_lengths(tmp_path / "l.csv") == lengths).all()
     assert (data_set_lengths() == built_in_lengths()).all()
     with pytest.raises(LengthsError, match=r"none.csv: cannot be read"):
         data_set_lengths(tmp_path / "none.csv")
+
+
+def test_lengths_of_another_data_set_or_in_another_order_are_refused(tmp_path):
+    lengths = built_in_lengths()
+    write_lengths_csv(lengths[:100], tmp_path / "few.csv")
+    with pytest.raises(LengthsError, match="100 rows; the data set has 8313 samples"):
+        data_set_lengths(tmp_path / "few.csv")
+    write_lengths_csv(lengths[np.random.RandomState(1).permutation(len(lengths))], tmp_path / "mixed.csv")
+    with pytest.raises(LengthsError, match="not in the data set's order"):
+        data_set_lengths(tmp_path / "mixed.csv")
+
+
+def test_published_outputs_stand_at_their_samples():
+    known = known_outputs()
+    assert (known > 0).sum() == 485 and known[71] == 695
+    assert (built_in_lengths(seed=3)["output_tokens"][known > 0] == known[known > 0]).all()
+
+
+@pytest.mark.parametrize("mean", [9000, 9800])
+def test_another_mean_of_the_prompts_keeps_their_spread(mean):
+    inputs = built_in_lengths(mean=mean)["input_tokens"]
+    assert inputs.mean() == pytest.approx(mean, abs=0.5)
+    assert inputs.std() / inputs.mean() == pytest.approx(0.40, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -5,29 +5,25 @@ import dataclasses
 import numpy as np
 import pytest
 
-from disagg_lib.errors import PlanError
+from disagg_lib.errors import CalibrationError, PlanError
+from disagg_lib.experiment.cuda_graphs import cuda_graph_sizes
 from disagg_lib.experiment.loading import load_experiment
 from disagg_lib.serving import plan
-from disagg_lib.serving.calibrate import Calibration
-from disagg_lib.serving.lengths import built_in_lengths
-from disagg_lib.serving.loadgen_rules import draw_load
-from disagg_lib.serving.plan import (
-    Budget,
-    aggregated_alternative,
-    check_saturation,
-    highest_valid_qps,
-    screen,
-)
+from disagg_lib.serving.lengths import built_in_lengths, length_draws
+from disagg_lib.serving.loadgen_rules import RandomLoads, official_load, random_load
+from disagg_lib.serving.plan import aggregated_alternative, highest_valid_qps
+from disagg_lib.serving.screen import Budget, check_saturation, saturation_qps, screen
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate, summarise
+from disagg_lib.serving.stacks import read_stack
 
 TWENTY_GPUS = Deployment(
-    "gb200", ServerGroup(4, 4), ServerGroup(1, 4, 1, 512, 512, cuda_graph_sizes=plan.GRAPH_SIZES)
+    "gb200", ServerGroup(4, 4), ServerGroup(1, 4, 1, 512, 512, cuda_graph_sizes=tuple(cuda_graph_sizes(512)))
 )
 
 
 @pytest.fixture(scope="module")
 def ranking():
-    return plan.plan(Budget(20), seeds=range(2), simulated=6, ranked=3)
+    return plan.plan(Budget(20, draws=length_draws(2)), simulated=6, ranked=3)
 
 
 def test_rows_are_ranked_within_the_budget_and_labelled(ranking):
@@ -69,7 +65,7 @@ def test_chunks_that_fill_a_pipeline_are_worth_qps():
         two_stages, context=dataclasses.replace(two_stages.context, chunks_overlap=True)
     )
     lengths = built_in_lengths()
-    found = [highest_valid_qps(d, lengths, 0) for d in (two_stages, overlapping)]
+    found = [highest_valid_qps(d, lengths) for d in (two_stages, overlapping)]
     assert found[1] > 1.05 * found[0]
     assert all(d.context.chunks_overlap for _, d in screen(Budget(8, chunks_overlap=True)))
 
@@ -79,13 +75,13 @@ def test_a_coarser_search_is_a_shorter_one(monkeypatch):
     monkeypatch.setattr(plan, "simulate", lambda *a: runs.append(1) or simulate(*a))
     counts = []
     for error in (0.03, 0.001):
-        plan.qps_over_seeds(TWENTY_GPUS, seeds=range(2), error=error)
+        plan.qps_over_draws(TWENTY_GPUS, length_draws(2), error=error)
         counts.append(len(runs) - sum(counts))
     assert counts[0] < counts[1]
 
 
 def test_the_first_row_beats_the_original_layout(ranking):
-    original = plan.qps_over_seeds(TWENTY_GPUS, seeds=range(3), guess=3.7)
+    original = plan.qps_over_draws(TWENTY_GPUS, length_draws(2), guess=3.7)
     assert ranking[0].target_qps >= np.median(original)
 
 
@@ -93,7 +89,7 @@ def test_the_formula_orders_layouts_as_the_simulation_does():
     """Screening may be wrong by a fifth, but must not lose the best: its pick of 16 holds the best of 32."""
     scored = screen(Budget(20))[:32]
     lengths = built_in_lengths()
-    simulated = [highest_valid_qps(d, lengths, 0, guess=max(q, 0.05), error=0.04) for q, d in scored]
+    simulated = [highest_valid_qps(d, lengths, guess=max(q, 0.05), error=0.04) for q, d in scored]
     assert int(np.argmax(simulated)) < 16
     assert np.corrcoef([q for q, _ in scored], simulated)[0, 1] > 0.7
 
@@ -108,24 +104,36 @@ def test_screened_layouts_fit_and_straddle_no_node_needlessly(gpus):
 
 def test_the_search_ends_between_valid_and_invalid():
     lengths = built_in_lengths()
-    qps = highest_valid_qps(TWENTY_GPUS, lengths, seed=3, guess=1.0)
+    qps = highest_valid_qps(TWENTY_GPUS, lengths, guess=1.0)
 
     def valid(q):
-        return summarise(simulate(TWENTY_GPUS, draw_load(q, 3), lengths))["valid"]
+        return summarise(simulate(TWENTY_GPUS, official_load("v5.1", q), lengths))["valid"]
 
     assert valid(qps) and not valid(qps * 1.01)
 
 
 def test_slower_steps_and_wider_prompts_cost_qps():
     lengths = built_in_lengths()
-    base = highest_valid_qps(TWENTY_GPUS, lengths, 1)
-    slow = dataclasses.replace(TWENTY_GPUS, context_factor=1.1, generation_factor=1.1)
-    assert highest_valid_qps(slow, lengths, 1) < 0.95 * base
-    assert highest_valid_qps(TWENTY_GPUS, built_in_lengths(cv=0.55), 1) < base
+    base = highest_valid_qps(TWENTY_GPUS, lengths)
+    stack = dataclasses.replace(TWENTY_GPUS.stack, context_factor=1.1, generation_factor=1.1)
+    assert highest_valid_qps(dataclasses.replace(TWENTY_GPUS, stack=stack), lengths) < 0.95 * base
+    assert highest_valid_qps(TWENTY_GPUS, built_in_lengths(cv=0.55)) < base
+
+
+def test_other_seeds_than_a_rounds_give_another_answer():
+    lengths = built_in_lengths()
+    found = {highest_valid_qps(TWENTY_GPUS, lengths, loads) for loads in (RandomLoads(1), RandomLoads(2))}
+    assert len(found) == 2
+
+
+def test_a_stack_without_constants_for_the_system_is_refused():
+    with pytest.raises(CalibrationError, match="stack v6.0 has no constants for b200, only for gb200, gb300"):
+        screen(Budget(16, system="b200", stack=read_stack("v6.0")))
 
 
 def test_twenty_gpus_come_out_within_15_percent_of_the_original_advice():
-    assert np.median(plan.qps_over_seeds(TWENTY_GPUS, seeds=range(5))) == pytest.approx(3.85, rel=0.15)
+    d = dataclasses.replace(TWENTY_GPUS, stack=read_stack("v5.1"))
+    assert np.median(plan.qps_over_draws(d, length_draws(4, 653.3))) == pytest.approx(3.85, rel=0.15)
 
 
 def test_a_budget_that_would_take_hours_names_the_most_that_does_not():
@@ -141,7 +149,7 @@ def test_a_budget_that_nothing_fits_names_the_least_that_does(gpus):
 
 def test_limits_that_nothing_meets_are_said_not_searched_for_ever():
     with pytest.raises(PlanError, match="meets 100 ms TTFT"):
-        plan.plan(Budget(8, limits_ms=(100.0, 80.0)), seeds=range(2), simulated=1)
+        plan.plan(Budget(8, limits_ms=(100.0, 80.0)), simulated=1)
 
 
 def test_saturation_is_refused_with_the_nearest_feasible_choice():
@@ -157,9 +165,9 @@ def test_saturation_is_refused_with_the_nearest_feasible_choice():
 
 def test_beyond_saturation_queues_grow_and_below_they_do_not():
     lengths = built_in_lengths()
-    most = min(plan.saturation_qps(TWENTY_GPUS, lengths))
+    most = min(saturation_qps(TWENTY_GPUS, lengths))
     waits = [
-        simulate(TWENTY_GPUS, draw_load(share * most, 1), lengths).ttft_ms[-500:].mean() / 1e3
+        simulate(TWENTY_GPUS, random_load(share * most, 1), lengths).ttft_ms[-500:].mean() / 1e3
         for share in (0.85, 1.15)
     ]
     assert waits[0] < 10 < 100 < waits[1]
@@ -172,7 +180,7 @@ def test_a_tray_of_two_small_servers_loses_both():
 
 
 def test_an_aggregated_alternative_is_judged_by_the_same_limits():
-    row = aggregated_alternative(Budget(8, calibration=Calibration(0.65, 1.6)), range(2))
+    row = aggregated_alternative(Budget(8, stack=read_stack("aggregated")))
     assert row.layout == "2 x TP4 aggregated" and row.target_qps > 0
     with pytest.raises(PlanError, match="no params file"):
         row.params()

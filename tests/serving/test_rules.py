@@ -81,6 +81,12 @@ def test_kv_is_held_in_whole_blocks_and_moved_at_the_bandwidth():
     assert rules.transfer_ms(10_000, 4, 8) == pytest.approx(5 + 12.9024)
 
 
+def test_max_utilisation_asks_for_a_prompt_and_a_block_and_grows():
+    assert rules.kv_asked(100, 2144, True) == 160 and rules.kv_asked(100, 2144, False) == 2144
+    assert [rules.kv_held(100, emitted, 2144, True) for emitted in (0, 28, 29)] == [128, 128, 160]
+    assert rules.kv_held(100, 29, 2144, False) == 2144
+
+
 def test_least_loaded_takes_ties_in_turn():
     assert [rules.least_loaded([1, 0, 2, 0], turn) for turn in range(4)] == [1, 3, 1, 3]
     assert rules.least_loaded([5, 4, 3], 7) == 2

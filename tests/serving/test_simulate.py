@@ -15,9 +15,10 @@ from disagg_lib.rehearsal.configuration import EngineArgs
 from disagg_lib.rehearsal.engine import ContextEngine, GenerationEngine, Sequence
 from disagg_lib.serving import engines, rules, simulate
 from disagg_lib.serving.latency import read_table
-from disagg_lib.serving.lengths import LENGTHS, SAMPLE_COUNT, built_in_lengths, shorten_outputs
-from disagg_lib.serving.loadgen_rules import Load, draw_load, percentile, worst_allowed
+from disagg_lib.serving.lengths import LENGTHS, SAMPLE_COUNT, built_in_lengths, scale_outputs
+from disagg_lib.serving.loadgen_rules import Load, percentile, random_load, worst_allowed
 from disagg_lib.serving.simulate import Deployment, ServerGroup, queue_lengths, summarise
+from disagg_lib.serving.stacks import read_stack
 
 GRAPHS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512)
 GENERATION = ServerGroup(1, 4, max_batch_size=512, max_num_tokens=512, cuda_graph_sizes=GRAPHS)
@@ -38,16 +39,28 @@ def made_load(arrivals):
 # Theory
 
 
+def unfilled(queries, servers=1):
+    return engines.Served(
+        np.zeros((servers, 8)),
+        np.zeros(2, np.int64),
+        np.empty(queries, np.int64),
+        *np.full((2, queries), np.inf),
+    )
+
+
+def asked(arrivals, inputs, outputs, transfer_s=0.0):
+    return engines.Queries(arrivals, inputs, outputs, inputs + outputs, np.full(len(inputs), transfer_s))
+
+
 def waits(service_s, utilisation, seed):
     """Waiting times of one server that takes requests one by one; service times in s."""
     n = len(service_s)
     arrivals = np.cumsum(np.random.RandomState(seed).exponential(service_s.mean() / utilisation, n))
     tokens = np.maximum(1, np.rint(service_s * 1000)).astype(np.int64)
-    end, server, busy = np.empty(n), np.empty(n, np.int64), np.zeros((1, 8))
-    engines.run_prompts(
-        arrivals, tokens, np.ones_like(tokens), np.zeros_like(tokens), 1, False, False, ONE_MS_A_TOKEN, ONE_MS_A_TOKEN[2:], 2**40, 1,
-        1, False, 0, 1.0, 1.0, 1e9, busy, np.zeros(2, np.int64), server, end, end.copy(),
-    )  # fmt: skip
+    served = unfilled(n)
+    limits = engines.Limits(1, False, False, 2**40, 1, 1, False, 0, False, 1e9)
+    engines.run_context(asked(arrivals, tokens, np.ones_like(tokens)), limits, ONE_MS_A_TOKEN, served)
+    end, busy = served.end, served.busy
     assert busy.sum() == pytest.approx(tokens.sum() / 1000)
     return end - arrivals - tokens / 1000
 
@@ -79,9 +92,9 @@ groups = st.builds(
     max_batch_size=st.integers(1, 64),
     max_num_tokens=st.integers(64, 8192),
     cuda_graph_sizes=st.sampled_from([(), (1, 2, 4, 8), GRAPHS]),
-    router=st.sampled_from(["round_robin", "load_balancing"]),
-    router_tokens=st.booleans(),
+    router=st.sampled_from(["round_robin", "load_balancing", "least_tokens"]),
     chunks_overlap=st.booleans(),
+    capacity_policy=st.sampled_from(["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"]),
 )
 queries = st.lists(
     st.tuples(st.floats(0, 3), st.integers(1, 20_000), st.integers(2, 60)), min_size=1, max_size=40
@@ -125,11 +138,12 @@ def test_each_step_gives_each_sequence_one_token(servers, max_batch, drawn):
     arrivals = np.cumsum([q[0] for q in drawn])
     inputs, outputs = (np.array([q[k] for q in drawn], np.int64) for k in (1, 2))
     steps = (np.array([0.0, 1.0]), np.full((max_batch + 1, 2), 10.0), np.zeros(max_batch + 1))
-    server, first, end, busy = np.empty(n, np.int64), np.empty(n), np.empty(n), np.zeros((servers, 8))
-    engines.run_generation(
-        np.arange(n), arrivals, inputs, outputs, inputs + outputs, np.full(n, 0.005), servers, False, steps, max_batch, 1,
-        2**40, 1.0, 1e9, busy, np.zeros(2, np.int64), server, first, end,
-    )  # fmt: skip
+    served, limits = (
+        unfilled(n, servers),
+        engines.Limits(servers, False, False, 1, max_batch, 1, False, 2**40, False, 1e9),
+    )
+    engines.run_generation(np.arange(n), asked(arrivals, inputs, outputs, 0.005), limits, steps, served)
+    first, end = served.first, served.end
     assert (end - first) / 0.010 == pytest.approx(outputs - 1)
     assert (first >= arrivals + 0.005 - 1e-9).all()
 
@@ -154,7 +168,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 def engine_args(group):
     return EngineArgs(
         group.tp, group.pp, group.max_batch_size, group.max_num_tokens, 2**20, True, group.kv_fraction, group.cuda_graph_sizes,
-        group.cuda_graph_padding, True, False, group.chunks_overlap,
+        group.cuda_graph_padding, True, False, group.chunks_overlap, group.capacity_policy,
     )  # fmt: skip
 
 
@@ -164,7 +178,7 @@ async def run_engines(deployment, load, lengths):
     c, g = deployment.context, deployment.generation
     contexts, generations = (
         [
-            engine(engine_args(group), read_table("gb200", group.tp, group.pp), 1e-3)
+            engine(engine_args(group), read_table("gb200", group.tp, group.pp).under(deployment.stack), 1e-3)
             for _ in range(group.count)
         ]
         for engine, group in ((ContextEngine, c), (GenerationEngine, g))
@@ -175,9 +189,9 @@ async def run_engines(deployment, load, lengths):
     @contextlib.contextmanager
     def routed(role, engines, group, tokens):
         turn = next(turns[role])
-        balanced = group.router == "load_balancing"
+        balanced = group.router != "round_robin"
         index = rules.least_loaded(loads[role], turn) if balanced else turn % group.count
-        load = tokens if group.router_tokens and role == 0 else 1
+        load = tokens if group.router == "least_tokens" else 1
         loads[role][index] += load
         yield engines[index]
         loads[role][index] -= load
@@ -211,7 +225,7 @@ async def run_engines(deployment, load, lengths):
     )
     for runner in runners:
         runner.cancel()
-    assert not any(generation.kv_used or generation.admitted for generation in generations)
+    assert not any(generation.kv_used() or generation.admitted for generation in generations)
     return np.array(answers).T
 
 
@@ -231,16 +245,24 @@ async def run_engines(deployment, load, lengths):
         (ServerGroup(1, 2, 2), GENERATION, 1.0),
         (ServerGroup(3, 2, 2, max_num_tokens=2048), dataclasses.replace(GENERATION, count=2), 3.0),
         (
-            ServerGroup(3, 2, 2, router="load_balancing", router_tokens=True),
+            ServerGroup(3, 2, 2, router="load_balancing"),
             dataclasses.replace(GENERATION, count=2, router="load_balancing"),
+            3.0,
+        ),
+        (
+            ServerGroup(3, 4, router="least_tokens"),
+            dataclasses.replace(GENERATION, count=2, router="least_tokens"),
             3.0,
         ),
     ],
 )
-def test_simulation_and_rehearsal_engine_agree_to_the_microsecond(context, generation, qps):
-    lengths = shorten_outputs(built_in_lengths(150), 80)
+@pytest.mark.parametrize("policy", ["GUARANTEED_NO_EVICT", "MAX_UTILIZATION"])
+@pytest.mark.parametrize("stack", ["none", "v6.0"])
+def test_simulation_and_rehearsal_engine_agree_to_the_microsecond(context, generation, qps, policy, stack):
+    lengths = scale_outputs(built_in_lengths(150), 80)
     load = made_load(np.cumsum(np.random.RandomState(3).exponential(1 / qps, 150)))
-    deployment = Deployment("gb200", context, generation, reserve_output_tokens=None)
+    generation = dataclasses.replace(generation, capacity_policy=policy)
+    deployment = Deployment("gb200", context, generation, read_stack(stack), reserve_output_tokens=None)
     run = simulate.simulate(deployment, load, lengths)
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         first, end = runner.run(run_engines(deployment, load, lengths))
@@ -255,19 +277,19 @@ def test_simulation_and_rehearsal_engine_agree_to_the_microsecond(context, gener
     ("target_qps", "count"), [(0.05, 8313), (3.85, 8313), (13.0, 8313), (14.5, 16626), (30, 24939)]
 )
 def test_queries_come_in_whole_permutations_until_the_duration_has_passed(target_qps, count):
-    load = draw_load(target_qps, seed=1)
+    load = random_load(target_qps, seed=1)
     assert len(load.samples) == count and load.arrivals_s[-1] >= 600
     assert (np.bincount(load.samples) == count // 8313).all()
     assert load.arrivals_s[0] == 0 and (np.diff(load.arrivals_s) > 0).all()
 
 
 def test_a_short_run_draws_exactly_its_queries():
-    load = draw_load(3.85, 1, min_duration_s=1, min_query_count=459, equal_issue=False)
+    load = random_load(3.85, 1, min_duration_s=1, min_query_count=459, equal_issue=False)
     assert len(load.samples) == 459 and len(set(load.samples)) > 430
 
 
 def test_arrivals_are_poisson_at_the_target():
-    gaps = np.diff(draw_load(13.0, 5).arrivals_s)
+    gaps = np.diff(random_load(13.0, 5).arrivals_s)
     assert gaps.mean() == pytest.approx(1 / 13, rel=0.03) and gaps.std() == pytest.approx(
         gaps.mean(), rel=0.03
     )
@@ -285,16 +307,16 @@ def test_early_stopping_looks_at_the_allowed_query():
 def test_the_same_seed_gives_the_same_run_and_another_another():
     lengths = built_in_lengths()
     one, two, other = (
-        summarise(simulate.simulate(TWENTY_GPUS, draw_load(3.5, s), lengths)) for s in (1, 1, 2)
+        summarise(simulate.simulate(TWENTY_GPUS, random_load(3.5, s), lengths)) for s in (1, 1, 2)
     )
     assert one == two and one["ttft_p99_ms"] != other["ttft_p99_ms"]
 
 
 def test_balancing_tokens_cuts_the_tail_that_round_robin_leaves():
-    lengths, load = built_in_lengths(), draw_load(3.85, 1)
+    lengths, load = built_in_lengths(), random_load(3.85, 1)
     balanced = dataclasses.replace(
         TWENTY_GPUS,
-        context=dataclasses.replace(TWENTY_GPUS.context, router="load_balancing", router_tokens=True),
+        context=dataclasses.replace(TWENTY_GPUS.context, router="least_tokens"),
     )
     tails = [percentile(simulate.simulate(d, load, lengths).ttft_ms, 0.99) for d in (TWENTY_GPUS, balanced)]
     assert tails[1] < 0.8 * tails[0]
@@ -303,9 +325,9 @@ def test_balancing_tokens_cuts_the_tail_that_round_robin_leaves():
 def test_each_limit_can_be_the_one_that_binds():
     lengths = built_in_lengths()
 
-    def row(system="gb200", context=16, qps=5.4, limits=simulate.INTERACTIVE_LIMITS_MS, **changes):
+    def row(system="gb200", context=16, qps=5.2, limits=simulate.INTERACTIVE_LIMITS_MS, **changes):
         d = Deployment(system, ServerGroup(context, 4), dataclasses.replace(GENERATION, **changes))
-        found = summarise(simulate.simulate(d, draw_load(qps, 1), lengths), limits)
+        found = summarise(simulate.simulate(d, random_load(qps, 1), lengths), limits)
         return found["binds"], found["valid"]
 
     assert row(context=4, qps=3.85) == ("ttft", False)
@@ -316,7 +338,7 @@ def test_each_limit_can_be_the_one_that_binds():
 
 
 def test_a_full_kv_cache_makes_requests_queue_for_admission():
-    lengths, load = built_in_lengths(), draw_load(3.85, 1)
+    lengths, load = built_in_lengths(), random_load(3.85, 1)
     small = dataclasses.replace(TWENTY_GPUS, generation=dataclasses.replace(GENERATION, kv_fraction=0.3))
     roomy, tight = (simulate.simulate(d, load, lengths) for d in (TWENTY_GPUS, small))
     capacity = read_table("gb200", 4).kv_capacity_tokens(0.3, 512)
@@ -333,7 +355,7 @@ def test_a_full_kv_cache_makes_requests_queue_for_admission():
 def test_a_request_that_never_fits_is_refused():
     tiny = dataclasses.replace(TWENTY_GPUS, generation=dataclasses.replace(GENERATION, kv_fraction=0.005))
     with pytest.raises(SimulationError, match="room for .* KV-cache tokens"):
-        simulate.simulate(tiny, draw_load(1.0, 1), built_in_lengths())
+        simulate.simulate(tiny, random_load(1.0, 1), built_in_lengths())
 
 
 def test_an_unknown_router_is_refused():
@@ -341,11 +363,11 @@ def test_an_unknown_router_is_refused():
         TWENTY_GPUS, generation=dataclasses.replace(GENERATION, router="kv_cache_aware")
     )
     with pytest.raises(SimulationError, match="kv_cache_aware"):
-        simulate.simulate(odd, draw_load(1.0, 1), built_in_lengths())
+        simulate.simulate(odd, random_load(1.0, 1), built_in_lengths())
 
 
 def test_utilisation_is_the_share_of_time_that_a_server_computes():
-    run = simulate.simulate(TWENTY_GPUS, draw_load(3.85, 1), built_in_lengths())
+    run = simulate.simulate(TWENTY_GPUS, random_load(3.85, 1), built_in_lengths())
     assert run.context_busy.shape == (4, engines.TRACE_BINS)
     assert 0.75 < run.context_busy[:, 10:200].mean() < 0.9
     assert run.context_busy.max() < 1.5 and 0.99 < run.generation_busy[:, 10:200].mean() < 1.01
@@ -370,3 +392,32 @@ def test_a_pipeline_stages_batch_never_passes_its_limit():
         made_lengths([20000, 20000], [2, 60]),
     )
     assert (run.first_token_s < run.end_s).all()
+
+
+# Admission
+
+
+def test_a_server_that_reserves_nothing_holds_more_sequences_in_the_same_cache():
+    lengths, load = built_in_lengths(), random_load(3.3, 1)
+    refused, active = [], []
+    for policy in ("GUARANTEED_NO_EVICT", "MAX_UTILIZATION"):
+        small = dataclasses.replace(GENERATION, kv_fraction=0.45, capacity_policy=policy)
+        run = simulate.simulate(dataclasses.replace(TWENTY_GPUS, generation=small), load, lengths)
+        refused.append(run.blocked_by_kv)
+        active.append(queue_lengths(run)["generation_active"].max())
+    assert refused[1] < refused[0] and active[1] > 1.1 * active[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(queries, st.floats(0.008, 0.05))
+def test_max_utilisation_admits_only_what_has_room_for_its_prompt(drawn, fraction):
+    load = made_load(np.cumsum([q[0] / 10 for q in drawn]))
+    lengths = made_lengths([q[1] for q in drawn], [q[2] for q in drawn])
+    generation = dataclasses.replace(GENERATION, kv_fraction=fraction, capacity_policy="MAX_UTILIZATION")
+    capacity = read_table("gb200", 4).kv_capacity_tokens(fraction, 512)
+    if rules.kv_asked(lengths["input_tokens"].max(), 0, True) > capacity:
+        return
+    run = simulate.simulate(Deployment("gb200", ServerGroup(2, 4), generation), load, lengths)
+    for now in run.first_token_s:
+        inside = (run.first_token_s <= now) & (run.end_s > now)
+        assert rules.kv_tokens(run.input_tokens[inside], 0).sum() <= capacity

@@ -251,6 +251,9 @@ def test_a_run_made_by_hand_gets_its_05_executed_for_the_page_and_stays_as_it_is
 def test_a_run_whose_05_cannot_be_executed_is_shared_without_it(tmp_path):
     run = make_site_run(tmp_path / "run", site())
     shutil.rmtree(run / "notebooks")
+    recorded = yaml.safe_load((run / "experiment.yaml").read_text())
+    recorded["parameters"]["num_ctx_servers"] = {"value": "many", "from": "given"}
+    (run / "experiment.yaml").write_text(yaml.safe_dump(recorded))
     shared = export_html(run, tmp_path / "html")
     assert [p.name for p in shared.path.glob("*.html")] == ["index.html"]
     assert any("05 could not be executed" in item for item in shared.left_out)

@@ -23,7 +23,7 @@ build_base_sqsh:
 	test "$(ARCH)" = {arch} -a "$(SLURM_MODE)" = srun -a "$(SBATCH_PARTITION)" = batch
 	test "$(INSTALL_TRTLLM)" = 1 -a "$(INSTALL_LOADGEN)" = 1
 	test "$(MLPERF_SCRATCH_PATH)" = "{scratch}"
-	test "$(EXTRA_SRUN_FLAGS)" = --container-remap-root
+	test "$(EXTRA_SRUN_FLAGS)" = "--container-remap-root --container-writable"
 	test -z "$$LOG_DIR$$MODEL_DIR$$HF_TOKEN"
 	bash ask.sh "$(SBATCH_ACCOUNT)"
 	srun --partition=$(SBATCH_PARTITION) mksquashfs root "$(SBATCH_CONTAINER_SAVE)" -quiet -no-progress
@@ -83,6 +83,7 @@ def test_the_probe_of_a_node_without_gpus_and_pyxis_says_so(site):
         "4 GPUs (name, memory, driver)",
         "srun knows --container-image (pyxis)",
         "/no/such/folder is visible",
+        "TensorRT-LLM in the container, of MLPerf v5.1 (0.20 to 1.0): trtllm_dialect is v5.1",
     ]
 
 

@@ -19,6 +19,7 @@ PHASES = [
     "workers",
     "orchestrator",
     "ready",
+    "warmup",
     "performance",
     "accuracy",
     "teardown",
@@ -195,9 +196,33 @@ FAULTS = [
         r"context server ctx1 \(rank 4, node NODE_1\) ended with status \d+",
     ),
     ("health_503", {"load_timeout_s": 8}, r"not ready after load_timeout_s = 8 s"),
-    ("no_tokens", {"load_timeout_s": 10, "stall_timeout_s": 3}, r"not ready after load_timeout_s = 10 s"),
-    ("truncated_stream:5", {}, r"the performance client ended with status \d+: .*"),
+    (
+        "no_tokens",
+        {"stall_timeout_s": 3},
+        r"every server answers /health with 200, but for \d+ s .*no complete answer",
+    ),
+    ("truncated_stream:5", {}, r"the performance client ended with status \d+: .*cut"),
+    (
+        "gen_refuses:gen0:60",
+        {"rehearsal_queries": 400},
+        r"the performance client ended with status 1: .*sample \d+: ",
+    ),
+    (
+        "gen_refuses:gen0:60",
+        {"rehearsal_queries": 400, "trtllm_dialect": "1.x"},
+        r"the performance client ended with status 1: .*sample \d+: ",
+    ),
+    (
+        "no_request_id",
+        {"stall_timeout_s": 3, "trtllm_dialect": "1.x"},
+        r"every server answers /health with 200, but for \d+ s .*status 500: .*disagg_request_id is None",
+    ),
 ]
+
+
+def with_nodes(run, reason):
+    names = (run / "job/nodes.txt").read_text().split()
+    return re.sub(r"NODE_(\d)", lambda match: names[int(match[1])], reason)
 
 
 @pytest.mark.parametrize(("fault", "given", "reason"), FAULTS)
@@ -206,13 +231,61 @@ def test_a_fault_of_the_servers_is_named(cluster, make_run, fault, given, reason
     launch.submit(run)
     state = until_ended(run)
     assert state.state == "failed"
-    names = (run / "job/nodes.txt").read_text().split()
-    expected = re.sub(r"NODE_(\d)", lambda match: names[int(match[1])], reason)
-    assert re.match(expected, state.reason), state.reason
+    assert re.match(with_nodes(run, reason), state.reason), state.reason
     assert nodes_are_free(cluster)
     # The controller tells slurmdbd when it has time.
     asked = "sacct", "-nPX", "-j", state.job_id, "-o", "State"
     cluster.wait("the accounting says FAILED", lambda: cluster.run(*asked).split() == ["FAILED"])
+
+
+QUIET = [
+    (
+        "crash_loading_quiet:ctx2",
+        "v5.1",
+        90,
+        r"context server ctx2 \(rank 8, node NODE_2\) wrote an error, then nothing for 60 s, and does not answer "
+        r"/health: 8: .*out of memory",
+    ),
+    (
+        "crash_midrun_quiet:gen0:60",
+        "1.x",
+        30,
+        r"generation server gen0 \(rank 16, node NODE_4\) was well and does not answer /health any more; its step "
+        r"lives on: 16: .*died after",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fault", "dialect", "within_s", "reason"), QUIET)
+def test_a_server_that_dies_while_its_step_lives_is_named_in_time(
+    cluster, make_run, fault, dialect, within_s, reason
+):
+    slow = {"server_target_qps": 2, "rehearsal_queries": 400, "test_modes": ["performance"]}
+    run = make_run(fault=fault, trtllm_dialect=dialect, load_timeout_s=3600, **slow)
+    launch.submit(run)
+    log = run / "logs/output_workers.log"
+    until(run, lambda state: log.exists() and "(fault " in log.read_text(), ask=False)
+    died = time.monotonic()
+    state = until_ended(run)
+    assert time.monotonic() - died < within_s
+    assert re.match(with_nodes(run, reason), state.reason), state.reason
+    assert nodes_are_free(cluster, 30)
+
+
+def test_what_serves_and_measures_is_looked_for_before_anything_is_loaded(cluster, make_run):
+    """The test cluster's nodes have no TensorRT-LLM."""
+    run = make_run(engine="trtllm", container="none", test_modes=["performance"])
+    launch.submit(run)
+    state = until_ended(run)
+    assert re.match(r"container ended with status \d+: .*No module named 'tensorrt_llm'", state.reason), state
+    assert phase_names(run)[:-2] == ["container"]
+    external = {"engine": "external", "endpoint_url": "http://127.0.0.1:9", "test_modes": ["performance"]}
+    run = make_run(**external, client_dir="/nowhere")
+    script = run / "job.sh"  # this machine's own python3 may have LoadGen
+    script.write_text(script.read_text().replace(" python3 -c", " python3 -I -S -c"))
+    launch.submit(run)
+    reason = until_ended(run).reason
+    assert re.match(r"container_client ended with status \d+: .*No module named 'mlperf_loadgen'", reason)
 
 
 def long_run(make_run, **given):

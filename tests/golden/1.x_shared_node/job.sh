@@ -6,6 +6,7 @@
 #SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=4:00:00
 #SBATCH --partition=batch
 #SBATCH --account=mlperf
@@ -24,6 +25,7 @@
 
 set -uo pipefail
 set -m # each background step is a process group of its own, which teardown can end as a whole
+export PATH SLURM_EXPORT_ENV=ALL # sbatch --export=NONE, a site's default perhaps, would leave the steps without
 
 cd -- "${SLURM_SUBMIT_DIR:-$(dirname -- "$0")}" || exit 1
 RUN=$PWD
@@ -32,17 +34,29 @@ agent() { "$PYTHON" "$RUN/job/program" agent "$@"; }
 
 agent admit || exit 1 # a folder is used once; a requeued job ends here
 mkdir -p job/exit logs mlperf
+unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACE_HUB_TOKEN # no step needs one
 
-# Variables that would redirect the harness, the servers or Slurm's steps, and tokens that no step needs.
-unset LOG_DIR MODEL_DIR DATA_DIR PREPROCESSED_DATA_DIR BUILD_DIR CONFIG_DIR ARTIFACTS_DIR UCX_TLS
-unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACE_HUB_TOKEN
-export TLLM_LOG_LEVEL=INFO
-export TRTLLM_ENABLE_PDL=1
-export TRTLLM_SERVER_DISABLE_GC=1
-export TRTLLM_WORKER_DISABLE_GC=1
-export NCCL_GRAPH_MIXING_SUPPORT=0
-export ENROOT_ALLOW_DEV=yes
-
+# What every step's program finds in its environment. It stands inside the step: a container's image sets variables, which
+# win over those exported out here. First what would redirect servers or harness, then what is set.
+ENVIRONMENT=(
+  env -u UCX_TLS -u LOG_DIR -u MODEL_DIR -u DATA_DIR -u PREPROCESSED_DATA_DIR -u BUILD_DIR -u CONFIG_DIR -u ARTIFACTS_DIR -u TMPDIR
+  PYTHONNOUSERSITE=1
+  TLLM_LOG_LEVEL=INFO
+  NCCL_DEBUG=WARN
+  UCX_LOG_LEVEL=warn
+  TRTLLM_ENABLE_PDL=1
+  TRTLLM_SERVER_DISABLE_GC=1
+  TRTLLM_WORKER_DISABLE_GC=1
+  NCCL_GRAPH_MIXING_SUPPORT=0
+)
+# In front of a program inside its step: no variable of the step's, or caches of its own, or one more folder of modules.
+WITHOUT_SLURM=(bash -c 'unset "${!SLURM_@}"; exec "$@"' -)
+WITH_OWN_CACHES=(bash -c '
+  own=/tmp/disagg_405B_${USER-}/${SLURM_JOB_ID-}.${SLURM_STEP_ID-}.${SLURM_PROCID-}
+  for name in XDG_CACHE_HOME TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR FLASHINFER_WORKSPACE_BASE CUDA_CACHE_PATH; do
+    mkdir -p "$own/$name" && export "$name=$own/$name"
+  done
+  exec "$@"' -)
 
 pids=()
 
@@ -53,7 +67,7 @@ start() {
   {
     "$@"
     echo "$?" >"job/exit/$name"
-  } >>"$log" 2>&1 &
+  } </dev/null >>"$log" 2>&1 &
   pids+=("$!")
 }
 
@@ -90,9 +104,7 @@ teardown() {
   } 2>/dev/null # what has ended already, and bash's own word on each end
   agent finish "$status"
   status=$?
-  # Where pyxis keeps named containers beyond the job, the unpacked image would stay on every node.
-  timeout 60 srun --overlap --ntasks-per-node=1 --ntasks=9 \
-    enroot remove --force "pyxis_disagg_405B_${SLURM_JOB_ID-}" >>logs/container.log 2>&1
+  timeout 60 "${SRUN[@]}" "${ON_EACH_NODE[@]}" "$PYTHON" "$RUN/job/program" agent janitor end >>logs/container.log 2>&1
   exit "$status"
 }
 trap teardown EXIT
@@ -100,33 +112,42 @@ trap 'signalled TERM' TERM
 trap 'signalled INT' INT
 trap 'signalled HUP' HUP
 
-# step NODES TASKS FIRST_RANK COMMAND...: TASKS copies of the command, on these nodes (comma separated), in
-# node order. Lines are labelled with the rank, counted from FIRST_RANK; FIRST_RANK - means no label.
+SRUN=(srun --overlap --mpi=pmix --cpu-bind=none --kill-on-bad-exit=1) # servers bind themselves to cores
+ON_EACH_NODE=(--ntasks-per-node=1 --ntasks=9)
 CONTAINER=(
   --container-image=/images/mlpinf.sqsh
   --container-name="disagg_405B_${SLURM_JOB_ID-}"
   --container-mounts="$RUN:$RUN,"'/scratch:/scratch,/code:/work'
-  --container-remap-root
+  --no-container-remap-root # root inside is not who the job is outside: PMIx would refuse each rank
   --container-mount-home
   --container-workdir=/work
 )
+# step NODES TASKS FIRST_RANK [NAME=VALUE...] COMMAND...: TASKS copies of the command, on these nodes (comma separated), in
+# node order. Lines are labelled with the rank, counted from FIRST_RANK; FIRST_RANK - means no label.
 step() {
   local nodes=$1 tasks=$2 first=$3 commas label=()
   shift 3
   commas=${nodes//[^,]/}
   local count=$((${#commas} + 1))
   [[ $first == - ]] || label=(--label)
-  srun --overlap --nodelist="$nodes" --nodes="$count" --ntasks="$tasks" \
-    --ntasks-per-node="$(((tasks + count - 1) / count))" --distribution=block --mpi=pmix \
-    --kill-on-bad-exit=1 --unbuffered ${label[@]+"${label[@]}"} "${CONTAINER[@]}" "$@" 2>&1 |
+  "${SRUN[@]}" --nodelist="$nodes" --nodes="$count" --ntasks="$tasks" \
+    --ntasks-per-node="$(((tasks + count - 1) / count))" --distribution=block --unbuffered \
+    ${label[@]+"${label[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} "${ENVIRONMENT[@]}" "$@" 2>&1 |
     awk -v first="$first" 'first ~ /^[0-9]+$/ && /^ *[0-9]+:/ {
       colon = index($0, ":"); $0 = (first + substr($0, 1, colon - 1)) substr($0, colon)
     } { print; fflush() }'
 }
 
+# What will serve and measure is there, on every node, in the container if there is one: it is unpacked here.
 agent phase container
-start container logs/container.log srun --ntasks-per-node=1 --ntasks=9 "${CONTAINER[@]}" true
+# Its janitor removes it when the job ends in a way that lets no new step begin, such as scancel.
+start container_janitor logs/container.log "${SRUN[@]}" "${ON_EACH_NODE[@]}" "$PYTHON" "$RUN/job/program" agent janitor
+start container logs/container.log "${SRUN[@]}" "${ON_EACH_NODE[@]}" ${CONTAINER[@]+"${CONTAINER[@]}"} \
+  "${ENVIRONMENT[@]}" python3 -c 'import shutil, tensorrt_llm; lacks = [p for p in ("trtllm-llmapi-launch", "trtllm-serve") if not shutil.which(p)]; assert not lacks, f"not on PATH: {lacks}"'
 attend agent await container || exit
+start container_client logs/container_client.log "${SRUN[@]}" --nodes=1 --ntasks=1 ${CONTAINER[@]+"${CONTAINER[@]}"} \
+  "${ENVIRONMENT[@]}" python3 -c 'import mlperf_loadgen, numpy'
+attend agent await container_client || exit
 
 agent phase bind
 agent bind || exit
@@ -141,45 +162,56 @@ MODEL=/scratch/models/Llama3.1-405B/fp4-quantized-modelopt/llama3.1-405b-instruc
 CONTEXT=(
   --tp_size 8 --pp_size 1
   --max_batch_size 128 --max_num_tokens 4096 --max_seq_len 22016
-  --backend pytorch --extra_llm_api_options "$RUN/config.ctx.yaml" --server_role context
+  --backend pytorch --extra_llm_api_options "$RUN/config.ctx.yaml" --server_role context --log_level info
 )
 GENERATION=(
   --tp_size 2 --pp_size 1
   --max_batch_size 100 --max_num_tokens 512 --max_seq_len 22016
-  --backend pytorch --extra_llm_api_options "$RUN/config.gen.yaml" --server_role generation
+  --backend pytorch --extra_llm_api_options "$RUN/config.gen.yaml" --server_role generation --log_level info
 )
 # worker NAME NODES TASKS FIRST_RANK GPUS FLAGS...: GPUS is what it may use of a shared node, or all
 worker() {
-  local name=$1 nodes=$2 tasks=$3 first=$4 gpus=$5 only=()
+  local name=$1 nodes=$2 tasks=$3 first=$4 gpus=$5 own=()
   shift 5
-  [[ $gpus == all ]] || only=(env "CUDA_VISIBLE_DEVICES=$gpus")
-  start "$name" logs/output_workers.log step "$nodes" "$tasks" "$first" ${only[@]+"${only[@]}"} \
-    trtllm-llmapi-launch trtllm-serve "$MODEL" --host "${nodes%%,*}" --port "${PORT[$name]}" "$@"
+  own=("TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR=ipc:///tmp/disagg_405B_${SLURM_JOB_ID-}_$name")
+  [[ $gpus == all ]] || own+=("CUDA_VISIBLE_DEVICES=$gpus")
+  start "$name" logs/output_workers.log step "$nodes" "$tasks" "$first" "${own[@]}" \
+    "${WITH_OWN_CACHES[@]}" trtllm-llmapi-launch trtllm-serve "$MODEL" --host "${nodes%%,*}" --port "${PORT[$name]}" "$@"
 }
 worker ctx0 "${NODES[0]},${NODES[1]}" 8 0 all "${CONTEXT[@]}"
 worker ctx1 "${NODES[2]},${NODES[3]}" 8 8 all "${CONTEXT[@]}"
 worker ctx2 "${NODES[4]},${NODES[5]}" 8 16 all "${CONTEXT[@]}"
 worker ctx3 "${NODES[6]},${NODES[7]}" 8 24 all "${CONTEXT[@]}"
 worker gen0 "${NODES[8]}" 2 32 0,1 "${GENERATION[@]}"
+attend sleep 5 # servers of one node do not load at the same moment
 worker gen1 "${NODES[8]}" 2 34 2,3 "${GENERATION[@]}"
 
 agent phase orchestrator
 start orchestrator logs/output_server.log step "${NODES[0]}" 1 - \
-  trtllm-serve disaggregated -c "$RUN/job/config.bound.yaml" \
+  "${WITHOUT_SLURM[@]}" trtllm-serve disaggregated -c "$RUN/job/config.bound.yaml" \
   -t 3600 -r 1800
 
 # Ready: the orchestrator says 200, and completions have come back through every server.
 agent phase ready
 attend agent ready || exit
 
+# client NAME LOG PART [ARGUMENTS...]: our measuring client, beside the orchestrator, to its end
+client() {
+  local name=$1 log=$2 part=$3
+  shift 3
+  start "client_$name" "$log" step "${NODES[0]}" 1 - python3 \
+    "$RUN/job/program" "$part" --run-dir "$RUN" --url "http://${NODES[0]}:${PORT[orchestrator]}" "$@"
+  attend agent watch "$name"
+}
+
+# Ready is not warm: completions like the run's own, before anything is measured, counted as nothing.
+agent phase warmup
+client warmup logs/warmup.log client --test-mode warmup || exit
+
 agent phase performance
-start client_performance logs/mlperf_benchmark_performance.log step "${NODES[0]}" 1 - \
-  python3 "$RUN/job/program" client --run-dir "$RUN" --test-mode performance --url "http://${NODES[0]}:${PORT[orchestrator]}"
-attend agent watch performance || exit
+client performance logs/mlperf_benchmark_performance.log client --test-mode performance || exit
 
 agent phase accuracy
-start client_accuracy logs/mlperf_benchmark_accuracy.log step "${NODES[0]}" 1 - \
-  python3 "$RUN/job/program" client --run-dir "$RUN" --test-mode accuracy --url "http://${NODES[0]}:${PORT[orchestrator]}"
-attend agent watch accuracy || exit
+client accuracy logs/mlperf_benchmark_accuracy.log client --test-mode accuracy || exit
 
 exit 0

@@ -6,6 +6,7 @@
 #SBATCH --ntasks-per-node=4
 #SBATCH --gpus-per-node=4
 #SBATCH --exclusive
+#SBATCH --mem=0
 #SBATCH --time=4:00:00
 #SBATCH --partition=batch
 #SBATCH --account=mlperf
@@ -24,6 +25,7 @@
 
 set -uo pipefail
 set -m # each background step is a process group of its own, which teardown can end as a whole
+export PATH SLURM_EXPORT_ENV=ALL # sbatch --export=NONE, a site's default perhaps, would leave the steps without
 
 cd -- "${SLURM_SUBMIT_DIR:-$(dirname -- "$0")}" || exit 1
 RUN=$PWD
@@ -32,19 +34,32 @@ agent() { "$PYTHON" "$RUN/job/program" agent "$@"; }
 
 agent admit || exit 1 # a folder is used once; a requeued job ends here
 mkdir -p job/exit logs mlperf
+unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACE_HUB_TOKEN # no step needs one
 
-# Variables that would redirect the harness, the servers or Slurm's steps, and tokens that no step needs.
-unset LOG_DIR MODEL_DIR DATA_DIR PREPROCESSED_DATA_DIR BUILD_DIR CONFIG_DIR ARTIFACTS_DIR UCX_TLS
-unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACE_HUB_TOKEN
-export TLLM_LOG_LEVEL=INFO
-export TRTLLM_ENABLE_PDL=1
-export TRTLLM_SERVER_DISABLE_GC=1
-export TRTLLM_WORKER_DISABLE_GC=1
-export NCCL_GRAPH_MIXING_SUPPORT=0
-export TRTLLM_USE_MPI_KVCACHE=1
-export ENROOT_ALLOW_DEV=yes
-export PYTHONPATH=/work/.llm_aarch64/lib/python3.12/site-packages
-
+# What every step's program finds in its environment. It stands inside the step: a container's image sets variables, which
+# win over those exported out here. First what would redirect servers or harness, then what is set.
+ENVIRONMENT=(
+  env -u UCX_TLS -u LOG_DIR -u MODEL_DIR -u DATA_DIR -u PREPROCESSED_DATA_DIR -u BUILD_DIR -u CONFIG_DIR -u ARTIFACTS_DIR -u TMPDIR
+  PYTHONNOUSERSITE=1
+  TLLM_LOG_LEVEL=INFO
+  NCCL_DEBUG=WARN
+  UCX_LOG_LEVEL=warn
+  TRTLLM_ENABLE_PDL=1
+  TRTLLM_SERVER_DISABLE_GC=1
+  TRTLLM_WORKER_DISABLE_GC=1
+  NCCL_GRAPH_MIXING_SUPPORT=0
+  TRTLLM_USE_MPI_KVCACHE=1
+  TRTLLM_MNNVL_AR_ENABLED=1
+  PYTHONPATH=/work/.llm_aarch64/lib/python3.12/site-packages
+)
+# In front of a program inside its step: no variable of the step's, or caches of its own, or one more folder of modules.
+WITHOUT_SLURM=(bash -c 'unset "${!SLURM_@}"; exec "$@"' -)
+WITH_OWN_CACHES=(bash -c '
+  own=/tmp/disagg_405B_${USER-}/${SLURM_JOB_ID-}.${SLURM_STEP_ID-}.${SLURM_PROCID-}
+  for name in XDG_CACHE_HOME TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR FLASHINFER_WORKSPACE_BASE CUDA_CACHE_PATH; do
+    mkdir -p "$own/$name" && export "$name=$own/$name"
+  done
+  exec "$@"' -)
 
 pids=()
 
@@ -55,7 +70,7 @@ start() {
   {
     "$@"
     echo "$?" >"job/exit/$name"
-  } >>"$log" 2>&1 &
+  } </dev/null >>"$log" 2>&1 &
   pids+=("$!")
 }
 
@@ -92,9 +107,7 @@ teardown() {
   } 2>/dev/null # what has ended already, and bash's own word on each end
   agent finish "$status"
   status=$?
-  # Where pyxis keeps named containers beyond the job, the unpacked image would stay on every node.
-  timeout 60 srun --overlap --ntasks-per-node=1 --ntasks=5 \
-    enroot remove --force "pyxis_disagg_405B_${SLURM_JOB_ID-}" >>logs/container.log 2>&1
+  timeout 60 "${SRUN[@]}" "${ON_EACH_NODE[@]}" "$PYTHON" "$RUN/job/program" agent janitor end >>logs/container.log 2>&1
   exit "$status"
 }
 trap teardown EXIT
@@ -102,33 +115,42 @@ trap 'signalled TERM' TERM
 trap 'signalled INT' INT
 trap 'signalled HUP' HUP
 
-# step NODES TASKS FIRST_RANK COMMAND...: TASKS copies of the command, on these nodes (comma separated), in
-# node order. Lines are labelled with the rank, counted from FIRST_RANK; FIRST_RANK - means no label.
+SRUN=(srun --overlap --mpi=pmix --cpu-bind=none --kill-on-bad-exit=1) # servers bind themselves to cores
+ON_EACH_NODE=(--ntasks-per-node=1 --ntasks=5)
 CONTAINER=(
   --container-image=/images/mlpinf.sqsh
   --container-name="disagg_405B_${SLURM_JOB_ID-}"
   --container-mounts="$RUN:$RUN,"'/scratch:/scratch,/code:/work'
-  --container-remap-root
+  --no-container-remap-root # root inside is not who the job is outside: PMIx would refuse each rank
   --container-mount-home
   --container-workdir=/work
 )
+# step NODES TASKS FIRST_RANK [NAME=VALUE...] COMMAND...: TASKS copies of the command, on these nodes (comma separated), in
+# node order. Lines are labelled with the rank, counted from FIRST_RANK; FIRST_RANK - means no label.
 step() {
   local nodes=$1 tasks=$2 first=$3 commas label=()
   shift 3
   commas=${nodes//[^,]/}
   local count=$((${#commas} + 1))
   [[ $first == - ]] || label=(--label)
-  srun --overlap --nodelist="$nodes" --nodes="$count" --ntasks="$tasks" \
-    --ntasks-per-node="$(((tasks + count - 1) / count))" --distribution=block --mpi=pmix \
-    --kill-on-bad-exit=1 --unbuffered ${label[@]+"${label[@]}"} "${CONTAINER[@]}" "$@" 2>&1 |
+  "${SRUN[@]}" --nodelist="$nodes" --nodes="$count" --ntasks="$tasks" \
+    --ntasks-per-node="$(((tasks + count - 1) / count))" --distribution=block --unbuffered \
+    ${label[@]+"${label[@]}"} ${CONTAINER[@]+"${CONTAINER[@]}"} "${ENVIRONMENT[@]}" "$@" 2>&1 |
     awk -v first="$first" 'first ~ /^[0-9]+$/ && /^ *[0-9]+:/ {
       colon = index($0, ":"); $0 = (first + substr($0, 1, colon - 1)) substr($0, colon)
     } { print; fflush() }'
 }
 
+# What will serve and measure is there, on every node, in the container if there is one: it is unpacked here.
 agent phase container
-start container logs/container.log srun --ntasks-per-node=1 --ntasks=5 "${CONTAINER[@]}" true
+# Its janitor removes it when the job ends in a way that lets no new step begin, such as scancel.
+start container_janitor logs/container.log "${SRUN[@]}" "${ON_EACH_NODE[@]}" "$PYTHON" "$RUN/job/program" agent janitor
+start container logs/container.log "${SRUN[@]}" "${ON_EACH_NODE[@]}" ${CONTAINER[@]+"${CONTAINER[@]}"} \
+  "${ENVIRONMENT[@]}" python3 -c 'import tensorrt_llm'
 attend agent await container || exit
+start container_client logs/container_client.log "${SRUN[@]}" --nodes=1 --ntasks=1 ${CONTAINER[@]+"${CONTAINER[@]}"} \
+  "${ENVIRONMENT[@]}" python3 -c 'import mlperf_loadgen, numpy'
+attend agent await container_client || exit
 
 agent phase bind
 agent bind || exit
@@ -142,25 +164,34 @@ agent phase workers
 printf -v ALL_NODES '%s,' "${NODES[@]}"
 ALL_NODES=${ALL_NODES%,}
 start workers logs/output_workers.log step "$ALL_NODES" 20 0 \
-  trtllm-serve disaggregated_mpi_worker -c "$RUN/job/config.bound.yaml" --log_level info
+  "${WITH_OWN_CACHES[@]}" python3 -m tensorrt_llm.commands.serve disaggregated_mpi_worker -c "$RUN/job/config.bound.yaml" --log_level info
 
 agent phase orchestrator
 start orchestrator logs/output_server.log step "${NODES[0]}" 1 - \
-  trtllm-serve disaggregated -c "$RUN/job/config.bound.yaml" \
+  "${WITHOUT_SLURM[@]}" python3 -m tensorrt_llm.commands.serve disaggregated -c "$RUN/job/config.bound.yaml" \
   -t 3600 -r 1800
 
 # Ready: the orchestrator says 200, and completions have come back through every server.
 agent phase ready
 attend agent ready || exit
 
+# client NAME LOG PART [ARGUMENTS...]: our measuring client, beside the orchestrator, to its end
+client() {
+  local name=$1 log=$2 part=$3
+  shift 3
+  start "client_$name" "$log" step "${NODES[0]}" 1 - python3 \
+    "$RUN/job/program" "$part" --run-dir "$RUN" --url "http://${NODES[0]}:${PORT[orchestrator]}" "$@"
+  attend agent watch "$name"
+}
+
+# Ready is not warm: completions like the run's own, before anything is measured, counted as nothing.
+agent phase warmup
+client warmup logs/warmup.log client --test-mode warmup || exit
+
 agent phase performance
-start client_performance logs/mlperf_benchmark_performance.log step "${NODES[0]}" 1 - \
-  python3 "$RUN/job/program" client --run-dir "$RUN" --test-mode performance --url "http://${NODES[0]}:${PORT[orchestrator]}"
-attend agent watch performance || exit
+client performance logs/mlperf_benchmark_performance.log client --test-mode performance || exit
 
 agent phase accuracy
-start client_accuracy logs/mlperf_benchmark_accuracy.log step "${NODES[0]}" 1 - \
-  python3 "$RUN/job/program" client --run-dir "$RUN" --test-mode accuracy --url "http://${NODES[0]}:${PORT[orchestrator]}"
-attend agent watch accuracy || exit
+client accuracy logs/mlperf_benchmark_accuracy.log client --test-mode accuracy || exit
 
 exit 0

@@ -1,0 +1,125 @@
+"""Servers that die while their step lives on, as TensorRT-LLM's launchers let them.
+
+Its launchers start the server beside themselves and read no exit status: a failed one leaves the step, and so the job,
+waiting. What tells is /health, and while loading the server's log.
+"""
+
+import http.client
+import re
+import ssl
+import threading
+import time
+import urllib.parse
+
+from .causes import moment, outside_cause
+from .deaths import last_lines, server_words, told
+from .nodes import addresses
+from .phases import RUN, Failed, settings
+
+HEALTH_S = 10.0  # between two questions while a client runs, and how long an answer may take
+MISSES = 2  # in a row, of a server that was well: it is dead
+
+ERROR = re.compile(rb"Traceback \(most recent call last\)|\[E\]|Executor worker returned error|RuntimeError")
+
+
+def connect(host, port, timeout_s):
+    secure = (settings()["endpoint_url"] or "").startswith("https:")
+    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+    return kind(host, port, timeout=timeout_s)
+
+
+def http_status(host, port, path="/health", timeout_s=5.0):
+    """Status of a GET, or None when nothing answers; Failed if TLS does not come about."""
+    connection = connect(host, port, timeout_s)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status
+    except ssl.SSLError as error:
+        fix = "Needed: a certificate that this machine trusts; SSL_CERT_FILE names a file of those to trust"
+        raise Failed(f"endpoint_url: no TLS with {host}:{port}: {error}. {fix}") from None
+    except (OSError, http.client.HTTPException, ValueError):  # of a name that is none
+        return None
+    finally:
+        connection.close()
+
+
+class LoadingErrors:
+    """The servers' log as it grows: ranks that wrote an error, and when they wrote last."""
+
+    def __init__(self):
+        self.place, self.silent_since = (
+            0,
+            {},
+        )  # byte of the log; rank -> time of its last line since its error
+
+    def read(self):
+        path = RUN / "logs/output_workers.log"
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(self.place)
+            whole = file.read().rpartition(b"\n")[0]
+        self.place += len(whole) + bool(whole)
+        for line in whole.split(b"\n"):
+            rank = re.match(rb"\s*(\d+):", line)
+            if rank and (int(rank[1]) in self.silent_since or ERROR.search(line)):
+                self.silent_since[int(rank[1])] = time.monotonic()
+
+    def refuse(self):
+        """Failed: a rank wrote an error, nothing since, and its server does not answer."""
+        self.read()
+        limit_s = settings()["error_grace_s"]
+        for rank, since in self.silent_since.items():
+            server = next((s for s in settings()["servers"] if rank in s["ranks"]), None)
+            if server is None or time.monotonic() - since < limit_s:
+                continue
+            if http_status(*addresses()[server["name"]]) != 200:
+                words = told(RUN / "logs/output_workers.log", mark=(f"{rank}:",))
+                raise Failed(
+                    f"{server_words(server, rank)} wrote an error, then nothing for {limit_s} s, and does not "
+                    f"answer /health: {words}"
+                )
+
+
+class Pulse:
+    """Every server's /health, asked from threads of their own while a client runs."""
+
+    def __init__(self):
+        self.dead = []
+        for name, address in addresses().items():
+            threading.Thread(target=self._ask, args=(name, *address), daemon=True).start()
+
+    def _ask(self, name, host, port):
+        misses = 0
+        while misses < MISSES:
+            misses = 0 if http_status(host, port, timeout_s=HEALTH_S) == 200 else misses + 1
+            time.sleep(HEALTH_S if misses < MISSES else 0)
+        self.dead.append(name)
+
+    def refuse(self):
+        """Failed: a server that was well has not answered `MISSES` times."""
+        if self.dead:
+            raise Failed(outside_cause(moment()[0]) or silence(self.dead[0]))
+
+
+def refuse_silent():
+    """Failed: a server does not answer just now, which explains why the client failed."""
+    for name, address in addresses().items():
+        if http_status(*address) != 200:
+            raise Failed(outside_cause(moment()[0]) or silence(name))
+
+
+def silence(name):
+    """A sentence about a server that was well and is silent."""
+    server = next((s for s in settings()["servers"] if s["name"] == name), None)
+    who, words = "the orchestrator", last_lines(RUN / "logs/output_server.log")
+    if server is not None:
+        who = server_words(server, server["ranks"][0])
+        words = told(RUN / "logs/output_workers.log", mark=tuple(f"{rank}:" for rank in server["ranks"]))
+    return f"{who} was well and does not answer /health any more; its step lives on: {words}"
+
+
+def prefix():
+    """What stands before /v1 in an external endpoint's path; base URLs are given with and without /v1."""
+    path = urllib.parse.urlsplit(settings()["endpoint_url"] or "").path.rstrip("/")
+    return path[:-3] if path.endswith("/v1") else path

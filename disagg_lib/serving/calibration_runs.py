@@ -1,0 +1,65 @@
+"""What `calibrate` is told to fit on: run folders, LoadGen logs with a params file, published rows with one."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ..errors import CalibrationError
+from ..experiment.loading import load_experiment
+from ..files import DATA
+from .calibrate import Observed, calibrate, calibration_text, observe_log, observe_row
+from .ledger import observed, read_ledger
+from .plan import deployment_of
+from .stacks import read_stack, write_stack
+
+
+def runs_of_ledger(path: Path) -> list[str]:
+    """Names of the measured runs in the ledger; CalibrationError if there are none."""
+    ledger = read_ledger(path)
+    measured = ledger[ledger["source"] == "measured"]["run"].tolist() if len(ledger) else []
+    if not measured:
+        raise CalibrationError(
+            f"{path}: no measured run in it. Name runs, or let 05_analysis write a measured one into it."
+        )
+    return measured
+
+
+def _published_row(name: str, params: str) -> Observed:
+    e = load_experiment([params])
+    files = sorted(DATA.glob("published_*.csv"))
+    table = pd.concat(
+        [pd.read_csv(f, comment="#").assign(round=f.stem.removeprefix("published_")) for f in files]
+    )
+    found = table[table["log_path"].str.contains(name, regex=False)]
+    if len(found) != 1:
+        some = ", ".join(found["log_path"].head(3)) or "none"
+        raise CalibrationError(
+            f"--published {name}: {len(found)} rows have it in their log_path ({some}); needed is one."
+        )
+    row = found.iloc[0].to_dict() | ({"min_query_count": e.min_query_count} if e.min_query_count else {})
+    return observe_row(row, row["round"], deployment_of(e), name)
+
+
+def calibrate_runs(
+    folders: Sequence[Path],
+    logs: Sequence[tuple[str, str]],
+    published: Sequence[tuple[str, str]],
+    base: str,
+    out: Path,
+) -> str:
+    """Fit on all of them, write the stack file, and say the step times and errors.
+
+    Raises
+    ------
+    CalibrationError : a run that cannot be used, or the file is there already.
+    """
+    if out.exists():
+        raise CalibrationError(f"{out} is there already, and nothing is overwritten. Choose another name.")
+    runs = [observed(folder) for folder in folders]
+    runs += [observe_log(Path(folder), deployment_of(load_experiment([params]))) for folder, params in logs]
+    runs += [_published_row(name, params) for name, params in published]
+    stack = read_stack(base) if base else runs[0].deployment.stack
+    fitted, table = calibrate(runs, stack, out.stem)
+    write_stack(fitted, out)
+    return f"{out}: give it as `stack`\n{calibration_text(fitted, table)}"
