@@ -209,7 +209,7 @@ def topology_words(result: RunResult, joint: str = " + ", spelled: bool = True) 
         if count := p.get(f"num_{role}_servers"):
             pp = p.get(f"{role}_pp_size") or 1
             parts.append(
-                f"{count} x TP{p[f'{role}_tp_size']}{f' PP{pp}' if pp > 1 else ''}{word if spelled else ''}"
+                f"{count} x TP{p.get(f'{role}_tp_size') or '?'}{f' PP{pp}' if pp > 1 else ''}{word if spelled else ''}"
             )
     return joint.join(parts) or str(result.files.system.get("system_name") or "")
 
