@@ -126,7 +126,7 @@ class Experiment(BaseModel):
     container_image: str | None = _parameter(None, "path of the .sqsh image, or its registry name")
     container_mounts: str | None = _parameter(None, "host:container paths, separated by commas")
     work_dir: str | None = _parameter(
-        None, "folder in the container in which the servers start", pattern=r"^/"
+        None, "folder in the container in which the servers start", pattern=r"^(/|REDACTED_path)"
     )
     client_dir: str | None = _parameter(
         None, "folder with LoadGen and numpy for the client; 00_setup builds it"

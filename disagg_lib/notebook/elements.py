@@ -8,6 +8,7 @@ import ipywidgets as ipw
 from IPython.display import display
 
 from ..errors import ParameterError
+from ..experiment.loading import BY_HAND
 from ..experiment.parameters import Experiment, parameter_kind
 
 MUTED = "color:var(--jp-ui-font-color2, #555)"
@@ -44,9 +45,13 @@ class Latest:
         self.work, self.show, self.rest_s = work, show, rest_s
         self.task: asyncio.Task | None = None
 
-    def start(self, *arguments) -> None:
+    def cancel(self) -> None:
+        """What is under way will not be shown."""
         if self.task is not None:
             self.task.cancel()
+
+    def start(self, *arguments) -> None:
+        self.cancel()
         self.task = asyncio.get_running_loop().create_task(self._run(arguments))
 
     async def _run(self, arguments: tuple) -> None:
@@ -110,7 +115,8 @@ def problems_by_field(error: ParameterError, fields: Iterable[str]) -> dict[str,
     """An error's lines by the field they are about; '' for what is about no single field."""
     found: dict[str, str] = {}
     for line in str(error).splitlines():
-        words = line.removeprefix("given: ")
+        origin, colon, rest = line.partition(": ")
+        words = rest if colon and origin in BY_HAND else line
         name = next((field for field in fields if words.startswith(f"{field}: ")), "")
         found[name] = " ".join(filter(None, (found.get(name), words.removeprefix(f"{name}: "))))
     return found

@@ -5,7 +5,7 @@ from html import escape
 
 from ..experiment.parameters import Experiment
 from ..results.style import INK, MID
-from .pictures import svg_picture, svg_text
+from .pictures import THEME_INK, svg_picture, svg_text
 
 
 def chart_svg(title: str, points: Sequence[tuple[float, float]], colour: str = "#0072b2") -> str:
@@ -23,7 +23,7 @@ def chart_svg(title: str, points: Sequence[tuple[float, float]], colour: str = "
         f"{height - bottom - (height - top - bottom) * value / most:.1f}"
         for t, value in points
     )
-    small = f'font-size="11" fill="{INK}"'
+    small = f'font-size="11" fill="{THEME_INK}"'
     body = [
         svg_text(10, 18, f"{title}: {points[-1][1]:,.0f}", 'font-weight="bold"'),
         f'<path d="M{left} {top}V{height - bottom}H{width - 10}" fill="none" stroke="{MID}"/>',

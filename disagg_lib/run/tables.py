@@ -9,6 +9,7 @@ import pandas as pd
 import yaml
 
 from ..checks import Table
+from ..experiment.loading import BY_HAND
 from ..experiment.parameters import Experiment
 from ..files import read_json_lines
 
@@ -50,8 +51,8 @@ def repeat_command(run: Path) -> str:
     """The command that makes such a run again: its params files, then what was given by hand."""
     given = given_parameters(run)
     files = list(dict.fromkeys(where for _, _, where in given if where.endswith((".yaml", ".yml"))))
-    by_hand = [("-p", name, json.dumps(value)) for name, value, where in given if where == "given"]
-    words = [*(files or ["params/rehearsal.yaml"]), *itertools.chain(*by_hand)]
+    by_hand = [("-p", name, json.dumps(value)) for name, value, where in given if where in BY_HAND]
+    words = [*files, *itertools.chain(*by_hand)]
     return shlex.join(["python", "-m", "disagg_lib", "run", *words])
 
 

@@ -15,6 +15,7 @@ from .lengths import data_set_lengths, shorten_outputs
 from .loadgen_rules import Load, draw_load
 from .simulate import Deployment, SimulatedRun, simulate, summarise
 
+SEEDS = range(8)  # wherever the question is what a load gives: 02, 03, `simulate`
 PROMPT_CVS = (0.45, 0.35, 0.55)  # the built-in spread of prompt lengths, and the two reported beside it
 
 
