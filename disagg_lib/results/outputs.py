@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 from .figures import figure_latency_distributions, figure_search, figure_timeline, figure_topology
 from .logs import LogError
-from .rows import as_table, run_row
+from .rows import RunResult, as_table, read_result, result_row
 
 
 def write_outputs(run_dir: Path | str, dest: Path | str | None = None) -> list[Path]:
-    """Write a run's tables and figures from its raw logs: tables/run_<source>.csv, figures/<name>_<source>.png.
+    """Write a run's tables and figures from its raw logs: tables/run_<source>.csv, tables/result.json, figures/<name>_<source>.png.
 
     The same logs give the same bytes wherever the run folder lies, so that `recompute` can compare digests.
 
@@ -26,13 +28,15 @@ def write_outputs(run_dir: Path | str, dest: Path | str | None = None) -> list[P
     dest = Path(dest) if dest else run_dir
     for name in ("tables", "figures"):
         (dest / name).mkdir(parents=True, exist_ok=True)
-    row = run_row(run_dir)
+    result = read_result(run_dir)
+    row = result_row(result)
     row["folder"] = run_dir.resolve().name
     log = Path(row["log_path"])
     if log.is_file():  # else it is a published log's place in its repository
         row["log_path"] = log.resolve().relative_to(run_dir.resolve()).as_posix()
-    paths = [dest / "tables" / f"run_{row['source']}.csv"]
+    paths = [dest / "tables" / f"run_{row['source']}.csv", dest / "tables/result.json"]
     as_table([row]).to_csv(paths[0], index=False)
+    paths[1].write_text(json.dumps(result_values(result), indent=1) + "\n", encoding="utf-8")
     for name, draw in FIGURES.items():
         try:
             figure = draw(run_dir)
@@ -41,6 +45,35 @@ def write_outputs(run_dir: Path | str, dest: Path | str | None = None) -> list[P
         paths.append(dest / "figures" / f"{name}_{row['source']}.png")
         figure.savefig(paths[-1], dpi=120, metadata={"Software": None})
     return paths
+
+
+def result_values(result: RunResult) -> dict:
+    """A run's verdict, figures and checks for machines: plain JSON values, null where there is no figure.
+
+    Returns
+    -------
+    dict: `format`, `verdict` (VALID | INVALID), the words and figures of the run's row by its columns' names (units in
+    them), and `checks`, each with name, status, figure, limit, unit and margin (a share of the limit, above 0 if kept).
+    """
+    # not what depends on where the folder lies
+    row = {n: v for n, v in result_row(result).items() if n not in ("folder", "log_path", "error")}
+    names = ("name", "status", "figure", "limit", "unit", "margin")
+    checks = [{name: getattr(check, name) for name in names} for check in result.verdict.checks]
+    values = {"format": 1, "verdict": "VALID" if result.verdict.valid else "INVALID", **row}
+    return _finite(values | {"checks": checks})
+
+
+def _finite(value):
+    """Whole numbers as such; without NaN and infinities, which JSON does not know."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    if not isinstance(value, float):
+        return value
+    if not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() else value
 
 
 #: the figures of one run, by the name of their file

@@ -83,7 +83,11 @@ def read_result(folder: Path | str, source: str | None = None, claim: Claim | No
 
 def run_row(run_dir: Path | str, source: str | None = None) -> dict:
     """One row of the table: every column of COLUMNS; figures are LoadGen's to the last digit (ns / 1e6 = ms)."""
-    result = read_result(run_dir, source)
+    return result_row(read_result(run_dir, source))
+
+
+def result_row(result: RunResult) -> dict:
+    """`run_row` of a run that was read already."""
     run, verdict, files, scores = result.run, result.verdict, result.files, result.scores
     claim, system = verdict.claim, files.system
     path = files.origin.get("path", "").split("/")  # division/submitter/results/system/benchmark/scenario/...

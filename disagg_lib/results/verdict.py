@@ -137,14 +137,24 @@ def _client_words(client: Mapping) -> str:
     return " ".join(words)
 
 
-def _suggest(run: MlperfRun, checks: tuple[Check, ...]) -> str:
-    """A first guess at the load, from how far the worst latency is over its limit; "" where none is due."""
+def worst_latency(checks: tuple[Check, ...]) -> Check | None:
+    """The percentile that is furthest over its limit, as a share of it; None if both are below."""
     gated = ("ttft_p99", "tpot_p99")
     over = [c for c in checks if c.status == FAIL and c.name in gated and c.figure >= c.limit]
-    if not over or math.isnan(run.target_qps):
+    return max(over, key=lambda check: check.figure / check.limit, default=None)
+
+
+def suggested_qps(target_qps: float, worst: Check) -> float:
+    """A first guess at the load that keeps a limit: takes latency as proportional to load, and 1 % less."""
+    return math.floor(target_qps * worst.limit / worst.figure * 0.99 * 1000) / 1000
+
+
+def _suggest(run: MlperfRun, checks: tuple[Check, ...]) -> str:
+    """A first guess at the load, in a sentence; "" where none is due."""
+    worst = worst_latency(checks)
+    if worst is None or math.isnan(run.target_qps):
         return ""
-    worst = max(over, key=lambda check: check.figure / check.limit)
-    guess = math.floor(run.target_qps * worst.limit / worst.figure * 0.99 * 1000) / 1000
+    guess = suggested_qps(run.target_qps, worst)
     return (
         f"{worst.name} is {worst.figure / worst.limit - 1:.1%} over its limit: try target_qps {guess:g} "
         f"(now {run.target_qps:g}). A first guess that takes latency as proportional to load."
