@@ -1,6 +1,5 @@
 """Which run is meant where none is named: by what it is for and by what its job does, never by luck."""
 
-import csv
 import fcntl
 import time
 from collections.abc import Iterator, Sequence
@@ -8,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import JobError, RunFolderError
-from ..files import read_json_lines
+from ..files import read_json, read_json_lines
 from ..job.phases import ended
 from ..run.folder import EXAMPLE, newest_names, newest_runs
 from . import launch
@@ -87,12 +86,8 @@ def state_word(run: Path) -> str:
 
 def _verdict(run: Path) -> str:
     """The verdict that 05 wrote, or that nobody has judged it yet."""
-    for table in run.glob("tables/run_*.csv"):
-        with table.open(newline="", encoding="utf-8") as file:
-            return next(
-                (("VALID" if row["valid"] == "True" else "INVALID") for row in csv.DictReader(file)), "done"
-            )
-    return "done, not judged yet"
+    valid = read_json(run / "tables/result.json").get("valid")
+    return "done, not judged yet" if valid is None else "VALID" if valid else "INVALID"
 
 
 @contextmanager

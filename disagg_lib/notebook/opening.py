@@ -36,14 +36,15 @@ def one_line_errors() -> None:
 def headline(e: Experiment) -> str:
     """REHEARSAL or REAL, and where: the first thing to know of a notebook."""
     nodes = f"{e.node_count} node{'s' * (e.node_count > 1)}"
+    partition = f"partition {e.partition}" if e.partition else "its default partition"
     if e.engine == "external":
         return f"REAL: the server at {e.endpoint_url}, measured from here"
     if e.engine == "rehearsal":
         where = (
-            "on this machine" if e.launcher == "local" else f"under Slurm, {nodes} of partition {e.partition}"
+            "on this machine" if e.launcher == "local" else f"under Slurm, {nodes} of {partition}"
         )
         return f"REHEARSAL {where}, no GPU"
-    where = f"under Slurm, partition {e.partition}" if e.launcher == "slurm" else "on this machine"
+    where = f"under Slurm, {partition}" if e.launcher == "slurm" else "on this machine"
     return f"REAL: {e.gpu_count} GPUs on {nodes} {where}"
 
 
