@@ -206,7 +206,9 @@ def plan(gpus, params, given, csv_file, write_file):
 
     experiment = _experiment(params, given)
     if write_file and write_file.exists():
-        raise ParameterError(f"--write: {write_file} is there already, and nothing is overwritten. Choose another name")
+        raise ParameterError(
+            f"--write: {write_file} is there already, and nothing is overwritten. Choose another name"
+        )
     ranked = plan_topologies(prediction.budget_of(experiment, gpus))
     _write_csv(prediction.plan_table(ranked), csv_file)
     click.echo("source: simulated; queries/s, the highest that stay VALID, median [range] over seeds")
@@ -250,42 +252,93 @@ def calibrate(runs, out):
 
 
 @main.command(short_help="Runs as a table.")
-@click.argument("folders", nargs=-1, required=True, type=click.Path())
+@click.argument("folders", nargs=-1, metavar="[RUN]...", shell_complete=_completed_runs)
 @csv_option
+@click.option("--wide", is_flag=True, help="All figures, a column or a row a run.")
+@click.option("--json", "as_json", is_flag=True, help="All columns, for machines.")
+@click.option("--line", "as_line", is_flag=True, help="One line a run, to paste.")
+@click.option("--published", is_flag=True, help="With the published runs of this model.")
 @click.option(
-    "--recompute",
-    is_flag=True,
-    help="Rebuild each run's tables and figures from its raw logs and compare digests.",
+    "--scenario", type=click.Choice(["Interactive", "Server", "Offline"]), help="Of the published runs."
 )
-def results(folders, csv_file, recompute):
-    """Print one row for each run folder (its path, or its name in results/) or LoadGen log folder."""
+@click.option(
+    "--recompute", is_flag=True, help="Rebuild tables and figures from the raw logs and compare digests."
+)
+def results(folders, csv_file, wide, as_json, as_line, published, scenario, recompute):
+    """Print one row for each RUN: a run folder, its name in results/, a folder of runs, or LoadGen's logs. Default: all."""
+    import pandas as pd
+
+    from .results.listing import json_rows, list_runs
+    from .results.published import published_table
     from .results.rows import format_table, runs_table
-    from .run.folder import RESULTS
 
-    folders = [
-        name if Path(name).exists() or not (RESULTS / name).is_dir() else RESULTS / name for name in folders
-    ]
-    table = runs_table(folders)
+    runs, asides = _result_folders(folders)
+    table = runs_table(runs)
+    if published:
+        table = pd.concat([table, published_table(scenario)], ignore_index=True)
     _write_csv(table, csv_file)
-    click.echo(format_table(table))
-    wrong = bool((table["error"].fillna("") != "").any())
-    if recompute:
-        from .sharing.recompute import recompute as rebuild
+    readable = table[(table["loadgen_scenario"] != "") | (table["source"] == "published")]
+    if as_line:
+        from .notebook.outcome import outcome_line
 
-        for folder in folders:
+        text = "\n".join(
+            outcome_line(Path(row.folder)) for row in readable.itertuples() if row.source != "published"
+        )
+    else:
+        text = (json_rows if as_json else format_table if wide else list_runs)(readable)
+    click.echo(text)
+    errors = [row.error if row.error.startswith(row.folder) else f"{row.folder}: {row.error}" for row in table.itertuples() if isinstance(row.error, str) and row.error]  # fmt: skip
+    for line in [*asides, *errors]:
+        click.echo(line, err=True)
+    differs = recompute and not _recomputed(runs)
+    sys.exit(1 if errors or differs else 0)
+
+
+def _result_folders(names: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The folders that are meant, and a line for each that has no result to show."""
+    from .cluster.runs import measured, run_label
+    from .run.folder import RESULTS, find_run, newest_runs
+
+    if not names:
+        runs = newest_runs()
+        return [run for run in runs if measured(run)], [run_label(run) for run in runs if not measured(run)]
+    folders, asides = [], []
+    for name in names:
+        path = Path(name)
+        if path.is_file():
+            asides.append(f"{name}: a file, no run")
+        elif inside := newest_runs(path) or (
+            newest_runs(RESULTS) if name == "results" and not path.exists() else []
+        ):
+            folders += inside
+        else:
             try:
-                compared = rebuild(folder)
-            except DisaggError as error:
-                click.echo(f"\nnot rebuilt: {error}")
-                wrong = True
-                continue
-            counts = compared["word"].value_counts()
-            rest = "".join(f", {n} {word}" for word, n in counts.items() if word != "same")
-            same = f"{counts.get('same', 0)} of {len(compared)} files are what the raw logs give"
-            click.echo(f"\n{folder}: {same}{rest}")
-            click.echo(compared[["word", "file"]].to_string(index=False))
-            wrong = wrong or "differs" in counts
-    sys.exit(1 if wrong else 0)
+                folders.append(path if path.exists() else find_run(name))
+            except DisaggError:
+                folders.append(path)  # LoadGen's reader says what is wrong with it
+    return folders, asides
+
+
+def _recomputed(runs: Sequence[Path]) -> bool:
+    """Whether every run's tables and figures are what its raw logs give; says so, a line a file."""
+    from .sharing.recompute import recompute
+
+    same = True
+    for folder in runs:
+        try:
+            compared = recompute(folder)
+        except DisaggError as error:
+            click.echo(f"\nnot rebuilt: {error}")
+            same = False
+            continue
+        counts = compared["word"].value_counts()
+        rest = "".join(f", {n} {word}" for word, n in counts.items() if word != "same")
+        click.echo(
+            f"\n{folder}: {counts.get('same', 0)} of {len(compared)} files are what the raw logs give{rest}"
+        )
+        click.echo(compared[["word", "file"]].to_string(index=False))
+        same = same and "differs" not in counts
+    return same
 
 
 @main.command(short_help="Score an accuracy run.")

@@ -40,9 +40,7 @@ def headline(e: Experiment) -> str:
     if e.engine == "external":
         return f"REAL: the server at {e.endpoint_url}, measured from here"
     if e.engine == "rehearsal":
-        where = (
-            "on this machine" if e.launcher == "local" else f"under Slurm, {nodes} of {partition}"
-        )
+        where = "on this machine" if e.launcher == "local" else f"under Slurm, {nodes} of {partition}"
         return f"REHEARSAL {where}, no GPU"
     where = f"under Slurm, {partition}" if e.launcher == "slurm" else "on this machine"
     return f"REAL: {e.gpu_count} GPUs on {nodes} {where}"
