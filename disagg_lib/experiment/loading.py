@@ -76,7 +76,8 @@ def _explain(error: Mapping, provenance: Mapping[str, str]) -> str:
     kind = {str: "text", int: "a whole number", float: "a number", bool: "true/false"}.get(
         type(found), type(found).__name__
     )
-    return f"{provenance.get(name, 'given')}: {name}: found {found!r} ({kind}), needed {note}"
+    shown = repr(found) if error["type"] == "string_pattern_mismatch" else f"{found!r} ({kind})"
+    return f"{provenance.get(name, 'given')}: {name}: found {shown}, needed {note}"
 
 
 def _absolute(value: str, root: Path) -> str:

@@ -14,6 +14,7 @@ MODEL_PATH_IN_SCRATCH = "models/Llama3.1-405B/fp4-quantized-modelopt/llama3.1-40
 SLURM_WORD = r"^[A-Za-z0-9][A-Za-z0-9_.,@+-]*$"
 # Without user and query: secrets stand there.
 ENDPOINT_URL = r"^https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./-]*)?$"
+TIME_LIMIT = r"^(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d$"
 FAULTS = (
     r"^(none|crash_loading(:\w+)?|crash_midrun(:\w+(:\d+)?)?|health_503|no_tokens|slow_tokens|"
     r"truncated_stream(:\d+)?)$"
@@ -121,7 +122,7 @@ class Experiment(BaseModel):
     # the site
     partition: str | None = _parameter(None, "Slurm partition", pattern=SLURM_WORD)
     account: str | None = _parameter(None, "Slurm account", pattern=SLURM_WORD)
-    time_limit: str = _parameter("4:00:00", "h:mm:ss, in quotes", pattern=r"^(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d$")
+    time_limit: str = _parameter("4:00:00", "wall time of the job, h:mm:ss", pattern=TIME_LIMIT)
     segment: int | None = _parameter(None, "nodes that must share one NVLink domain (sbatch --segment)", ge=1)
     container_image: str | None = _parameter(None, "path of the .sqsh image, or its registry name")
     container_mounts: str | None = _parameter(None, "host:container paths, separated by commas")
@@ -245,6 +246,13 @@ def parameter_kind(name: str) -> tuple[type, tuple[str, ...]]:
     return kind, ()
 
 
+PATTERN_WORDS = {
+    SLURM_WORD: "a name as Slurm has them, without blanks and ;",
+    TIME_LIMIT: "h:mm:ss, such as 4:00:00",
+    ENDPOINT_URL: "http://host:port, without user and query",
+}
+
+
 def what_is_needed(name: str) -> str:
     """What a parameter wants, in words, from its declaration."""
     field = Experiment.model_fields[name]
@@ -253,6 +261,8 @@ def what_is_needed(name: str) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[
         kind if kind is not list else str
     ]
+    pattern = next((found for m in field.metadata if (found := getattr(m, "pattern", None))), "")
+    words = PATTERN_WORDS.get(pattern, words)
     if options:
         listed = ", ".join(repr(option) for option in options)
         words = f"a list of {listed}" if kind is list else f"one of {listed}"
