@@ -26,6 +26,7 @@ from .screen import Screen
 NOTEBOOKS = REPOSITORY / "notebooks"
 CHAIN = ("00_setup", "01_model_download", "02_plan", "03_configuration", "04_launch", "05_analysis")
 LAST = CHAIN[-2:]  # what a run folder still needs
+ORIGINAL_QPS = Experiment.model_fields["server_target_qps"].default
 MADE_ON_THE_WAY = ("model_folder",)  # rules that 01 meets; 00's setup jobs meet the image's
 
 
@@ -180,7 +181,12 @@ def run_chain(
     ) in executed.iterdir():  # the run folder is this chain's own: another's would have stopped it in 03
         path.rename(run / "notebooks" / path.name)
     executed.rmdir()
-    return _to_the_report(chain, out)
+    _to_the_report(chain, out)
+    if not (files or given):
+        out(
+            f"\nThe original's load, and why not: disagg run params/rehearsal.yaml -p server_target_qps={ORIGINAL_QPS:g}"
+        )
+    return run
 
 
 def launch_run(

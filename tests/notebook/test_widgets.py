@@ -10,17 +10,15 @@ import nbclient
 import nbformat
 import pytest
 
-from disagg_lib.checks import Check
-from disagg_lib.cluster import launch, site_file
+from disagg_lib.cluster import launch
 from disagg_lib.errors import DisaggError, ParameterError
 from disagg_lib.experiment.loading import changed, load_experiment, load_recorded
 from disagg_lib.files import GrowingLines
-from disagg_lib.notebook import comparison, picker, pictures, progress, site_form, topology_form
+from disagg_lib.notebook import comparison, picker, progress, topology_form
 from disagg_lib.notebook import monitor as monitors
 from disagg_lib.notebook.live import front_end_is_live
 from disagg_lib.notebook.opening import presets
 from disagg_lib.notebook.predicted import predict
-from disagg_lib.results import style
 from disagg_lib.run.writing import create_run
 from disagg_lib.serving import prediction
 
@@ -96,74 +94,6 @@ def test_a_front_end_that_can_be_asked_is_live(monkeypatch):
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-
-
-# -- the topology picture
-
-
-def marks(svg):
-    return re.findall(r">([CG]\d+)</text>", svg)
-
-
-@pytest.mark.parametrize(("num_ctx", "num_gen", "nodes"), [(14, 4, 18), (28, 8, 36)])
-def test_racks_are_drawn_whole_and_no_wider_than_a_page(num_ctx, num_gen, nodes):
-    e = changed(NVL72, {"num_ctx_servers": num_ctx, "num_gen_servers": num_gen})
-    svg = pictures.topology_svg(e)
-    assert len(re.findall(r">node \d+<", svg)) == nodes
-    assert len(marks(svg)) == 4 * nodes + 2  # and one of each in the legend
-    assert float(re.search(r'width="(\d+)"', svg)[1]) <= 900
-    assert len(set(re.findall(r'<rect x="\d+" y="\d+" width="32"', svg))) >= 4 * nodes, "no two on one place"
-
-
-def test_idle_gpus_are_hatched_and_counted():
-    e = load_experiment(given={"trtllm_dialect": "1.x", "gen_tp_size": 2, "gen_batch_size": 100})
-    svg = pictures.topology_svg(e)
-    assert "idle GPUs: 2" in svg and svg.count("stroke-dasharray") == 2 + 1
-
-
-def test_an_absurd_topology_is_not_drawn_to_its_end():
-    svg = pictures.topology_svg(load_experiment(given={"num_ctx_servers": 2000}))
-    assert "and 1,713 more nodes, not drawn" in svg and len(svg) < 700_000
-
-
-def test_a_picture_of_144_gpus_takes_a_twentieth_of_a_second_at_most():
-    e = changed(NVL72, {"num_ctx_servers": 28, "num_gen_servers": 8})
-    times = []
-    for _ in range(5):
-        start = time.process_time()
-        pictures.topology_svg(e)
-        times.append(time.process_time() - start)
-    assert min(times) < 0.05
-
-
-def luminance(colour):
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def test_a_hue_is_a_role():
-    for colours, blue_leads in ((style.CONTEXT_COLOURS, True), (style.GENERATION_COLOURS, False)):
-        for colour in colours:
-            red, blue = int(colour[1:3], 16), int(colour[5:7], 16)
-            assert (blue > red) is blue_leads, colour
-
-
-def test_an_nvlink_domain_is_a_bracket_over_its_nodes():
-    svg = pictures.topology_svg(load_experiment(given={"segment": 2}))
-    assert [f"NVLink {n}" in svg for n in range(4)] == [True, True, True, False]
-    assert "NVLink" not in pictures.topology_svg(load_experiment())
-
-
-def test_every_server_colour_bears_its_text():
-    for colour in (*style.CONTEXT_COLOURS, *style.GENERATION_COLOURS):
-        contrast = (luminance(colour) + 0.05) / (luminance(style.INK) + 0.05)
-        assert contrast >= 4.5, colour  # WCAG 2, AA
-
-
-def test_both_pictures_name_servers_alike():
-    assert style.server_mark("context", "ctx12")[0] == "C12"
-    assert style.server_mark("generation", "gen1") == ("G1", style.GENERATION_COLOURS[1])
 
 
 # -- the topology form
@@ -428,72 +358,3 @@ def test_a_run_without_logs_is_a_line_in_the_picked_table(tmp_path):
 def test_changed_values_are_checked_together():
     with pytest.raises(DisaggError, match="nodes: found 18, needed 19"):
         changed(changed(NVL72, {"nodes": 18}), {"num_gen_servers": 5})
-
-
-# -- the site form
-
-
-def form_at(path, checks=(), **typed):
-    async def main():
-        form = site_form.SiteForm(load_experiment(), {"partition": "batch"}, checks, path)
-        for name, text in typed.items():
-            form.fields.texts[name].value = text
-        return form
-
-    return asyncio.run(main())
-
-
-def test_the_site_form_saves_and_keeps_the_former_file(live, tmp_path):
-    path = tmp_path / "site.yaml"
-    path.write_text("# mine\nrequest_timeout_s: 900\naccount: old\n")
-    form = form_at(path, account="new", segment="5", trust_dataset=True)
-    form.button.click()
-    saved = site_file.read_site(path)
-    assert saved == {
-        "request_timeout_s": 900,
-        "partition": "batch",
-        "account": "new",
-        "trust_dataset": True,
-        "segment": 5,
-    }
-    assert (tmp_path / "site.yaml.1").read_text().startswith("# mine")
-    form.button.click()
-    assert (tmp_path / "site.yaml.2").exists(), "no former file is lost"
-
-
-@pytest.mark.parametrize(("name", "text", "words"), [
-    ("time_limit", "4:00", "found &#x27;4:00&#x27;, needed h:mm:ss, such as 4:00:00"),
-    ("segment", "0", "of at least 1"),
-    ("partition", "a b", "needed a name as Slurm has them, without blanks and ;"),
-    ("account", "hf_" + "a" * 20, "something like a token"),
-])  # fmt: skip
-def test_a_wrong_value_is_said_and_nothing_is_saved(live, tmp_path, name, text, words):
-    form = form_at(tmp_path / "site.yaml", **{name: text})
-    assert words in form.fields.notes[name].value + form.problem.value
-    assert form.button.disabled and "Not yet" in form.button.tooltip
-
-
-def test_what_only_looks_wrong_from_here_does_not_stop_the_saving(live, tmp_path):
-    form = form_at(
-        tmp_path / "site.yaml", container_image="/nowhere/x.sqsh", container_mounts="/nowhere:inside"
-    )
-    assert "not there, as seen from this machine" in form.fields.notes["container_image"].value
-    assert "needed an existing host path" in form.fields.notes["container_mounts"].value
-    assert not form.button.disabled
-    assert site_form.site_remarks({"partition": "x"}, ["a", "b"]) == {
-        "partition": "this cluster's partitions: a, b"
-    }
-
-
-def test_checks_have_a_tick_or_a_cross_with_the_fix(live, tmp_path):
-    checks = [Check("a thing", "here", True), Check("another", "absent", False, "install it")]
-    form = form_at(tmp_path / "site.yaml", checks)
-    shown = form.box.children[0].value
-    assert "✓" in shown and "✗" in shown and "To do: install it" in shown
-
-
-def test_an_emptied_field_is_not_given_any_more(live, tmp_path):
-    path = tmp_path / "site.yaml"
-    path.write_text("account: old\n")
-    form_at(path, partition="").button.click()
-    assert site_file.read_site(path) == {}
