@@ -13,7 +13,6 @@ EXAMPLE = REPOSITORY / "results/example_rehearsal"
 if __name__ == "__main__":
     refuse_foreign(EXAMPLE)  # before the minutes, not after
     scratch = Path(tempfile.mkdtemp(prefix="example-"))  # stays if the run fails: its logs say why
-    print(
-        export_example(run_chain(["params/rehearsal.yaml"], {}, str(scratch / EXAMPLE.name)), EXAMPLE).text()
-    )
+    run = run_chain(["params/rehearsal.yaml"], {}, str(scratch / EXAMPLE.name), with_plan=True)
+    print(export_example(run, EXAMPLE).text())
     shutil.rmtree(scratch)

@@ -6,9 +6,13 @@ import json
 import math
 from pathlib import Path
 
-from .figures import figure_latency_distributions, figure_search, figure_timeline, figure_topology
-from .logs import LogError
+from matplotlib.figure import Figure
+
+from ..errors import DisaggError
+from .figures import figure_interactivity, figure_latency_distributions, figure_search, figure_timeline, figure_topology
+from .published import beside_published
 from .rows import RunResult, as_table, read_result, result_row
+from .verdict import Verdict
 
 
 def write_outputs(run_dir: Path | str, dest: Path | str | None = None) -> list[Path]:
@@ -40,7 +44,7 @@ def write_outputs(run_dir: Path | str, dest: Path | str | None = None) -> list[P
     for name, draw in FIGURES.items():
         try:
             figure = draw(run_dir)
-        except LogError:
+        except DisaggError:
             continue
         paths.append(dest / "figures" / f"{name}_{row['source']}.png")
         figure.savefig(paths[-1], dpi=120, metadata={"Software": None})
@@ -52,15 +56,20 @@ def result_values(result: RunResult) -> dict:
 
     Returns
     -------
-    dict: `format`, `verdict` (VALID | INVALID), the words and figures of the run's row by its columns' names (units in
+    dict: `format`, `verdict` (VALID | INVALID | NOT JUDGED), the words and figures of the run's row by its columns' names (units in
     them), and `checks`, each with name, status, figure, limit, unit and margin (a share of the limit, above 0 if kept).
     """
     # not what depends on where the folder lies
     row = {n: v for n, v in result_row(result).items() if n not in ("folder", "log_path", "error")}
     names = ("name", "status", "figure", "limit", "unit", "margin")
     checks = [{name: getattr(check, name) for name in names} for check in result.verdict.checks]
-    values = {"format": 1, "verdict": "VALID" if result.verdict.valid else "INVALID", **row}
+    values = {"format": 1, "verdict": verdict_word(result.verdict), **row}
     return _finite(values | {"checks": checks})
+
+
+def verdict_word(verdict: Verdict) -> str:
+    """VALID, INVALID, or NOT JUDGED where there are no rules for the model."""
+    return {True: "VALID", False: "INVALID", None: "NOT JUDGED"}[verdict.valid]
 
 
 def _finite(value):
@@ -76,10 +85,27 @@ def _finite(value):
     return int(value) if value.is_integer() else value
 
 
+def figure_among_published(run_dir: Path | str) -> Figure:
+    """Throughput against interactivity: this run, named at its mark, among the published ones of its scenario.
+
+    Raises
+    ------
+    DisaggError : nothing is published for it, or its pace was changed, so that it has no place among them.
+    """
+    row = result_row(read_result(run_dir))
+    if "pace" in row["shortened"] or not row["completed_tokens_per_s_per_gpu"] > 0 or not row["tpot_p50_ms"] > 0:
+        raise DisaggError(f"{run_dir}: a run at another pace, without TPOT or GPU count, has no place in this figure")
+    figure = figure_interactivity(beside_published(as_table([row]))[0])
+    place = 1e3 / row["tpot_p50_ms"], row["completed_tokens_per_s_per_gpu"]
+    figure.axes[0].annotate("this run", place, xytext=(6, 6), textcoords="offset points", fontsize=9, weight="bold")
+    return figure
+
+
 #: the figures of one run, by the name of their file
 FIGURES = {
     "latency": figure_latency_distributions,
     "timeline": figure_timeline,
     "search": figure_search,
     "topology": figure_topology,
+    "interactivity": figure_among_published,
 }

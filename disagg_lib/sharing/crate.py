@@ -55,7 +55,8 @@ def export_crate(run_dir: Path | str, dest: Path | str) -> Shared:
 
 def readme_text(run: GatheredRun, files: Iterable[str], left_out: Iterable[str] = ()) -> str:
     """README.md of a copy of the run, with links to its pictures and notebooks."""
-    pictures = [f"![{Path(name).stem}]({name})" for name in sorted(files) if name.startswith("figures/")]
+    shown = (name for name in sorted(files) if name.startswith("figures/"))
+    pictures = {Path(name).stem.rsplit("_", 1)[0]: name for name in shown}
     notebooks = sorted(name for name in files if name.endswith(".ipynb"))
     return run_summary(run, "README.md", pictures, notebooks, left_out)
 

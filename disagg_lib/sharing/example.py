@@ -36,7 +36,8 @@ def export_example(run_dir: Path | str, dest: Path | str) -> Shared:
         raise ExportError(
             f"{run.folder}: its source is {source}; needed: rehearsed, which is what everyone can repeat"
         )
-    files = run.pictures | {name: run.redactor.text(text, name).encode() for name, text in run.texts.items()}
+    texts = {n: _for_readers(text) if n.endswith(".ipynb") else text for n, text in run.texts.items()}
+    files = run.pictures | {name: run.redactor.text(text, name).encode() for name, text in texts.items()}
     left_out = list(run.left_out)
     for name, content in sorted(files.items()):
         largest_kb = 1000 if name.endswith((".ipynb", ".png")) else LARGEST_KEPT_KB
@@ -60,6 +61,15 @@ def export_example(run_dir: Path | str, dest: Path | str) -> Shared:
             dest.replace(Path(scratch) / "old")
         written.replace(dest)
     return Shared(dest, tuple(run.redactor.listed()), tuple(left_out))
+
+
+def _for_readers(notebook: str) -> str:
+    """A notebook's JSON without its 66 parameters, which nobody reads on the web, and without the state of widgets."""
+    content = json.loads(notebook)
+    content.get("metadata", {}).pop("widgets", None)
+    cells = content["cells"]
+    content["cells"] = [c for c in cells if "parameters" not in c.get("metadata", {}).get("tags", [])]
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
 def refuse_foreign(example: Path) -> None:

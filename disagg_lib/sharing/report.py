@@ -6,7 +6,9 @@ dark setting. 05, index.html, the monitor, the picker and `run` show this one ca
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import math
 import textwrap
 from collections.abc import Iterable
@@ -19,14 +21,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..errors import DisaggError
 from ..files import read_json, read_json_lines
-from ..results.criteria import FAIL, PASS, SHORTENED, Check
+from ..results.criteria import FAIL, PASS, SHORTENED
 from ..results.found import folder_source
 from ..results.logs import LogError
-from ..results.outputs import result_values
+from ..results.outputs import result_values, verdict_word
 from ..results.published import compare, published_table
 from ..results.rows import RunResult, as_table, read_result, result_row
 from ..results.verdict import suggested_qps, worst_latency
 
+MOST_BESIDE = 3  # other runs in the card
 MARK = 0.75  # where on a bar the limit stands
 MODELS = {"llama3.1-405b": "Llama-3.1-405B"}
 SIGNS = {PASS: "✓", FAIL: "✗"}
@@ -51,7 +54,12 @@ class Bar:
 
     sign = property(lambda self: SIGNS.get(self.status, ""))
     over = property(lambda self: self.status == FAIL)
-    finding = property(lambda self: f"{self.name}: {self.figure} {self.limit}, {self.status}")
+
+    @property
+    def finding(self) -> str:
+        """The bar in words, for who cannot see it."""
+        word = {PASS: "kept", FAIL: "not kept"}.get(self.status, self.status)
+        return f"{self.name} {self.figure} {self.limit}: {word}"
 
 
 @dataclass(frozen=True)
@@ -60,9 +68,10 @@ class Report:
 
     name: str
     source: str
-    word: str  # VALID | INVALID | NO RESULT
+    word: str  # VALID | INVALID | NOT JUDGED | NO RESULT
     cause: str
     remedy: str
+    proviso: str = ""  # what a VALID run is not
     eyebrow: str = ""
     day: str = ""
     tiles: tuple[tuple[str, str, str], ...] = ()  # figure, what it is, more
@@ -76,7 +85,6 @@ class Report:
     sign = property(lambda self: {"VALID": "✓", "INVALID": "✗"}.get(self.word, "–"))
     mood = property(lambda self: {"VALID": "good", "INVALID": "bad"}.get(self.word, "none"))
     pill = property(lambda self: PILLS.get(self.source, f"source: {self.source}"))
-    submittable = property(lambda self: bool(self.values.get("submittable")))
     has_result = property(lambda self: self.word != "NO RESULT")
 
     @property
@@ -93,9 +101,18 @@ class Report:
         """The card for a terminal; no line is longer than `width`."""
         return "\n".join(line for line in _text_lines(self, width))
 
+    def markdown(self) -> str:
+        """The card for a git host's pages."""
+        return "\n\n".join(filter(None, _markdown_parts(self)))
+
     def _repr_mimebundle_(self, **_: Any) -> tuple[dict, dict]:
         """HTML in a browser, text in a log, and, as scrapbook reads it, the values for machines."""
-        scrap = {"name": "result", "data": self.values, "encoder": "json", "version": 1}
+        scrap = {
+            "name": "result",
+            "data": self.values | {"title": self.title},
+            "encoder": "json",
+            "version": 1,
+        }
         data = {"text/plain": self.text(), "text/html": self.html()}
         if not self.values:
             return data, {}
@@ -132,15 +149,15 @@ def make_report(run: Path | str | RunResult, beside: Iterable[Path] = ()) -> Rep
             raise
         return _no_result(Path(run), error)
     row, verdict = result_row(result), result.verdict
-    claim, failed = verdict.claim, job_failure(result.files.base)
-    cause, remedy = _cause(result, row), _remedy(result)
+    claim = verdict.claim
     bars = tuple(_bars(verdict.checks))
     return Report(
         name=Path(row["folder"]).resolve().name,
         source=claim.source,
-        word="VALID" if verdict.valid else "INVALID",
-        cause=f"{cause} The job then failed: {failed}." if failed else cause,
-        remedy=remedy,
+        word=verdict_word(verdict),
+        proviso=_proviso(result),
+        cause=_cause(result) + _unfinished(result.files.base),
+        remedy=_remedy(result),
         eyebrow=" · ".join(filter(None, [f"MLPerf Inference {claim.round}", MODELS.get(claim.model, claim.model),
                                          claim.scenario, _what_served(result)])),
         day=_day(row["test_datetime"]),
@@ -182,14 +199,16 @@ def _no_result(run: Path, error: LogError) -> Report:
     return Report(run.resolve().name, folder_source(run), "NO RESULT", cause, remedy, checks=str(error))
 
 
-def job_failure(run: Path) -> str:
-    """Why a run's job failed, by its last phase; "" if it did not."""
+def _unfinished(run: Path) -> str:
+    """What a run's job still did, or why it failed, after it had measured; "" if it ended well, or is not ours."""
     phases = read_json_lines(run / "job/phases.jsonl")
-    last = phases[-1]["phase"] if phases else ""
-    return last.partition(": ")[2].rstrip(".") if last.startswith("failed") else ""
+    last = phases[-1]["phase"] if phases else "done"
+    if last.startswith("failed"):
+        return f" The job then failed: {last.partition(': ')[2].rstrip('.')}."
+    return "" if last == "done" else f" The job is in its phase {last}, or was ended in it."
 
 
-def _cause(result: RunResult, row: dict) -> str:
+def _cause(result: RunResult) -> str:
     """One sentence: what fails, or that nothing does."""
     checks = {check.name: check for check in result.verdict.checks}
     if not result.verdict.failed:
@@ -229,14 +248,27 @@ def _remedy(result: RunResult) -> str:
         return "The processes, HTTP and LoadGen were real, the GPUs' pace a model's: it is no measurement and can never be submitted."
     if verdict.claim.source == "measured":
         missing = "not judged yet: " + ", ".join(c.name.replace("_", " ") for c in verdict.not_judged)
-        return f"Submittable by what was judged; {missing}." if verdict.not_judged else "It can be submitted."
+        return (
+            f"What was judged can be submitted; {missing}." if verdict.not_judged else "It can be submitted."
+        )
     return ""
+
+
+def _proviso(result: RunResult) -> str:
+    """Why a VALID run cannot be submitted, in some words."""
+    source = result.verdict.claim.source
+    if not result.verdict.valid or source == "published":
+        return ""
+    if source != "measured":
+        return f"not submittable: {source}"
+    return "not submittable yet" if result.verdict.not_judged else ""
 
 
 def _limits_note(result: RunResult) -> str:
     verdict = result.verdict
     said = [f"LoadGen's own word: {verdict.loadgen_valid or 'none'}."]
-    judged = [c for c in verdict.checks if c.name.startswith("accuracy_") and c.status in (PASS, FAIL)]
+    scores = [f"accuracy_{name}" for name in result.scores]
+    judged = [c for c in verdict.checks if c.name in scores and c.status in (PASS, FAIL)]
     words = [f"{c.name.removeprefix('accuracy_')} {c.figure:.6g} {SIGNS[c.status]}" for c in judged
              if not isinstance(c.figure, str)]  # fmt: skip
     said.append(f"Accuracy: {', '.join(words)}." if words else "Accuracy was not judged.")
@@ -264,7 +296,7 @@ def _tiles(result: RunResult, row: dict) -> Iterable[tuple[str, str, str]]:
     )
     completed, offered = row["samples_per_s"], row["target_qps"]
     share = f"of {offered:g} offered ({100 * completed / offered:.0f} %)" if offered > 0 else ""
-    yield _short(completed), "queries/s completed", share
+    yield _short(completed), f"{'samples' if row['scenario'] == 'Offline' else 'queries'}/s completed", share
     if gpus > 0:
         on = f" on {_count(int(nodes), 'node')}" if nodes > 0 else ""
         yield f"{gpus:.0f}", f"GPUs{on}", topology_words(result)
@@ -306,7 +338,7 @@ def topology_words(result: RunResult, joint: str = " + ", spelled: bool = True) 
     return joint.join(parts) or str(result.files.system.get("system_name") or "")
 
 
-def _bars(checks: tuple[Check, ...]) -> Iterable[Bar]:
+def _bars(checks: tuple) -> Iterable[Bar]:
     """TTFT, TPOT, queries over a limit, duration: one scale, the limit at the same place."""
     by_name = {check.name: check for check in checks}
     for name, words in (("ttft_p99", "Time to first token"), ("tpot_p99", "Time per output token")):
@@ -344,7 +376,7 @@ def _line(result: RunResult, row: dict, bars: tuple[Bar, ...]) -> str:
     ttft, tpot = checks.get("ttft_p99"), checks.get("tpot_p99")
     commit = (read_json(result.files.base / "manifest.json").get("git") or {}).get("commit") or ""
     parts = [
-        f"{'VALID' if result.verdict.valid else 'INVALID'} ({claim.source}) {claim.model.split('-')[-1].upper()} "
+        f"{verdict_word(result.verdict)} ({claim.source}) {claim.model.split('-')[-1].upper()} "
         f"{claim.scenario} {claim.round}",
         gpus,
         f"{row['target_qps']:g} QPS" if row["target_qps"] > 0 else "",
@@ -362,11 +394,7 @@ def _line(result: RunResult, row: dict, bars: tuple[Bar, ...]) -> str:
 def beside_rows(row: dict, others: Iterable[Path]) -> Iterable[dict]:
     """This run, others that can be read, and the published ones of its scenario: what one row of the table says."""
     yield {**_cells(row), "name": "this run", "this": True}
-    for other in others:
-        try:
-            theirs = result_row(read_result(other))
-        except DisaggError:  # not launched, failed or cut: it has no figures to set beside
-            continue
+    for other, theirs in itertools.islice(_readable(others), MOST_BESIDE):
         yield {**_cells(theirs), **_same(row, theirs), "name": Path(other).resolve().name}
     published = published_table(row["scenario"])
     if row["model"] == "llama3.1-405b" and len(published):
@@ -375,12 +403,19 @@ def beside_rows(row: dict, others: Iterable[Path]) -> Iterable[dict]:
         eight = published[
             published["accelerator"].str.contains("B200-SXM") & (published["accelerators_total"] == 8)
         ]
-        name = f"best per GPU of v5.1: {best['submitter']}, {best['accelerators_total']} x {best['accelerator'].removeprefix('NVIDIA ')}"
+        gpu = best["accelerator"].removeprefix("NVIDIA ").split("-")[0]
+        name = f"best per GPU of v5.1: {best['submitter']}, {best['accelerators_total']} x {gpu}"
         yield {**_cells(best.to_dict()), "name": name, "published": True}
         if len(eight) > 1:
             middle = eight.median(numeric_only=True).to_dict() | {"source": "published", "valid": True}
             name = f"8 x B200 of v5.1, median of {len(eight)}"
             yield {**_cells(middle), "name": name, "published": True}
+
+
+def _readable(runs: Iterable[Path]) -> Iterable[tuple[Path, dict]]:
+    for run in runs:
+        with contextlib.suppress(DisaggError):  # not launched, failed or cut: it has no figures to set beside
+            yield run, result_row(read_result(run))
 
 
 def _same(row: dict, theirs: dict) -> dict:
@@ -400,7 +435,7 @@ def _same_words(percent: float) -> str:
 
 def _cells(row: dict) -> dict:
     """The figures of a row of the table as text, and which are over their limits."""
-    limits = {name: row.get(f"{name}_limit_ms", math.nan) for name in ("ttft", "tpot")}
+    limits = {name: row.get(f"{name}_limit_ms") or math.nan for name in ("ttft", "tpot")}
     return {
         **dict.fromkeys(("this", "published", "noise"), False),
         "source": row["source"],
@@ -409,7 +444,7 @@ def _cells(row: dict) -> dict:
         "qps": f"{row['target_qps']:g}" if row["target_qps"] > 0 else "-",
         "rate": _short(row["completed_tokens_per_s_per_gpu"]),
         **{name: _short(row[f"{name}_p99_ms"]) for name in limits},
-        "over": [name for name, limit in limits.items() if row[f"{name}_p99_ms"] >= limit],
+        "over": [name for name, limit in limits.items() if limit > 0 and row[f"{name}_p99_ms"] >= limit],
     }
 
 
@@ -434,7 +469,9 @@ def _text_lines(report: Report, width: int) -> Iterable[str]:
             text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
         )
 
-    yield from wrapped(f"{report.sign} {report.word} ({report.pill})")
+    yield from wrapped(
+        f"{report.sign} {report.word} ({'; '.join(filter(None, [report.pill, report.proviso]))})"
+    )
     yield from wrapped(report.cause)
     yield from wrapped(report.remedy)
     if not report.tiles:
@@ -457,6 +494,19 @@ def _text_lines(report: Report, width: int) -> Iterable[str]:
     yield from _at_dots(report.line, width)
 
 
+def _markdown_parts(report: Report) -> Iterable[str]:
+    yield f"# {report.sign} {report.title}"
+    rows = [(f"**{report.sign} {report.word}**", f"**{report.cause}** {report.remedy}")]
+    rows += [(what.rstrip(":"), f"**{figure}** {more}") for figure, what, more in report.tiles]
+    rows += [(bar.name, f"**{bar.figure}** {bar.limit} {bar.sign}") for bar in report.bars]
+    head, *rest = (f"| {name} | {words} |" for name, words in rows)
+    yield f"**source: {report.source}.** {report.eyebrow}; {report.pill}."
+    yield "\n".join([head, "|---|---|", *rest])
+    yield report.limits_note
+    yield f"`{report.line}`" if report.line else ""
+    yield f"<details><summary>Every check, in full</summary>\n\n```\n{report.checks}\n```\n\n</details>"
+
+
 def _at_dots(line: str, width: int) -> Iterable[str]:
     """A line cut where a dot stands, so that none is longer than `width`."""
     first, *rest = line.split(" · ")
@@ -471,9 +521,9 @@ def _at_dots(line: str, width: int) -> Iterable[str]:
 
 def _short(value: float) -> str:
     """Three digits, or all before the point."""
-    if math.isnan(value):
+    if value is None or math.isnan(value):
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def _time(ms: float) -> str:

@@ -1,7 +1,7 @@
 """The rehearsal kept in results/: labelled, without a trace of the machine, and by the notebooks as they are now.
 
-What must be equal is each notebook's code without comments and layout, and the names of its parameters. Prose, the
-parameters' explanations and the library may change without a new example. `make example` makes one.
+What must be equal is each notebook's code without comments and layout. Prose, parameters and the library may change
+without a new example. `make example` makes one.
 """
 
 import ast
@@ -22,8 +22,6 @@ from disagg_lib.results import rows
 from disagg_lib.sharing.example import export_example
 from disagg_lib.sharing.redaction import Redactor
 
-EXECUTED = sorted(set(CHAIN) - {"02_plan"})  # `run` leaves 02 out
-
 
 def kept():
     """The files of the example that git has, or would take."""
@@ -33,15 +31,13 @@ def kept():
 
 
 def code_of(path):
-    """Code cells as syntax trees, but for the parameters; then the names of the parameters."""
+    """Code cells as syntax trees, but for the parameters, which the example leaves out."""
     cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-    tagged = {tag: "".join(c["source"]) for c in cells for tag in c["metadata"].get("tags", [])}
     own = [c for c in cells if not {"parameters", "injected-parameters"} & set(c["metadata"].get("tags", []))]
-    names = [statement.target.id for statement in ast.parse(tagged["parameters"]).body]
-    return [ast.unparse(ast.parse("".join(cell["source"]))) for cell in own], names
+    return [ast.unparse(ast.parse("".join(cell["source"]))) for cell in own]
 
 
-@pytest.mark.parametrize("name", EXECUTED)
+@pytest.mark.parametrize("name", CHAIN)
 def test_the_example_was_made_by_the_notebooks_as_they_are(name):
     assert code_of(EXAMPLE / f"notebooks/{name}.ipynb") == code_of(NOTEBOOKS / f"{name}.ipynb"), (
         "run `make example`"
@@ -49,7 +45,7 @@ def test_the_example_was_made_by_the_notebooks_as_they_are(name):
 
 
 def test_the_example_was_executed_to_its_end_with_figures():
-    for name in EXECUTED:
+    for name in CHAIN:
         cells = json.loads((EXAMPLE / f"notebooks/{name}.ipynb").read_text())["cells"]
         assert all(
             cell["execution_count"] for cell in cells if cell["cell_type"] == "code" and cell["source"]
@@ -61,7 +57,9 @@ def test_the_example_was_executed_to_its_end_with_figures():
 def test_everything_of_the_example_says_rehearsed():
     readme = (EXAMPLE / "README.md").read_text()
     assert "**source: rehearsed.**" in readme and "Submittable: no" in readme
-    assert [path.name for path in (EXAMPLE / "tables").iterdir()] == ["run_rehearsed.csv"]
+    tables = sorted(path.name for path in (EXAMPLE / "tables").iterdir())
+    assert tables == ["result.json", "run_rehearsed.csv"], "run `make example`"
+    assert json.loads((EXAMPLE / "tables/result.json").read_text())["source"] == "rehearsed"
     assert all(path.stem.endswith("_rehearsed") for path in (EXAMPLE / "figures").iterdir())
     for target in re.findall(r"\]\(([^)]+)\)", readme):
         assert (EXAMPLE / target).is_file(), target
@@ -88,8 +86,9 @@ def test_the_examples_table_is_what_its_logs_give():
     written = pd.read_csv(EXAMPLE / "tables/run_rehearsed.csv").iloc[0]
     row = rows.run_row(EXAMPLE)
     assert row["source"] == "rehearsed" and not row["submittable"]
+    values = json.loads((EXAMPLE / "tables/result.json").read_text())
     for name in ("samples_per_s", "completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms", "query_count"):
-        assert written[name] == row[name], name
+        assert written[name] == row[name] == values[name], name
 
 
 # -- how it is made
@@ -119,6 +118,17 @@ def test_no_name_of_the_site_is_in_an_example_and_large_files_are_named(tmp_path
     assert survivors(shared.path, site()) == set()
     assert set(shared.left_out) == {"logs/large.log: 200 kB", "job/program/agent.py: 0 kB"}
     assert "logs/large.log: 200 kB" in (shared.path / "README.md").read_text()
+
+
+def test_an_example_holds_neither_the_parameters_cell_nor_the_state_of_widgets(tmp_path):
+    run = make_site_run(tmp_path / "run", site())
+    path = run / "notebooks/05_analysis.ipynb"
+    notebook = json.loads(path.read_text())
+    notebook["metadata"]["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
+    tagged = {"cell_type": "code", "execution_count": 1, "id": "t", "metadata": {"tags": ["parameters"]}, "source": "x: int = 1", "outputs": []}  # fmt: skip
+    path.write_text(json.dumps(notebook | {"cells": [tagged, *notebook["cells"]]}))
+    kept_ = json.loads((export_example(run, tmp_path / "example").path / "notebooks/05_analysis.ipynb").read_text())  # fmt: skip
+    assert [cell["id"] for cell in kept_["cells"]] == ["a"] and "widgets" not in kept_["metadata"]
 
 
 def test_only_a_rehearsal_is_kept(tmp_path):

@@ -297,7 +297,7 @@ def test_pages_load_nothing_and_the_index_says_it_all(tmp_path):
     index = (shared.path / "index.html").read_text()
     assert "rehearsed" in index and "Shortened on purpose" in index and "python 3.11.2" in index
     assert (
-        index.count("data:image/png;base64,") == 3
+        index.count("data:image/png;base64,") == 4
         and "python -m disagg_lib run params/site.yaml -p account" in index
     )
 
@@ -320,7 +320,7 @@ def test_index_of_a_failed_run_says_why_there_is_no_verdict(tmp_path):
     run = make_site_run(tmp_path / "run", site())
     (run / "mlperf/performance" / SUMMARY).write_text("")
     index = (export_html(run, tmp_path / "html").path / "index.html").read_text()
-    assert "No verdict: " in index and "cut log" in index and index.count("data:image/png") == 2
+    assert "NO RESULT" in index and "cut log" in index and index.count("data:image/png") == 2
 
 
 def test_the_command_to_repeat_a_run_is_quoted(tmp_path):
@@ -557,7 +557,7 @@ def test_tables_and_figures_are_rebuilt_to_the_byte_wherever_the_run_lies(tmp_pa
     run = make_site_run(tmp_path / "run", site())
     outputs.write_outputs(run)
     (run / "tables/notes.csv").unlink()
-    assert set(recompute(run)["word"]) == {"same"} and len(recompute(run)) == 5
+    assert set(recompute(run)["word"]) == {"same"} and len(recompute(run)) == 6
     moved = Path(shutil.copytree(run, tmp_path / "elsewhere/run"))
     assert set(recompute(moved)["word"]) == {"same"}
 
