@@ -203,8 +203,3 @@ def follow_job(run: Path) -> JobMonitor | None:
     show(monitor.box, f"{run.name}: {progress_line(monitor.state)}")
     monitor.attach()
     return monitor
-
-
-def still_running(run: Path) -> bool:
-    """Live: whether the run's job has not ended. Headless never: there the job has been waited for."""
-    return front_end_is_live() and not launch.job_state(run).ended
