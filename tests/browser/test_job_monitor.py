@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -53,11 +52,9 @@ def run(tree):
 
 def test_04_shows_the_job_live_and_finds_it_again_after_a_reload(notebook, run):
     opened = notebook("04_launch")
-    start = time.monotonic()
     opened.run_all()
     assert "done" not in phases(run), "no cell waited for the job"
     opened.refuse_ugliness()
-    assert "still running" in opened.output(), f"after {time.monotonic() - start:.0f} s"
     first = bar(opened)
     opened.page.wait_for_timeout(4000)
     assert bar(opened) > first, "the bar moves"
@@ -84,6 +81,7 @@ def test_04_shows_the_job_live_and_finds_it_again_after_a_reload(notebook, run):
     sure.click()
     opened.page.locator('.disagg-monitor li[data-state="failed"]').last.wait_for()
     assert phases(run)[-1].startswith("failed: cancelled")
+    opened.page.locator(".disagg-monitor").get_by_text("Next: 05_analysis").wait_for()
     opened.screenshots("cancelled", ".disagg-monitor")
     opened.close()
 
