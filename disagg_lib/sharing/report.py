@@ -350,7 +350,8 @@ def _bars(checks: tuple) -> Iterable[Bar]:
     if counts:
         worst = max(counts, key=lambda c: (c.status == FAIL, c.figure - c.limit))
         scale = worst.limit / MARK if worst.limit else max(worst.figure, 1)
-        figure = f"{worst.figure:,.0f}" if "most" not in worst.unit else f"at most {worst.figure:,.0f}"
+        known = "most" not in worst.unit or not worst.figure
+        figure = f"{worst.figure:,.0f}" if known else f"at most {worst.figure:,.0f}"
         figure = (
             figure if worst.status != FAIL or "least" not in worst.unit else f"at least {worst.figure:,.0f}"
         )

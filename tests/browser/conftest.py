@@ -30,9 +30,10 @@ SMALL = {  # a rehearsal of about 40 s that is VALID or not as it likes
 
 def _missing() -> str:
     try:
+        import axe_playwright_python  # noqa: F401
         import playwright  # noqa: F401
-    except ImportError:
-        return "playwright is not installed: make test-browser installs it"
+    except ImportError as error:
+        return f"{error.name} is not installed: make test-browser installs it"
     return (
         "" if Path(CHROMIUM).exists() else f"no {CHROMIUM}: make test-browser installs it when root on Debian"
     )
@@ -109,6 +110,14 @@ class Lab:
             self.process.kill()
             self.process.wait()
         self.log.close()
+
+
+def axe_violations(page, selector: str) -> list[str]:
+    """What axe-core finds in a part of a page: rule and element, one a line."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page, context={"include": [[selector]]}).response["violations"]
+    return [f"{rule['id']}: {node['html'][:160]}" for rule in found for node in rule["nodes"]]
 
 
 def set_parameters(notebook: Path, given: dict) -> None:
@@ -203,9 +212,10 @@ class Notebook:
         self.command("notebook:run-all-cells")
         self.page.wait_for_function(
             """() => {
-              const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent.trim());
+              const cells = window.jupyterapp.shell.currentWidget.content.widgets.map(widget => widget.model);
+              const code = cells.filter(cell => cell.type === 'code' && cell.sharedModel.getSource());
               const loading = [...document.querySelectorAll('.jp-OutputArea-output')].some(o => o.textContent === 'Loading widget...');
-              return prompts.length && prompts.every(p => /^\\[\\d+\\]:$/.test(p)) && !loading ||
+              return code.length && code.every(cell => cell.executionCount && cell.executionState !== 'running') && !loading ||
                 document.querySelector('.jp-RenderedText[data-mime-type*="error"]');
             }""",
             timeout=1000 * timeout_s,

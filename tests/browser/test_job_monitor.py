@@ -109,4 +109,4 @@ def test_05_says_that_a_job_still_runs(notebook, tree, run):
     opened = notebook("05_analysis")
     opened.run_all()
     opened.refuse_ugliness()
-    assert "no job yet: run 04_launch" in opened.output()
+    assert "No job yet: run 04_launch" in opened.output()
