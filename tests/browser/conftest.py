@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from disagg_lib.files import REPOSITORY
+from disagg_lib.notebook.clean import clean_text
 
 CHROMIUM = "/usr/bin/chromium"
 SCREENSHOTS = REPOSITORY / "build/screenshots"  # ignored by git
@@ -129,7 +130,7 @@ def set_parameters(notebook: Path, given: dict) -> None:
         place = next(i for i, line in enumerate(lines) if line.startswith(f"{name}:"))
         lines[place] = f"{name} = {value!r}"
     cell["source"] = "\n".join(lines).splitlines(keepends=True)
-    notebook.write_text(json.dumps(content, indent=1))
+    notebook.write_text(clean_text(json.dumps(content)))
 
 
 @pytest.fixture(scope="session")

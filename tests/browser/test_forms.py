@@ -136,7 +136,7 @@ def test_00_checks_and_saves_the_sites_parameters(notebook):
     opened.run_all()
     opened.refuse_ugliness()
     page, site = opened.page, opened.lab.tree / "params/site.yaml"
-    page.get_by_role("button", name="more, which many sites leave empty").click()
+    page.get_by_text("more, which many sites leave empty").click()
     field(opened, "time_limit").fill("4:00")
     page.get_by_text("found '4:00', needed h:mm:ss, such as 4:00:00").wait_for()
     button = page.get_by_role("button", name="Save site.yaml")
