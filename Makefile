@@ -25,8 +25,10 @@ check: $(VENV)/.installed
 # The server's root is the repository, so that run folders can be opened, too; JUPYTER_PATH's first entry wins over a user's
 # own kernels, so that `python3` is .venv's.
 lab: $(VENV)/.installed
+	$(BIN)/python -m disagg_lib.notebook.lab
 	JUPYTER_PATH="$(CURDIR)/$(VENV)/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" \
-	  $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks $(LAB_OPTIONS)
+	  $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/notebooks/00_setup.ipynb \
+	  --FileContentsManager.post_save_hook=disagg_lib.notebook.lab.after_save $(LAB_OPTIONS)
 
 bench: $(VENV)/.installed
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done

@@ -1,4 +1,4 @@
-"""python -m disagg_lib: each command calls the functions that the notebooks call."""
+"""disagg (or python -m disagg_lib): each command calls the functions that the notebooks call."""
 
 import sys
 from collections.abc import Sequence
@@ -9,13 +9,29 @@ import click
 import yaml
 
 from .errors import DisaggError, ParameterError
-from .experiment.loading import DEFAULT_PARAMS_FILES, load_experiment, refuse_unknown
+from .experiment.loading import experiment_from, refuse_unknown
 from .experiment.parameters import Experiment, parameter_names
 from .files import REPOSITORY, expand
 
+INTERRUPTED = 130  # a shell's status for Ctrl-C
+ORDER = ("plan", "check", "run", "launch", "attach", "cancel", "results", "export", "simulate", "calibrate", "evaluate", "parameters")  # fmt: skip
+
+
+class _Command(click.Command):
+    """`-p name=value` is `-p name value`, as everybody types it first."""
+
+    def parse_args(self, context, args):
+        words: list[str] = []
+        for word in args:
+            name, equals, value = word.partition("=")
+            words += [name, value] if equals and words[-1:] == ["-p"] else [word]
+        return super().parse_args(context, words)
+
 
 class _Group(click.Group):
-    """Our own errors end a command with their message and status 1, not with a traceback."""
+    """Our own errors end a command with their message and status 1, not with a traceback; Ctrl-C with what goes on."""
+
+    command_class = _Command
 
     def invoke(self, context):
         try:
@@ -23,6 +39,12 @@ class _Group(click.Group):
         except DisaggError as error:
             click.echo(f"{type(error).__name__}: {error}", err=True)
             context.exit(1)
+        except KeyboardInterrupt as stop:
+            click.echo(f"\n{stop}" if str(stop) else "\nStopped.", err=True)
+            context.exit(INTERRUPTED)
+
+    def list_commands(self, context):
+        return sorted(super().list_commands(context), key=lambda name: ORDER.index(name))
 
 
 def _given(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -39,14 +61,18 @@ def _given(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     return values
 
 
-def _files(names: Sequence[str]) -> list[str]:
-    """The params files of a command line: looked for from the repository's root, then from here."""
+def _files(names: Sequence[str]) -> list[str] | None:
+    """The params files of a command line: looked for from the repository's root, then from here; None: none was given."""
     here = [expand(name).absolute() for name in names]
     found = [
         str(path) if path.exists() and not (REPOSITORY / name).exists() else name
         for path, name in zip(here, names, strict=True)
     ]
-    return found or list(DEFAULT_PARAMS_FILES)
+    return found or None
+
+
+def _experiment(params: Sequence[str], given: Sequence[tuple[str, str]]) -> Experiment:
+    return experiment_from(_files(params), _given(given), "-p")
 
 
 def _write_csv(table, path: str | None) -> None:
@@ -61,51 +87,100 @@ def _write_csv(table, path: str | None) -> None:
             raise ParameterError(f"--csv: {path}: cannot be written ({error.strerror or error})") from None
 
 
-def _run_folder(run_dir: str) -> Path:
+def _run_folder(run_dir: str, purpose: str = "read") -> Path:
+    """The run of a path, a name or a part of one; none given: the one that is meant for this purpose."""
+    from .cluster.runs import run_for
     from .run.folder import find_run
 
-    return find_run(str(Path(run_dir).absolute()) if run_dir and Path(run_dir).exists() else run_dir)
+    if not run_dir:
+        return run_for(purpose)
+    return find_run(
+        str(Path(run_dir).absolute()) if (Path(run_dir) / "experiment.yaml").is_file() else run_dir
+    )
 
 
-params_argument = click.argument("params", nargs=-1, type=click.Path())
+def _completed_runs(context, parameter, incomplete: str) -> list[str]:
+    from .run.folder import newest_runs
+
+    return [run.name for run in newest_runs() if incomplete in run.name]
+
+
+def _completed_names(context, parameter, incomplete: str) -> list[str]:
+    return [name for name in parameter_names() if name.startswith(incomplete)]
+
+
+def _completed_params(context, parameter, incomplete: str) -> list[str]:
+    files = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "params").glob("*.yaml"))
+    return [name for name in files if name.startswith(incomplete) or name.startswith(f"params/{incomplete}")]
+
+
+params_argument = click.argument("params", nargs=-1, type=click.Path(), shell_complete=_completed_params)
+run_argument = click.argument("run_dir", metavar="[RUN]", default="", shell_complete=_completed_runs)
 given_option = click.option(
-    "-p", "given", nargs=2, multiple=True, metavar="NAME VALUE", help="One parameter; repeatable."
-)
+    "-p", "given", nargs=2, multiple=True, metavar="NAME=VALUE", shell_complete=_completed_names, help="One parameter; repeatable."
+)  # fmt: skip
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="Print all that the notebooks print.")
+beside_option = click.option("--beside", is_flag=True, help="Submit although another job is active.")
 csv_option = click.option("--csv", "csv_file", type=click.Path(), help="Write the rows here, too.")
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="disagg_lib", prog_name="disagg")
 def main():
-    """MLPerf v5.1 Llama-3.1-405B on disaggregated TensorRT-LLM: plan, rehearse, launch, judge."""
+    """MLPerf v5.1 Llama-3.1-405B on disaggregated TensorRT-LLM: plan, rehearse, launch, judge.
+
+    \b
+    disagg run                                           a rehearsal on this machine
+    disagg plan --gpus 72 --write params/my72.yaml       the best topology, as a params file
+    disagg check params/my72.yaml params/site.yaml       every rule before the queue
+    disagg run params/my72.yaml params/site.yaml         the real run, to its report
+
+    RUN is a run folder, its name in results/, or a part of it that fits one alone.
+    """
 
 
-@main.command()
+@main.command(short_help="All notebooks, to the report.")
 @params_argument
 @given_option
 @click.option("--run-dir", default="", help="The run folder to make; default: a new one in results/.")
 @click.option("--plan", "with_plan", is_flag=True, help="Run 02_plan, too.")
-def run(params, given, run_dir, with_plan):
-    """Run all notebooks, headless, with the params files PARAMS (default: params/rehearsal.yaml)."""
+@click.option("--anyway", is_flag=True, help="Go on although preflight finds errors.")
+@beside_option
+@verbose_option
+def run(params, given, run_dir, with_plan, anyway, beside, verbose):
+    """Run all notebooks, headless, with the params files PARAMS. Nothing given at all: params/rehearsal.yaml."""
     from .notebook.run_all import run_chain
 
-    run_chain(
-        _files(params),
-        _given(given),
-        str(Path(run_dir).absolute()) if run_dir else "",
-        with_plan,
-        out=click.echo,
-    )
+    place = str(Path(run_dir).absolute()) if run_dir else ""
+    run_chain(_files(params), _given(given), place, with_plan, click.echo, verbose, anyway, beside)
 
 
-@main.command()
+@main.command(short_help="A written run: submit, follow, report.")
+@run_argument
+@beside_option
+@verbose_option
+def launch(run_dir, beside, verbose):
+    """Submit RUN or attach to its job, follow it to its end, and analyse it. Default: the active one, else the newest
+    that is not submitted."""
+    from .notebook.run_all import launch_run
+
+    launch_run(_run_folder(run_dir, "launch"), click.echo, verbose, beside)
+
+
+@main.command(short_help="Every rule before the queue.")
 @params_argument
 @given_option
 def check(params, given):
     """Check PARAMS against every rule before the queue; exit status 1 if an error is found."""
     from .checks import checks_text
     from .cluster.preflight import check_experiment
+    from .experiment.topology import topology_arithmetic
+    from .notebook.opening import headline
 
-    checks = check_experiment(load_experiment(_files(params), _given(given)))
+    experiment = _experiment(params, given)
+    files = ", ".join(params) or ("-p alone" if given else "params/rehearsal.yaml, as nothing was given")
+    click.echo(f"{headline(experiment)}\n{files}: {topology_arithmetic(experiment)}\n")
+    checks = sorted(check_experiment(experiment), key=lambda c: (c.ok, c.level != "error"))
     click.echo(checks_text(checks))
     errors = sum(not c.ok and c.level == "error" for c in checks)
     warnings = sum(not c.ok and c.level == "warning" for c in checks)
@@ -123,18 +198,28 @@ draws_option = click.option(
 )
 
 
-@main.command()
+@main.command(short_help="Rank topologies for a GPU budget.")
 @click.option("--gpus", type=click.IntRange(1, 10_000), help="GPU budget; default: what PARAMS need.")
 @params_argument
 @given_option
 @draws_option
 @csv_option
-def plan(gpus, params, given, draws, csv_file):
+@click.option(
+    "--write",
+    "write_file",
+    type=click.Path(path_type=Path),
+    help="Write the first row as a complete params file.",
+)
+def plan(gpus, params, given, draws, csv_file, write_file):
     """Rank topologies for a GPU budget by the highest target QPS that stays VALID (simulated)."""
     from .serving import prediction
     from .serving.plan import plan as plan_topologies
 
-    experiment = load_experiment(_files(params), _given(given))
+    experiment = _experiment(params, given)
+    if write_file and write_file.exists():
+        raise ParameterError(
+            f"--write: {write_file} is there already, and nothing is overwritten. Choose another name"
+        )
     ranked = plan_topologies(prediction.budget_of(experiment, gpus, draws))
     _write_csv(prediction.plan_table(ranked), csv_file)
     click.echo(
@@ -142,9 +227,13 @@ def plan(gpus, params, given, draws, csv_file):
     )
     click.echo(prediction.ranking(ranked).to_string())
     click.echo("\n" + prediction.plan_notes(experiment, ranked))
+    if write_file:
+        from .notebook.plan_choice import write_choice
+
+        click.echo(f"\nwritten: {write_choice(experiment, ranked[0], write_file)}")
 
 
-@main.command()
+@main.command(short_help="Predict one topology's verdict.")
 @params_argument
 @given_option
 @draws_option
@@ -157,7 +246,7 @@ def simulate(params, given, draws, highest, other_seeds, csv_file):
     """Predict TTFT, TPOT and the verdict of PARAMS at server_target_qps, for three spreads of prompt length."""
     from .serving import prediction
 
-    experiment = load_experiment(_files(params), _given(given))
+    experiment = _experiment(params, given)
     if highest:
         table = prediction.highest_qps_table(experiment, draws)
         text = f"highest VALID queries/s, median [range] of {draws} draws; source: simulated\n{table.to_string(index=False)}"
@@ -168,7 +257,7 @@ def simulate(params, given, draws, highest, other_seeds, csv_file):
     click.echo(text)
 
 
-@main.command()
+@main.command(short_help="Fit a stack on measured runs.")
 @click.argument("runs", nargs=-1, type=click.Path())
 @click.option(
     "--log",
@@ -230,13 +319,15 @@ def lengths(dataset, out, answers, sha256, trust_dataset):
     )
 
 
-@main.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path())
+@main.command(short_help="Runs as a table.")
+@click.argument("folders", nargs=-1, metavar="[RUN]...", shell_complete=_completed_runs)
 @csv_option
+@click.option("--wide", is_flag=True, help="All figures, a column or a row a run.")
+@click.option("--json", "as_json", is_flag=True, help="All columns, for machines.")
+@click.option("--line", "as_line", is_flag=True, help="One line a run, to paste.")
+@click.option("--published", is_flag=True, help="With the published runs of this model.")
 @click.option(
-    "--recompute",
-    is_flag=True,
-    help="Rebuild each run's tables and figures from its raw logs and compare digests.",
+    "--scenario", type=click.Choice(["Interactive", "Server", "Offline"]), help="Of the published runs."
 )
 @click.option(
     "--source",
@@ -247,39 +338,90 @@ def lengths(dataset, out, answers, sha256, trust_dataset):
     "--round", "round_", metavar="vN.M", help="The round to judge by; default: what the run claims."
 )
 @click.option("--division", type=click.Choice(["closed", "open"]), help="The division to judge by.")
-def results(folders, csv_file, recompute, source, round_, division):
-    """Print one row for each run folder (its path, or its name in results/) or LoadGen log folder."""
+@click.option(
+    "--recompute", is_flag=True, help="Rebuild tables and figures from the raw logs and compare digests."
+)
+def results(
+    folders, csv_file, wide, as_json, as_line, published, scenario, recompute, source, round_, division
+):
+    """Print one row for each RUN: a run folder, its name in results/, a folder of runs, or LoadGen's logs. Default: all."""
+    import pandas as pd
+
+    from .results.listing import json_rows, list_runs
+    from .results.published import published_table
     from .results.rows import format_table, runs_table
-    from .run.folder import RESULTS
 
-    folders = [
-        name if Path(name).exists() or not (RESULTS / name).is_dir() else RESULTS / name for name in folders
-    ]
-    table = runs_table(folders, source, round=round_, division=division)
+    runs, asides = _result_folders(folders)
+    table = runs_table(runs, source, round=round_, division=division)
+    if published:
+        table = pd.concat([table, published_table(scenario)], ignore_index=True)
     _write_csv(table, csv_file)
-    click.echo(format_table(table))
-    wrong = bool((table["error"].fillna("") != "").any())
-    if recompute:
-        from .sharing.recompute import recompute as rebuild
+    readable = table[(table["loadgen_scenario"] != "") | (table["source"] == "published")]
+    if as_line:
+        from .notebook.outcome import outcome_line
 
-        for folder in folders:
+        text = "\n".join(
+            outcome_line(Path(row.folder)) for row in readable.itertuples() if row.source != "published"
+        )
+    else:
+        text = (json_rows if as_json else format_table if wide else list_runs)(readable)
+    click.echo(text)
+    errors = [row.error if row.error.startswith(row.folder) else f"{row.folder}: {row.error}" for row in table.itertuples() if isinstance(row.error, str) and row.error]  # fmt: skip
+    for line in [*asides, *errors]:
+        click.echo(line, err=True)
+    differs = recompute and not _recomputed(runs)
+    sys.exit(1 if errors or differs else 0)
+
+
+def _result_folders(names: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The folders that are meant, and a line for each that has no result to show."""
+    from .cluster.runs import measured, run_label
+    from .run.folder import RESULTS, find_run, newest_runs
+
+    if not names:
+        runs = newest_runs()
+        return [run for run in runs if measured(run)], [run_label(run) for run in runs if not measured(run)]
+    folders, asides = [], []
+    for name in names:
+        path = Path(name)
+        if path.is_file():
+            asides.append(f"{name}: a file, no run")
+        elif inside := newest_runs(path) or (
+            newest_runs(RESULTS) if name == "results" and not path.exists() else []
+        ):
+            folders += inside
+        else:
             try:
-                compared = rebuild(folder)
-            except DisaggError as error:
-                click.echo(f"\nnot rebuilt: {error}")
-                wrong = True
-                continue
-            counts = compared["word"].value_counts()
-            rest = "".join(f", {n} {word}" for word, n in counts.items() if word != "same")
-            same = f"{counts.get('same', 0)} of {len(compared)} files are what the raw logs give"
-            click.echo(f"\n{folder}: {same}{rest}")
-            click.echo(compared[["word", "file"]].to_string(index=False))
-            wrong = wrong or "differs" in counts
-    sys.exit(1 if wrong else 0)
+                folders.append(path if path.exists() else find_run(name))
+            except DisaggError:
+                folders.append(path)  # LoadGen's reader says what is wrong with it
+    return folders, asides
 
 
-@main.command()
-@click.argument("run_dir")
+def _recomputed(runs: Sequence[Path]) -> bool:
+    """Whether every run's tables and figures are what its raw logs give; says so, a line a file."""
+    from .sharing.recompute import recompute
+
+    same = True
+    for folder in runs:
+        try:
+            compared = recompute(folder)
+        except DisaggError as error:
+            click.echo(f"\nnot rebuilt: {error}")
+            same = False
+            continue
+        counts = compared["word"].value_counts()
+        rest = "".join(f", {n} {word}" for word, n in counts.items() if word != "same")
+        click.echo(
+            f"\n{folder}: {counts.get('same', 0)} of {len(compared)} files are what the raw logs give{rest}"
+        )
+        click.echo(compared[["word", "file"]].to_string(index=False))
+        same = same and "differs" not in counts
+    return same
+
+
+@main.command(short_help="Score an accuracy run.")
+@run_argument
 @click.option(
     "--dataset", "dataset", type=click.Path(), help="The data set's pickle; default: the run's dataset_path."
 )
@@ -310,8 +452,8 @@ def evaluate(run_dir, dataset, tokenizer, trust_dataset):
         click.echo(f"{name}: {value}")
 
 
-@main.command()
-@click.argument("run_dir")
+@main.command(short_help="Share a run: pages, crate, submission.")
+@run_argument
 @click.option(
     "--html", type=click.Path(), metavar="DEST", help="Self-contained pages and an index, redacted."
 )
@@ -345,28 +487,43 @@ def export(run_dir, html, crate, submission, system):
         click.echo(export_submission(folder, submission, REPOSITORY / system).text())
 
 
-@main.command()
-@click.argument("run_dir", default="")
+@main.command(short_help="Follow a job to its end.")
+@run_argument
 def attach(run_dir):
-    """Follow the job of a run folder (default: the newest) to its end."""
+    """Follow the job of RUN (default: the active one) to its end."""
     from .cluster.follow import watch
+    from .notebook.run_all import how_to_go_on
 
-    watch(_run_folder(run_dir), out=click.echo)
+    folder = _run_folder(run_dir, "follow")
+    try:
+        watch(folder, out=click.echo)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_go_on(folder, "attach")) from None
 
 
-@main.command()
-@click.argument("run_dir", default="")
-def cancel(run_dir):
-    """End the job of a run folder (default: the newest); its servers are ended, too."""
+@main.command(short_help="End a job.")
+@run_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def cancel(run_dir, yes):
+    """End the job of RUN (default: the active one); its servers are ended, too."""
     from .cluster import launch
+    from .cluster.runs import run_label
 
-    state = launch.cancel(_run_folder(run_dir))
+    folder = _run_folder(run_dir, "follow")
+    click.echo(run_label(folder))
+    if not (run_dir or yes) and sys.stdin.isatty():
+        click.confirm("End this job?", abort=True)
+    state = launch.cancel(folder)
     click.echo(f"{state.run_dir.name}: {state.phase or state.state}")
 
 
-@main.command()
+@main.command(short_help="Every parameter and its meaning.")
 def parameters():
     """List every parameter with its default and meaning."""
+    from .notebook.parameters import GROUPS
+
     for name in parameter_names():
+        if name in GROUPS:
+            click.echo(f"# -- {GROUPS[name]}")
         field = Experiment.model_fields[name]
         click.echo(f"{name}: {field.default}  # {field.description}")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.notebook.clean import clean_text
 from disagg_lib.notebook.parameters import parameters_cell
 from disagg_lib.notebook.run_all import NOTEBOOKS
 from disagg_lib.run.config import config_files
@@ -76,12 +77,13 @@ def texts(given: dict) -> dict[str, str]:
 
 
 def renew_parameters_cell(path: Path) -> str:
-    """The notebook's text with its parameters cell as the library writes it."""
+    """The notebook's text with its parameters cell as the library writes it, and as git's filter leaves it."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cell = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
     source = parameters_cell(makes_runs=path.name[:2] not in ("04", "05"))
     cell["source"] = source.splitlines(keepends=True)
-    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+    cell["metadata"]["jupyter"] = {"source_hidden": True}  # 66 lines, of which few readers need one
+    return clean_text(json.dumps(notebook))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The commands as a person types them; what they print, write and refuse."""
 
+import json
+import shutil
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
 
+from disagg_lib.experiment.loading import load_experiment
 from disagg_lib.files import REPOSITORY
 
 
@@ -100,8 +103,7 @@ def test_results_of_what_is_no_run_is_a_row_with_its_error_and_status_1(tmp_path
         (folder / "nonsense.txt").write_text(text)
     done = command("results", folder)
     assert done.returncode == 1
-    assert str(folder) in done.stdout
-    assert "Traceback" not in done.stderr
+    assert str(folder) in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_half_a_log_is_named_and_the_other_runs_still_show(tmp_path):
@@ -115,7 +117,7 @@ def test_half_a_log_is_named_and_the_other_runs_still_show(tmp_path):
     done = command("results", whole, half)
     assert done.returncode == 1
     assert whole.name in done.stdout
-    assert str(half) in done.stdout
+    assert str(half) in done.stderr
 
 
 def test_params_files_are_found_from_any_folder(tmp_path):
@@ -126,5 +128,74 @@ def test_params_files_are_found_from_any_folder(tmp_path):
     assert command("check", "params/rehearsal.yaml", cwd=tmp_path).returncode == 0
 
 
-def test_parameters_lists_every_key():
-    assert "gen_batch_size: 512" in command("parameters").stdout
+def test_parameters_lists_every_key_in_its_group():
+    said = command("parameters").stdout
+    assert "gen_batch_size: 512" in said and said.startswith("# -- what runs")
+
+
+def test_help_is_in_the_order_of_use_and_nothing_is_cut():
+    said = command("--help").stdout
+    names = [line.split()[0] for line in said.partition("Commands:")[2].splitlines() if line]
+    assert names[:8] == ["plan", "check", "run", "launch", "attach", "cancel", "results", "export"]
+    assert "...\n" not in said.partition("Commands:")[2] and max(map(len, said.splitlines())) <= 92
+    assert command("--version").stdout.startswith("disagg, version ")
+
+
+def test_a_parameter_may_be_given_as_two_words_or_with_an_equals_sign():
+    two, one = (command("check", "params/rehearsal.yaml", *words) for words in (("-p", "num_gen_servers", 2), ("-p", "num_gen_servers=2")))  # fmt: skip
+    assert "2 generation servers x 4 = 24 GPUs" in one.stdout and one.stdout == two.stdout
+    refused = command("check", "-p", "num_gen_server=2")
+    assert "-p: num_gen_server: no such parameter. Did you mean num_gen_servers?" in refused.stderr
+
+
+def test_check_says_what_it_checks_and_errors_come_first():
+    said = command("check").stdout
+    assert said.startswith("REHEARSAL on this machine, no GPU\nparams/rehearsal.yaml, as nothing was given: ")
+    real = command("check", "params/gb200_20gpu.yaml")
+    words = [
+        line.split()[0] for line in real.stdout.splitlines() if line.startswith(("error", "warning", "ok"))
+    ]
+    assert real.stdout.startswith("REAL: 20 GPUs on 5 nodes under Slurm")
+    assert words == sorted(words, key=["error", "warning", "ok"].index) and words[0] == "error"
+
+
+def test_the_plan_is_written_as_a_complete_params_file_and_never_over_one(tmp_path):
+    path = tmp_path / "my8.yaml"
+    done = command("plan", "--gpus", 8, "--write", path)
+    assert done.returncode == 0, done.stderr
+    written = load_experiment([path])
+    assert (written.engine, written.launcher, written.container, written.gpu_count) == (
+        "trtllm",
+        "slurm",
+        "pyxis",
+        8,
+    )
+    again = command("plan", "--gpus", 8, "--write", path)
+    assert again.returncode == 1 and "nothing is overwritten" in again.stderr
+
+
+def test_thirty_runs_fit_eighty_columns(tmp_path):
+    whole = sorted(p.parent for p in (REPOSITORY / "tests/data").rglob("mlperf_log_detail.txt"))[0]
+    for number in range(30):
+        run = tmp_path / f"20261130-1957{number:02d}_rehearsal_144gpu"
+        shutil.copytree(whole, run / "mlperf/performance")
+        shutil.copy(REPOSITORY / "results/example_rehearsal/experiment.yaml", run)
+    done = command("results", tmp_path)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 1 + 30 + 1 and max(map(len, lines)) <= 80
+    assert [line[:15] for line in lines[1:31]] == [
+        f"20261130-1957{number:02d}" for number in reversed(range(30))
+    ]
+    rows = json.loads(command("results", tmp_path, "--json").stdout)
+    assert len(rows) == 30 and rows[0]["source"] == "rehearsed"
+
+
+def test_what_is_no_run_is_a_line_beside_the_runs_that_are(tmp_path):
+    done = command("results", "results/README.md", "example_rehearsal")
+    assert done.returncode == 0 and "example_rehearsal" in done.stdout
+    assert done.stderr == "results/README.md: a file, no run\n"
+
+
+def test_published_runs_can_be_set_beside():
+    done = command("results", "example_rehearsal", "--published", "--scenario", "Server")
+    assert done.stdout.count("published") >= 5 and max(map(len, done.stdout.splitlines())) <= 80

@@ -40,7 +40,7 @@ def machine_checks(e: Experiment) -> list[Check]:
     checks = [Check("Python 3.11 to 3.13", python, known, "install one of these")]
     packages = ("mlcommons-loadgen", "jupyterlab", "papermill", "ipywidgets", "pandas", "huggingface-hub")
     checks += [_package(name, pins[name]) for name in packages]
-    checks.append(_room(e))
+    checks.append(room_check(e))
     if e.launcher == "slurm":
         checks += [*_slurm_tools(e), *cluster_checks(e, make_job_script(e))]
     if e.engine == "rehearsal":
@@ -51,7 +51,7 @@ def machine_checks(e: Experiment) -> list[Check]:
     return checks
 
 
-def _room(e: Experiment) -> Check:
+def room_check(e: Experiment) -> Check:
     """Free space where the checkpoint belongs, less what of it has come."""
     model, needed_gb = Path(e.model_path), REHEARSAL_GB
     if e.engine == "trtllm":

@@ -9,7 +9,7 @@ import yaml
 
 from ..checks import Table
 from ..errors import JobError
-from ..experiment.loading import read_params_file
+from ..experiment.loading import BY_HAND, read_params_file
 from ..experiment.parameters import Experiment
 from ..files import REPOSITORY
 from ..run.made_with import cite_client
@@ -31,7 +31,7 @@ def suggest_site(e: Experiment) -> dict[str, tuple[object, str]]:
     found = {}
     for key in SITE_KEYS + EXPERIMENTS_KEYS:
         value, source = getattr(e, key), e.provenance[key]
-        of_site = key in SITE_KEYS or source == "given" or Path(source).name == SITE.name
+        of_site = key in SITE_KEYS or source in BY_HAND or Path(source).name == SITE.name
         if source != "default" and value is not None and of_site:
             found[key] = value, source
     if e.launcher == "slurm":

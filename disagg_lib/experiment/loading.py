@@ -15,6 +15,7 @@ from .parameters import Experiment, parameter_kind, parameter_names, what_is_nee
 from .rules import check_together
 
 DEFAULT_PARAMS_FILES = ("params/rehearsal.yaml",)
+BY_HAND = ("given", "typed here", "papermill", "-p")  # origins of a value that no params file gave
 
 
 def refuse_unknown(names: Iterable[str], accepted: Iterable[str], where: str) -> None:
@@ -92,7 +93,8 @@ def _explain(error: Mapping, provenance: Mapping[str, str]) -> str:
     kind = {str: "text", int: "a whole number", float: "a number", bool: "true/false"}.get(
         type(found), type(found).__name__
     )
-    return f"{provenance.get(name, 'given')}: {name}: found {found!r} ({kind}), needed {note}"
+    shown = repr(found) if error["type"] == "string_pattern_mismatch" else f"{found!r} ({kind})"
+    return f"{provenance.get(name, 'given')}: {name}: found {shown}, needed {note}"
 
 
 _PATHS = (
@@ -114,6 +116,7 @@ def load_experiment(
     params_files: Iterable[str | Path] = DEFAULT_PARAMS_FILES,
     given: Mapping[str, Any] | None = None,
     root: Path = REPOSITORY,
+    origin: str | Mapping[str, str] = "given",
 ) -> Experiment:
     """Resolve parameters: default < params files, in order < given.
 
@@ -122,6 +125,7 @@ def load_experiment(
     params_files : flat YAML files; relative paths are below `root`.
     given : name -> value from an injected or edited cell, or from -p; None means not given.
     root : what relative paths (scratch_dir, dataset_path, ...) are below, too.
+    origin : where `given` comes from, of all or name by name: one of BY_HAND.
 
     Raises
     ------
@@ -132,13 +136,15 @@ def load_experiment(
             f"params_files: found the text {params_files!r}, needed a list: [{params_files!r}]"
         )
     sources = [(str(name), read_params_file(root / expand(name), str(name))) for name in params_files]
-    refuse_unknown(given or (), parameter_names(), "given")
     values: dict[str, Any] = {}
     provenance = dict.fromkeys(parameter_names(), "default")
-    for source, mapping in [*sources, ("given", dict(given or {}))]:
+    by_hand = dict(given or {})
+    hand = dict.fromkeys(by_hand, origin) if isinstance(origin, str) else origin
+    refuse_unknown(by_hand, parameter_names(), next(iter(hand.values()), "given"))
+    for source, mapping in [*sources, (None, by_hand)]:
         for name, value in mapping.items():
             if value is not None:
-                values[name], provenance[name] = value, source
+                values[name], provenance[name] = value, source or hand.get(name, "given")
     try:
         experiment = Experiment(**values, provenance=provenance)
         experiment = Experiment(**values | _absolute_paths(experiment, root), provenance=provenance)
@@ -152,6 +158,22 @@ def load_experiment(
     return experiment
 
 
+def experiment_from(
+    params_files: Iterable[str | Path] | None, given: Mapping[str, Any], origin: str | Mapping[str, str]
+) -> Experiment:
+    """What comes in by any door (typed cell, papermill, command line): a rehearsal only if nothing at all was given.
+
+    papermill's `-f FILE` injects the file's values one by one, so files and values must count alike.
+
+    Raises
+    ------
+    ParameterError, TopologyError
+    """
+    if params_files is None:
+        params_files = () if given else DEFAULT_PARAMS_FILES
+    return load_experiment(params_files, given, origin=origin)
+
+
 def changed(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
     """The same experiment but for these values, validated anew; what differs counts as given. None: not given.
 
@@ -161,7 +183,7 @@ def changed(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
     """
     new = {name: value for name, value in values.items() if value != getattr(experiment, name)}
     made = load_experiment((), {**experiment.model_dump(), **new})
-    origins = {name: "default" if value is None else "given" for name, value in new.items()}
+    origins = {name: "default" if value is None else "typed here" for name, value in new.items()}
     return made.model_copy(update={"provenance": experiment.provenance | origins})
 
 

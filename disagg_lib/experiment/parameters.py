@@ -43,6 +43,7 @@ OUR_SBATCH_OPTIONS = [
 ]
 # Without user and query: secrets stand there.
 ENDPOINT_URL = r"^https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./-]*)?$"
+TIME_LIMIT = r"^(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d$"
 FAULTS = (
     r"^(none|crash_loading(_quiet)?(:\w+)?|(crash_midrun(_quiet)?|gen_refuses)(:\w+(:\d+)?)?|no_request_id|"
     r"health_503|no_tokens|slow_tokens|no_detokenize|(truncated_stream|eos_first)(:\d+)?)$"
@@ -176,12 +177,12 @@ class Experiment(BaseModel):
     # the site
     partition: str | None = _parameter(None, "Slurm partition", pattern=SLURM_WORD)
     account: str | None = _parameter(None, "Slurm account", pattern=SLURM_WORD)
-    time_limit: str = _parameter("4:00:00", "h:mm:ss, in quotes", pattern=r"^(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d$")
+    time_limit: str = _parameter("4:00:00", "wall time of the job, h:mm:ss", pattern=TIME_LIMIT)
     segment: int | None = _parameter(None, "nodes that must share one NVLink domain (sbatch --segment)", ge=1)
     container_image: str | None = _parameter(None, "path of the .sqsh image, or its registry name")
     container_mounts: str | None = _parameter(None, "host:container paths, separated by commas")
     work_dir: str | None = _parameter(
-        None, "folder in the container in which the servers start", pattern=r"^/"
+        None, "folder in the container in which the servers start", pattern=r"^(/|REDACTED_path)"
     )
     client_dir: str | None = _parameter(
         None, "folder with LoadGen and numpy for the client; 00_setup builds it"
@@ -328,6 +329,13 @@ def parameter_kind(name: str) -> tuple[type, tuple[str, ...]]:
     return kind, ()
 
 
+PATTERN_WORDS = {
+    SLURM_WORD: "a name as Slurm has them, without blanks and ;",
+    TIME_LIMIT: "h:mm:ss, such as 4:00:00",
+    ENDPOINT_URL: "http://host:port, without user and query",
+}
+
+
 def what_is_needed(name: str) -> str:
     """What a parameter wants, in words, from its declaration."""
     field = Experiment.model_fields[name]
@@ -340,6 +348,8 @@ def what_is_needed(name: str) -> str:
         bool: "true or false",
         str: "text",
     }[kind]
+    pattern = next((found for m in field.metadata if (found := getattr(m, "pattern", None))), "")
+    words = PATTERN_WORDS.get(pattern, words)
     if options:
         listed = ", ".join(repr(option) for option in options)
         words = f"a list of {listed}" if kind is list else f"one of {listed}"

@@ -10,10 +10,10 @@ from IPython.display import Markdown, display
 from ..errors import ParameterError
 from ..experiment.loading import load_experiment
 from ..experiment.parameters import Experiment
-from ..files import REPOSITORY
 from ..run.config import config_files
 from ..run.job_script import make_job_script
 from .elements import WIDE, Latest, html_box, message_html, show
+from .opening import presets
 from .topology_form import TopologyForm
 
 
@@ -46,12 +46,6 @@ def marked_html(marked: Mapping[str, list[str]]) -> str:
 
 
 PRESET = "params/gb200_20gpu.yaml"  # the original's run
-
-
-def presets() -> list[str]:
-    """Params files that describe an experiment, not a site or a system."""
-    names = (f"params/{path.name}" for path in sorted((REPOSITORY / "params").glob("*.yaml")))
-    return [name for name in names if not name.startswith(("params/site", "params/system"))]
 
 
 def written_files(e: Experiment, job_script: bool) -> dict[str, str]:

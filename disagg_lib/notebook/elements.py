@@ -1,13 +1,14 @@
 """What the widgets share: fields that check as they are typed, messages, work in a thread."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 import ipywidgets as ipw
 from IPython.display import display
 
 from ..errors import ParameterError
+from ..experiment.loading import BY_HAND
 from ..experiment.parameters import Experiment, parameter_kind
 
 MUTED = "color:var(--jp-ui-font-color2, #555)"
@@ -24,12 +25,17 @@ def html_box(value: str = "") -> ipw.HTML:
     return ipw.HTML(value, layout=WIDE)
 
 
-def message_html(text: str, good: bool = False) -> str:
-    """A sentence with its mark, in the theme's own ink: colour alone says nothing."""
-    mark, colour = ("✓", "#009e73") if good else ("✗", "#d55e00")
-    return (
-        f'<div role="alert" style="line-height:1.4"><b style="color:{colour}">{mark}</b> {escape(text)}</div>'
-    )
+MARKS = {  # what a line says -> sign, colour, role; only a problem is read out at once
+    "good": ("✓", "#009e73", ""),
+    "warning": ("! warning:", "#e69f00", ""),
+    "problem": ("✗", "#d55e00", ' role="alert"'),
+}
+
+
+def message_html(text: str, good: bool = False, kind: str = "") -> str:
+    """A sentence with its mark, in the theme's own ink: colour alone says nothing. `kind`: one of MARKS."""
+    mark, colour, role = MARKS[kind or ("good" if good else "problem")]
+    return f'<div{role} style="line-height:1.4"><b style="color:{colour}">{mark}</b> {escape(text)}</div>'
 
 
 def lines_html(text: str) -> str:
@@ -44,9 +50,13 @@ class Latest:
         self.work, self.show, self.rest_s = work, show, rest_s
         self.task: asyncio.Task | None = None
 
-    def start(self, *arguments) -> None:
+    def cancel(self) -> None:
+        """What is under way will not be shown."""
         if self.task is not None:
             self.task.cancel()
+
+    def start(self, *arguments) -> None:
+        self.cancel()
         self.task = asyncio.get_running_loop().create_task(self._run(arguments))
 
     async def _run(self, arguments: tuple) -> None:
@@ -55,21 +65,37 @@ class Latest:
 
 
 class Fields:
-    """One labelled text field a parameter, what it means beside it, and what is wrong with it while one types."""
+    """One labelled field a parameter, of its kind, what it means beside it, and what is wrong with it while one types.
 
-    def __init__(self, values: Mapping[str, object], on_change: Callable[[], None]):
-        self.texts: dict[str, ipw.Text] = {}
+    `choices`: name -> texts to choose from, besides what one types. `wide`: names whose values are long.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, object],
+        on_change: Callable[[], None],
+        choices: Mapping[str, Sequence[str]] | None = None,
+        wide: Iterable[str] = (),
+    ):
+        self.texts: dict[str, ipw.Text | ipw.Combobox | ipw.Checkbox] = {}
         self.notes: dict[str, ipw.HTML] = {}
+        wide, choices = set(wide), choices or {}
         for name, value in values.items():
-            text = ipw.Text(
-                "" if value is None else str(value),
-                description=name,
-                tooltip=Experiment.model_fields[name].description,
-                style={"description_width": "170px"},
-                layout=ipw.Layout(width="min(340px, 100%)"),
-            )
-            text.observe(lambda _: on_change(), "value")
-            self.texts[name], self.notes[name] = text, html_box()
+            common = {
+                "description": name,
+                "tooltip": Experiment.model_fields[name].description,
+                "style": {"description_width": "170px"},
+                "layout": ipw.Layout(width=f"min({640 if name in wide else 340}px, 100%)"),
+            }
+            if parameter_kind(name)[0] is bool:
+                field = ipw.Checkbox(bool(value), indent=True, **common)
+            else:
+                kind, more = (
+                    (ipw.Combobox, {"options": tuple(choices[name])}) if name in choices else (ipw.Text, {})
+                )
+                field = kind(value="" if value is None else str(value), **more, **common)
+            field.observe(lambda _: on_change(), "value")
+            self.texts[name], self.notes[name] = field, html_box()
 
     def rows(self, names: Iterable[str]) -> ipw.VBox:
         line = ipw.Layout(flex_flow="row wrap", align_items="center", width="100%")
@@ -79,14 +105,20 @@ class Fields:
         return ipw.VBox([ipw.HBox([self.texts[n], self.notes[n]], layout=line) for n in names], layout=WIDE)
 
     def typed(self) -> dict[str, object]:
-        return {name: _as_typed(name, text.value.strip()) for name, text in self.texts.items()}
+        """What the fields say; None where nothing is given, which for a tick is no tick."""
+        return {
+            name: (field.value or None)
+            if isinstance(field, ipw.Checkbox)
+            else _as_typed(name, field.value.strip())
+            for name, field in self.texts.items()
+        }
 
     def tell(self, problems: Mapping[str, str], remarks: Mapping[str, str] | None = None) -> None:
         for name, note in self.notes.items():
             if name in problems:
                 note.value = message_html(problems[name])
             elif remarks and name in remarks:
-                note.value = f'<span role="alert"><b>!</b> {escape(remarks[name])}</span>'
+                note.value = message_html(remarks[name], kind="warning")
             else:
                 note.value = (
                     f'<span style="{MUTED}">{escape(Experiment.model_fields[name].description)}</span>'
@@ -96,8 +128,6 @@ class Fields:
 def _as_typed(name: str, text: str) -> object:
     """The value that a text means for this parameter; itself where it means none, for the check to say what is needed."""
     kind = parameter_kind(name)[0]
-    if kind is bool:
-        return {"true": True, "false": False}.get(text, text or None)
     if kind in (int, float):
         try:
             return kind(text)
@@ -110,7 +140,8 @@ def problems_by_field(error: ParameterError, fields: Iterable[str]) -> dict[str,
     """An error's lines by the field they are about; '' for what is about no single field."""
     found: dict[str, str] = {}
     for line in str(error).splitlines():
-        words = line.removeprefix("given: ")
+        origin, colon, rest = line.partition(": ")
+        words = rest if colon and origin in BY_HAND else line
         name = next((field for field in fields if words.startswith(f"{field}: ")), "")
         found[name] = " ".join(filter(None, (found.get(name), words.removeprefix(f"{name}: "))))
     return found

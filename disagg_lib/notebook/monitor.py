@@ -15,8 +15,11 @@ from ..errors import DisaggError
 from ..experiment.loading import load_recorded
 from ..files import GrowingLines, read_json_lines
 from ..results.found import folder_source
+from ..run.tables import phases_table
+from .bars import TEMPLATES
 from .elements import WIDE, html_box, message_html, show
 from .live import front_end_is_live
+from .outcome import outcome_html, outcome_text
 from .progress import chart_svg, phase_steps, progress_html, rates, steps_html
 
 LOGS = {
@@ -68,7 +71,7 @@ class JobMonitor:
         self.rows: list[dict] = []
         self._new = GrowingLines(run / "job/progress.jsonl")
         self._sure = False
-        self.head, self.steps, self.progress, self.charts = html_box(), html_box(), html_box(), html_box()
+        self.head, self.steps, self.progress, self.charts, self.result = (html_box() for _ in range(5))
         self.logs = ipw.Tab([html_box() for _ in LOGS], titles=list(LOGS))
         self.logs.observe(lambda _: self._draw_log(), "selected_index")
         self.attach_button = ipw.Button(
@@ -83,7 +86,7 @@ class JobMonitor:
             layout=ipw.Layout(flex_flow="row wrap", align_items="center"),
         )
         self.box = ipw.VBox(
-            [self.head, self.steps, self.progress, self.charts, buttons, self.logs], layout=WIDE
+            [self.head, self.result, self.steps, self.progress, self.charts, buttons, self.logs], layout=WIDE
         )
         self.box.add_class("disagg-monitor")
         self._draw()
@@ -121,6 +124,8 @@ class JobMonitor:
         speed, outstanding = rates(self.rows, began)
         source = folder_source(self.run)
         charts = chart_svg(f"output tokens/s ({source})", speed) + chart_svg("outstanding queries", outstanding, "#d55e00")  # fmt: skip
+        if state.ended and not self.result.value:
+            self.result.value = result_html(self.run)
         self.charts.value = f'<div style="display:flex;flex-wrap:wrap;gap:8px">{charts}</div>'
         self.cancel_button.disabled = state.ended or state.state == "not started"
         if not self._sure:
@@ -161,8 +166,30 @@ class JobMonitor:
             self.head.value = message_html(f"not cancelled: {error}")
 
 
+_RESULT = TEMPLATES.from_string("""
+{{ outcome|safe }}
+<p><b>Next: 05_analysis</b></p>
+<details><summary>How long it took, and what it left</summary>{{ phases|safe }}<pre>{{ files }}</pre></details>
+""")
+
+
+def result_html(run: Path) -> str:
+    """What an ended job grows: its outcome, how long each phase took, the files that it left."""
+    return _RESULT.render(
+        outcome=outcome_html(run),
+        phases=phases_table(run).to_html(index=False, border=0),
+        files=left_text(run),
+    )
+
+
+def left_text(run: Path) -> str:
+    """A line a log: size and name."""
+    files = [*run.glob("logs/*"), *run.glob("mlperf/*/*")]
+    return "\n".join(f"{path.stat().st_size:>11,} bytes  {path.relative_to(run)}" for path in sorted(files))
+
+
 def follow_job(run: Path) -> JobMonitor | None:
-    """Live: show the monitor and return it at once. Headless: print each phase and wait for the job's end.
+    """Live: show the monitor and return it at once. Headless: print each phase, wait for the end, and say what came out.
 
     Raises
     ------
@@ -170,19 +197,9 @@ def follow_job(run: Path) -> JobMonitor | None:
     """
     if not front_end_is_live():
         watch(run)
+        print(f"\n{phases_table(run).to_string(index=False)}\n\n{left_text(run)}\n\n{outcome_text(run)}")
         return None
     monitor = JobMonitor(run)
     show(monitor.box, f"{run.name}: {progress_line(monitor.state)}")
     monitor.attach()
     return monitor
-
-
-def still_running(run: Path) -> bool:
-    """Live: whether the run's job has not ended, and say so. Headless never: there the job has been waited for."""
-    if not front_end_is_live():
-        return False
-    state = launch.job_state(run)
-    if not state.ended:
-        words = "no job yet: run 04_launch" if state.state == "not started" else "still running"
-        print(f"{words} ({progress_line(state)}). Run this cell again when the job has ended.")
-    return not state.ended

@@ -1,26 +1,29 @@
-"""Pictures as SVG and HTML text: the topology, a job's phases and load, what differs between two files.
+"""Pictures as SVG text: the topology, and the frame, text and colours that the other pictures share.
 
-Pure: plain values in, text out, quick enough to be drawn at each keystroke. SVG has a white ground of its own and HTML
-takes the theme's ink, so that both read in light and dark themes. Colours never stand alone: letters, marks, hatches.
+Pure: plain values in, text out, quick enough to be drawn at each keystroke. Ground and ink are the theme's, so that they
+read in light and dark. Colours never stand alone: letters, marks, hatches.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from html import escape
 
 from ..experiment.parameters import Experiment
 from ..experiment.topology import Server, topology_arithmetic
-from ..results.style import INK, LIGHT, MID, server_mark
+from ..results.style import INK, MID, server_mark
 
-CELL_WIDTH, CELL_HEIGHT, PICTURE_WIDTH = 44, 28, 860  # px
+CELL_WIDTH, CELL_HEIGHT, PICTURE_WIDTH = 36, 26, 640  # px
+MOST_NODES_IN_FULL = 40  # more are a square a node
 MOST_GPUS_DRAWN = 1152  # sixteen racks of 72: more is neither readable nor quick
+GROUND, THEME_INK = "var(--jp-layout-color1, white)", f"var(--jp-content-font-color1, {INK})"
+MUTED_INK = f"var(--jp-content-font-color2, {MID})"
 _FONT = 'font-family="system-ui, sans-serif"'
 
 
 def svg_picture(width: float, height: float, title: str, body: Iterable[str]) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img" '
-        f'aria-label="{escape(title)}" style="max-width:100%;height:auto" {_FONT} font-size="12" fill="{INK}">'
-        f'<rect width="{width:g}" height="{height:g}" rx="6" fill="white" stroke="{LIGHT}"/>{"".join(body)}</svg>'
+        f'aria-label="{escape(title)}" style="max-width:100%;height:auto" {_FONT} font-size="12" fill="{THEME_INK}">'
+        f'<rect width="{width:g}" height="{height:g}" rx="6" fill="{GROUND}" stroke="{MID}" stroke-opacity="0.4"/>{"".join(body)}</svg>'
     )
 
 
@@ -34,8 +37,8 @@ def _box(x: float, y: float, mark: str, colour: str, leads: bool = False, note: 
     weight = 'font-weight="bold"' if leads else ""
     return (
         f'<g><title>{escape(note)}</title><rect x="{x:g}" y="{y:g}" width="{width}" height="{height}" rx="3" fill="{colour}" '
-        f'stroke="{INK}" stroke-width="{2 if leads else 0.6}"/>'
-        + svg_text(x + width / 2, y + height / 2 + 4, mark, f'text-anchor="middle" {weight}')
+        f'stroke="{THEME_INK}" stroke-width="{2.2 if leads else 0.6}"/>'
+        + svg_text(x + width / 2, y + height / 2 + 4, mark, f'fill="{INK}" text-anchor="middle" {weight}')
         + "</g>"
     )
 
@@ -47,55 +50,111 @@ def _idle_box(x: float, y: float, note: str = "") -> str:
         f"M{x + d:g} {y + height:g}L{x + d + height / 2:g} {y:g}" for d in range(2, width - height // 2, 7)
     )
     return (
-        f'<g><title>{escape(note)}</title><rect x="{x:g}" y="{y:g}" width="{width}" height="{height}" rx="3" fill="white" '
+        f'<g><title>{escape(note)}</title><rect x="{x:g}" y="{y:g}" width="{width}" height="{height}" rx="3" fill="none" '
         f'stroke="{MID}" stroke-dasharray="3 2"/><path d="{strokes}" stroke="{MID}" stroke-width="1"/></g>'
     )
 
 
 def _tag(x: float, y: float, letter: str) -> str:
     return (
-        f'<rect x="{x:g}" y="{y:g}" width="16" height="16" rx="8" fill="{INK}"/>'
-        + svg_text(x + 8, y + 12.5, letter, 'fill="white" font-size="11" font-weight="bold" text-anchor="middle"')
+        f'<rect x="{x:g}" y="{y:g}" width="16" height="16" rx="8" fill="{THEME_INK}"/>'
+        + svg_text(x + 8, y + 12.5, letter, f'style="fill:{GROUND}" font-size="11" font-weight="bold" text-anchor="middle"')
     )  # fmt: skip
 
 
 def topology_svg(e: Experiment) -> str:
-    """Nodes as boxes, GPUs as cells with their server's letter, number and colour, idle GPUs hatched; see the legend."""
-    per_node, shown = e.gpus_per_node, min(e.node_count, max(1, MOST_GPUS_DRAWN // e.gpus_per_node))
-    columns = min(per_node, 8)
-    width = max(columns * CELL_WIDTH + 8, 104)
-    height = 24 + -(-min(per_node, MOST_GPUS_DRAWN) // columns) * CELL_HEIGHT + 4
-    nodes_in_row = max(1, PICTURE_WIDTH // (width + 8))
-    holder: dict[tuple[int, int], tuple[Server, int]] = {
+    """Nodes with their GPUs, or above 40 nodes a square each; every GPU with its server's letter and number; a legend."""
+    shown = min(e.node_count, max(1, MOST_GPUS_DRAWN // e.gpus_per_node))
+    holder = {
         place: (server, rank)
         for server in e.servers
         for rank, place in zip(server.ranks, server.gpus, strict=True)
     }
-    body = []
-    for node in range(shown):
-        x0, y0 = 8 + node % nodes_in_row * (width + 8), 8 + node // nodes_in_row * (height + 8)
-        frame = f'<rect x="{x0}" y="{y0}" width="{width}" height="{height}" rx="4" fill="#f5f5f5" stroke="{MID}"/>'
-        body += [frame, svg_text(x0 + 6, y0 + 16, f"node {node}")]
-        if node == 0:
-            body += [_tag(x0 + width - 42, y0 + 4, "O"), _tag(x0 + width - 22, y0 + 4, "L")]
-        for gpu in range(min(per_node, MOST_GPUS_DRAWN)):
-            x, y = x0 + 6 + gpu % columns * CELL_WIDTH, y0 + 24 + gpu // columns * CELL_HEIGHT
-            where = f"node {node}, GPU {gpu}"
-            if (node, gpu) in holder:
-                server, rank = holder[node, gpu]
-                note = f"{where}: {server.role} server {server.name}, rank {rank}"
-                body.append(
-                    _box(x, y, *server_mark(server.role, server.name), rank == server.first_rank, note)
-                )
-            else:
-                body.append(_idle_box(x, y, f"{where}: idle"))
-    total_width = 16 + min(shown, nodes_in_row) * (width + 8) - 8
-    total_width, y = max(total_width, 620), 8 + -(-shown // nodes_in_row) * (height + 8)
+    draw = _nodes_in_full if shown <= MOST_NODES_IN_FULL else _squares
+    body, width, y = draw(e, shown, holder)
     if shown < e.node_count:
         body.append(svg_text(8, y + 12, f"and {e.node_count - shown:,} more nodes, not drawn"))
         y += 20
     legend, y = _legend(e, y)
-    return svg_picture(total_width, y, f"{topology_arithmetic(e)}, {e.node_count} nodes", [*body, *legend])
+    title = f"{topology_arithmetic(e)}, {e.node_count} nodes"
+    return svg_picture(max(width, 620), y, title, [*body, *legend])
+
+
+Holder = dict[tuple[int, int], tuple[Server, int]]  # (node, GPU) -> server and rank
+
+
+def _nodes_in_full(e: Experiment, shown: int, holder: Holder) -> tuple[list[str], float, float]:
+    """Every node as a box of its GPUs; what was drawn, how wide it is, and where it ends."""
+    drawn_gpus = min(e.gpus_per_node, MOST_GPUS_DRAWN)
+    columns = min(e.gpus_per_node, 8)
+    width = max(columns * CELL_WIDTH + 8, 104)
+    height = 24 + -(-drawn_gpus // columns) * CELL_HEIGHT + 4
+    in_row = max(1, PICTURE_WIDTH // (width + 8))
+    body: list[str] = []
+    for node in range(shown):
+        x0, y0 = 8 + node % in_row * (width + 8), 10 + node // in_row * (height + 10)
+        frame = f'<rect x="{x0}" y="{y0}" width="{width}" height="{height}" rx="4" fill="{MID}" fill-opacity="0.1" stroke="{MID}"/>'
+        body += [
+            frame,
+            svg_text(x0 + 6, y0 + 16, f"node {node}"),
+            *_domain(e, node, x0, y0, width, in_row, shown),
+        ]
+        if node == 0:
+            body += [_tag(x0 + width - 42, y0 + 4, "O"), _tag(x0 + width - 22, y0 + 4, "L")]
+        for gpu in range(drawn_gpus):
+            x, y = x0 + 6 + gpu % columns * CELL_WIDTH, y0 + 24 + gpu // columns * CELL_HEIGHT
+            body.append(_cell(x, y, (node, gpu), holder))
+    return body, 16 + min(shown, in_row) * (width + 8) - 8, 10 + -(-shown // in_row) * (height + 10)
+
+
+def _cell(x: float, y: float, place: tuple[int, int], holder: Holder) -> str:
+    where = f"node {place[0]}, GPU {place[1]}"
+    if place not in holder:
+        return _idle_box(x, y, f"{where}: idle")
+    server, rank = holder[place]
+    note = f"{where}: {server.role} server {server.name}, rank {rank}"
+    return _box(x, y, *server_mark(server.role, server.name), rank == server.first_rank, note)
+
+
+def _domain(
+    e: Experiment, node: int, x: float, y: float, width: float, in_row: int, shown: int
+) -> Iterator[str]:
+    """The bracket above nodes of one NVLink domain, which `segment` asks for; open to the next node of the same domain."""
+    if not e.segment:
+        return
+    first, last = node % e.segment == 0, (node + 1) % e.segment == 0 or node + 1 == shown
+    right = x + width + (0 if last or (node + 1) % in_row == 0 else 8)
+    ends = f"M{x} {y + 2}V{y - 4}H{right}" if first else f"M{x} {y - 4}H{right}"
+    yield f'<path d="{ends}{f"V{y + 2}" if last else ""}" fill="none" stroke="{THEME_INK}" stroke-width="2"/>'
+    if first:
+        yield svg_text(
+            x + 50, y + 16, f"NVLink {node // e.segment}", f'font-size="11" style="fill:{MUTED_INK}"'
+        )
+
+
+def _squares(e: Experiment, shown: int, holder: Holder) -> tuple[list[str], float, float]:
+    """A square a node, with the first server that it holds (and + for more); what was drawn, its width and its end."""
+    in_row, body = PICTURE_WIDTH // CELL_WIDTH, []
+    for node in range(shown):
+        x, y = 8 + node % in_row * CELL_WIDTH, 8 + node // in_row * CELL_HEIGHT
+        held = list(
+            dict.fromkeys(holder[node, gpu][0] for gpu in range(e.gpus_per_node) if (node, gpu) in holder)
+        )
+        if not held:
+            body.append(_idle_box(x, y, f"node {node}: idle"))
+            continue
+        mark, colour = server_mark(held[0].role, held[0].name)
+        names = ", ".join(server.name for server in held)
+        body.append(
+            _box(x, y, mark + "+" * (len(held) > 1), colour, held[0].node == node, f"node {node}: {names}")
+        )
+    y = 8 + -(-shown // in_row) * CELL_HEIGHT
+    body.append(
+        svg_text(
+            8, y + 12, f"A square is a node of {e.gpus_per_node} GPUs, in order; node 0 also has O and L."
+        )
+    )
+    return body, PICTURE_WIDTH + 8, y + 20
 
 
 def _legend(e: Experiment, y: float) -> tuple[list[str], float]:
@@ -125,5 +184,5 @@ def _legend(e: Experiment, y: float) -> tuple[list[str], float]:
         body.append(f'<g transform="translate({x:g} {y:g})">{drawn}{svg_text(54, 16, words)}</g>')
         x += 66 + 6.6 * len(words)
     y += CELL_HEIGHT
-    body.append(svg_text(8, y + 14, "A bold, thick-edged box leads its server.", f'fill="{MID}"'))
+    body.append(svg_text(8, y + 14, "A bold, thick-edged box leads its server.", f'style="fill:{MUTED_INK}"'))
     return body, y + 26

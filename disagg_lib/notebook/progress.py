@@ -5,7 +5,7 @@ from html import escape
 
 from ..experiment.parameters import Experiment
 from ..results.style import INK, MID
-from .pictures import svg_picture, svg_text
+from .pictures import THEME_INK, svg_picture, svg_text
 
 
 def chart_svg(title: str, points: Sequence[tuple[float, float]], colour: str = "#0072b2") -> str:
@@ -23,7 +23,7 @@ def chart_svg(title: str, points: Sequence[tuple[float, float]], colour: str = "
         f"{height - bottom - (height - top - bottom) * value / most:.1f}"
         for t, value in points
     )
-    small = f'font-size="11" fill="{INK}"'
+    small = f'font-size="11" fill="{THEME_INK}"'
     body = [
         svg_text(10, 18, f"{title}: {points[-1][1]:,.0f}", 'font-weight="bold"'),
         f'<path d="M{left} {top}V{height - bottom}H{width - 10}" fill="none" stroke="{MID}"/>',
@@ -91,7 +91,7 @@ def steps_html(steps: Sequence[tuple[str, str, float | None]]) -> str:
     parts = []
     for name, state, seconds in steps:
         mark, ground, ink = _STEPS[state]
-        took = "" if seconds is None else f"<br><small>{_duration(seconds)}</small>"
+        took = "" if seconds is None else f"<br><small>{duration(seconds)}</small>"
         parts.append(
             f'<li data-state="{state}" style="background:{ground};color:{ink};border:1px solid var(--jp-border-color1,#777);'
             f'border-radius:4px;padding:3px 8px;min-height:34px;line-height:1.25">{mark} {escape(name)}{took}</li>'
@@ -102,7 +102,7 @@ def steps_html(steps: Sequence[tuple[str, str, float | None]]) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     hours, rest = divmod(int(seconds), 3600)
@@ -130,7 +130,7 @@ def progress_html(rows: Sequence[Mapping], ended: bool = False) -> str:
         'style="width:100%;height:18px;accent-color:#0072b2"></progress><br>'
     )  # fmt: skip
     failed = f', <b style="color:#d55e00">✗</b> {newest["failed"]} failed' if newest["failed"] else ""
-    eta = "" if left is None or newest["done"] == total else f", about {_duration(left)} to go"
+    eta = "" if left is None or newest["done"] == total else f", about {duration(left)} to go"
     return f"{bar}{escape(newest['mode'])}: {newest['done']} of {total or '?'} queries done{failed}{eta}"
 
 

@@ -16,6 +16,10 @@ from ..files import REPOSITORY, expand
 from .elements import WIDE, Fields, Latest, html_box, message_html, problems_by_field, show
 from .live import front_end_is_live
 
+NEEDED = ("partition", "account", "scratch_dir", "container_image")  # what nearly every site gives
+OTHERS = tuple(key for key in SITE_KEYS + EXPERIMENTS_KEYS if key not in NEEDED)
+PATHS = ("scratch_dir", "model_dir", "container_image", "container_mounts", "work_dir", "dataset_path", "harness_dir", "client_dir")  # fmt: skip
+
 
 def site_remarks(typed: Mapping[str, object], partitions: Iterable[str]) -> dict[str, str]:
     """What looks wrong from this machine, but may be right on the nodes or later: it does not stop the saving."""
@@ -48,17 +52,22 @@ class SiteForm:
         self._base, self._path = experiment, path
         self._partitions: list[str] = []
         self.fields = Fields(
-            {name: values.get(name) for name in SITE_KEYS + EXPERIMENTS_KEYS},
+            {name: values.get(name) for name in NEEDED + OTHERS},
             self._typed,
+            choices={"partition": ()},
+            wide=PATHS,
         )
         self.problem, self.outcome = html_box(), html_box()
         self.button = ipw.Button(description=f"Save {path.name}", layout=ipw.Layout(width="180px"))
         self.button.on_click(lambda _: self._save_pressed())
         found = "".join(f"<li>{_check_html(check)}</li>" for check in checks)
         marks = f'<ul style="list-style:none;padding:0;line-height:1.5">{found}</ul>'
+        others = ipw.Accordion(
+            [self.fields.rows(OTHERS)], titles=[f"{len(OTHERS)} more, which many sites leave empty"]
+        )
         save = ipw.HBox([self.button, self.outcome])
         self.box = ipw.VBox(
-            [ipw.HTML(marks), self.fields.rows(self.fields.texts), self.problem, save], layout=WIDE
+            [ipw.HTML(marks), self.fields.rows(NEEDED), others, self.problem, save], layout=WIDE
         )
         self.box.add_class("disagg-site")
         self._typed()
@@ -67,6 +76,7 @@ class SiteForm:
 
     def _know(self, partitions: list[str]) -> None:
         self._partitions = partitions
+        self.fields.texts["partition"].options = tuple(partitions)
         self._typed()
 
     def _typed(self) -> None:
@@ -103,8 +113,9 @@ class SiteForm:
 def _check_html(check: Check) -> str:
     """A tick or a cross, what was found, and the fix."""
     if check.ok:
-        return message_html(f"{check.requirement}: {check.found}", good=True)
-    return message_html(f"{check.requirement}: found {check.found}. To do: {check.fix}")
+        return message_html(f"{check.requirement}: {check.found}", kind="good")
+    kind = "problem" if check.level == "error" else "warning"
+    return message_html(f"{check.requirement}: found {check.found}. To do: {check.fix}", kind=kind)
 
 
 def _partition_names() -> list[str]:

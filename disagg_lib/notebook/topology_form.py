@@ -12,35 +12,14 @@ from ..experiment.loading import changed
 from ..experiment.parameters import Experiment
 from ..experiment.topology import topology_arithmetic
 from ..run.writing import create_run
-from ..serving.prediction import simulate_table
 from .elements import MUTED, WIDE, Fields, Latest, html_box, lines_html, message_html, problems_by_field, show
 from .live import front_end_is_live
 from .pictures import topology_svg
+from .predicted import predict
 
 CONTEXT = ("num_ctx_servers", "ctx_tp_size", "ctx_pp_size", "ctx_batch_size", "ctx_max_num_tokens")
 GENERATION = ("num_gen_servers", "gen_tp_size", "gen_batch_size", "gen_max_num_tokens")
 SHARED = ("gpus_per_node", "server_target_qps")
-
-
-def predict_text(e: Experiment, draws: int = 4) -> str:
-    """TTFT, TPOT and verdict at the target QPS, simulated, in one sentence; or why there is no prediction."""
-    if e.engine == "external":
-        return "No prediction: the endpoint's topology is not known here."
-    scale = e.rehearsal_time_scale if e.engine == "rehearsal" else 1.0
-    modelled = e.model_copy(update={"server_target_qps": e.server_target_qps * scale})
-    try:
-        table = simulate_table(modelled, draws)
-    except DisaggError as error:
-        return f"No prediction: {error}"
-    table = table[table["prompt_lengths"] == table["prompt_lengths"].iloc[0]]  # 02_plan has the other spreads
-    median, good = table.median(numeric_only=True), int(table["valid"].sum())
-    limits = table["ttft_limit_ms"].iloc[0], table["tpot_limit_ms"].iloc[0]
-    pace = "" if scale == 1 else f", which is {modelled.server_target_qps:g} at the modelled GPUs' own pace"
-    return (
-        f"At {e.server_target_qps:g} queries/s{pace}: TTFT p99 {median['ttft_p99_ms']:,.0f} ms (limit {limits[0]:g}), "
-        f"TPOT p99 {median['tpot_p99_ms']:.1f} ms (limit {limits[1]:g}), VALID in {good} of {len(table)} draws of the lengths. "
-        "Source: simulated, medians over them."
-    )
 
 
 def topology_text(e: Experiment) -> str:
@@ -52,6 +31,10 @@ def topology_text(e: Experiment) -> str:
         if not c.ok
     ]
     return "\n".join(lines)
+
+
+BUTTON = "Write run folder"
+NOT_WRITTEN = f"Not written yet: press the button '{BUTTON}'."
 
 
 class TopologyForm:
@@ -67,39 +50,42 @@ class TopologyForm:
         if not self.live:
             display(SVG(topology_svg(experiment)))
             print(topology_text(experiment))
-            print(predict_text(experiment))
+            print(predict(experiment).text())
             return
         names = (*CONTEXT, *GENERATION, *SHARED)
         self.fields = Fields({name: getattr(experiment, name) for name in names}, self._typed)
-        self.picture, self.words, self.predicted, self.outcome = (
-            html_box(),
-            html_box(),
-            html_box(),
-            html_box(),
-        )
-        self.button = ipw.Button(description="Write run folder", layout=ipw.Layout(width="180px"))
-        self.button.on_click(lambda _: self._write_pressed())
-        self._prediction = Latest(
-            predict_text, lambda text: setattr(self.predicted, "value", lines_html(text))
-        )
-        self.box = ipw.VBox(
-            [
-                ipw.HTML("<b>Context servers</b>"),
-                self.fields.rows(CONTEXT),
-                ipw.HTML("<b>Generation servers</b>"),
-                self.fields.rows(GENERATION),
-                ipw.HTML("<b>Nodes and load</b>"),
-                self.fields.rows(SHARED),
-                self.picture,
-                self.words,
-                self.predicted,
-                ipw.HBox([self.button, self.outcome]),
-            ],
-            layout=WIDE,
-        )
-        self.box.add_class("disagg-topology")
+        self.picture, self.words, self.predicted, self.outcome, self.files = (html_box() for _ in range(5))
+        self._prediction = Latest(predict, lambda found: setattr(self.predicted, "value", found.html()))
+        self.button, second = self._write_button(), self._write_button()
+        self.buttons = (self.button, second)
+        self.box = self._laid_out()
+        self.last_box = ipw.VBox([ipw.HBox([second, self.outcome]), self.files], layout=WIDE)
         self._typed()
         show(self.box, topology_text(experiment))
+
+    def _write_button(self) -> ipw.Button:
+        button = ipw.Button(description=BUTTON, layout=ipw.Layout(width="180px"))
+        button.on_click(lambda _: self._write_pressed())
+        return button
+
+    def _laid_out(self) -> ipw.Box:
+        """Fields to the left; picture, verdict and button to the right, or below where the screen is narrow."""
+        groups = (
+            ("Context servers", CONTEXT),
+            ("Generation servers", GENERATION),
+            ("Nodes and load", SHARED),
+        )
+        typed = [
+            part for title, names in groups for part in (ipw.HTML(f"<b>{title}</b>"), self.fields.rows(names))
+        ]
+        left = ipw.VBox(typed, layout=ipw.Layout(flex="0 1 380px", width="auto"))
+        seen = [self.picture, self.words, self.predicted, ipw.HBox([self.button, self.outcome])]
+        right = ipw.VBox(seen, layout=ipw.Layout(flex="1 1 420px", width="auto", min_width="0"))
+        box = ipw.Box(
+            [left, right], layout=ipw.Layout(flex_flow="row wrap", align_items="flex-start", width="auto")
+        )
+        box.add_class("disagg-topology")
+        return box
 
     @property
     def experiment(self) -> Experiment:
@@ -119,7 +105,7 @@ class TopologyForm:
         redraw()
 
     def write(self) -> Path:
-        """The run folder of what the form describes: the one its button has written, else a new one.
+        """The run folder of what the form describes: the one that is written already, else a new one.
 
         Raises
         ------
@@ -129,24 +115,25 @@ class TopologyForm:
             self._written = (self.experiment, create_run(self.experiment, self._run_dir))
         return self._written[1]
 
+    def written(self) -> None:
+        """Headless: write the run folder and list its files. Live only the button writes; this shows it once more."""
+        if not self.live:
+            print(f"{(run := self.write())}\n{files_text(run)}")
+            return
+        show(self.last_box, NOT_WRITTEN)
+
     def _typed(self) -> None:
+        self._prediction.cancel()
         try:
             self.last_valid, self._error = changed(self._base, self.fields.typed()), None
             problems = {}
         except ParameterError as error:
             self._error, problems = error, problems_by_field(error, self.fields.texts)
         self.fields.tell(problems)
-        self.button.disabled = self._error is not None
-        self.outcome.value = ""
-        if self._error is not None:
-            reasons = "; ".join(f"{name}: {text}" if name else text for name, text in problems.items())
-            self.button.tooltip = f"Not yet: {reasons}"
-            old = f'<div style="opacity:0.35">{topology_svg(self.last_valid)}</div>'
-            self.picture.value = (message_html(problems[""]) if "" in problems else "") + old
-            self.words.value = message_html("The picture is that of the last valid topology.")
-            self.predicted.value = ""
+        self._tell_written()
+        if problems:
+            self._draw_impossible(problems)
             return
-        self.button.tooltip = "Writes a new run folder for this topology; nothing is overwritten"
         self.picture.value = topology_svg(self.last_valid)
         self.words.value = lines_html(topology_text(self.last_valid))
         self.predicted.value = f'<span style="{MUTED}">predicting ...</span>'
@@ -154,13 +141,46 @@ class TopologyForm:
         for redraw in self._followers:
             redraw()
 
+    def _draw_impossible(self, problems: dict[str, str]) -> None:
+        old = f'<div style="opacity:0.35">{topology_svg(self.last_valid)}</div>'
+        self.picture.value = (message_html(problems[""]) if "" in problems else "") + old
+        self.words.value = message_html("The picture is that of the last valid topology.")
+        self.predicted.value = ""
+
+    def _tell_written(self) -> None:
+        """What the buttons would do now, and what they did."""
+        reasons = str(self._error) if self._error else ""
+        written = not self._error and self._written is not None and self._written[0] == self.last_valid
+        for button in self.buttons:
+            button.disabled = bool(self._error)
+            button.tooltip = (
+                f"Not yet: {reasons}"
+                if reasons
+                else "Writes a new run folder for this topology; nothing is overwritten"
+            )
+        self.outcome.value = (
+            message_html(f"{self._written[1].name} is written. Next: 04_launch", good=True)
+            if written
+            else lines_html(NOT_WRITTEN)
+        )
+        self.files.value = f"<pre>{files_text(self._written[1])}</pre>" if written else ""
+
     def _write_pressed(self) -> None:
         try:
-            run = self.write()
+            self.write()
+            self._tell_written()
         except DisaggError as error:
             self.outcome.value = message_html(str(error))
-            return
-        self.outcome.value = message_html(f"{run.name} is written. Next: 04_launch", good=True)
+
+
+def files_text(run: Path) -> str:
+    """A line a file of a run folder: its size and its name; the job's own program is one line."""
+    files = [path for path in sorted(run.rglob("*")) if path.is_file() and "program" not in path.parts]
+    lines = [f"{path.stat().st_size:>9,} bytes  {path.relative_to(run)}" for path in files]
+    program = sum(path.stat().st_size for path in (run / "job/program").rglob("*") if path.is_file())
+    return "\n".join(
+        [*lines, f"{program:>9,} bytes  job/program/ (the agent and the client that go with the job)"]
+    )
 
 
 def topology_form(experiment: Experiment, run_dir: str | None = None) -> TopologyForm:

@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 INK, MID, LIGHT = "#1a1a1a", "#6b6b6b", "#c9c9c9"
 BLUE, ORANGE = "#1f4e9c", "#e08a1e"  # dark and light when printed in grey
 
-# Okabe and Ito's colours, which the colour-blind tell apart; all bear black text. Each box says its server, too.
-CONTEXT_COLOURS = ("#56b4e9", "#f0e442", "#009e73")
-GENERATION_COLOURS = ("#e69f00", "#cc79a7", "#d55e00")
+# A hue a role (Okabe and Ito's sky blue and orange, which the colour-blind tell apart), lighter and darker from server
+# to server; all bear black text. Each box says its server, too.
+CONTEXT_COLOURS = ("#56b4e9", "#a6d8f5", "#3d9fd8")
+GENERATION_COLOURS = ("#e69f00", "#f7cc6a", "#d98a1f")
 
 
 def server_mark(role: str, name: str) -> tuple[str, str]:

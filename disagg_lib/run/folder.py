@@ -11,6 +11,7 @@ from ..experiment.rules import PLAIN_PATH
 from ..files import REPOSITORY, existing_parent
 
 RESULTS = REPOSITORY / "results"
+EXAMPLE = "example_rehearsal"  # kept for readers on the web; never meant unless it is named
 
 
 def run_name(e: Experiment, now: datetime.datetime) -> str:
@@ -49,29 +50,38 @@ def free_run_dir(e: Experiment, run_dir: str | Path | None = None) -> Path:
     )
 
 
-def newest_runs() -> list[Path]:
-    """The run folders in results/, newest first."""
-    made = [path.parent for path in RESULTS.glob("*/experiment.yaml")]
-    return sorted(
-        made, key=lambda run: ((run / "experiment.yaml").stat().st_mtime_ns, run.name), reverse=True
-    )
+def newest_runs(results: Path | None = None) -> list[Path]:
+    """The run folders in results/ (or in another folder of runs), newest first; the kept example last."""
+    made = [path.parent for path in (results or RESULTS).glob("*/experiment.yaml")]
+    made.sort(key=lambda run: ((run / "experiment.yaml").stat().st_mtime_ns, run.name), reverse=True)
+    return sorted(made, key=lambda run: run.name == EXAMPLE)
 
 
-def find_run(run_dir: str | Path | None = None) -> Path:
-    """The run folder that a notebook means: the one given, or the newest in results/.
+def newest_names() -> str:
+    """The three newest runs, for a message that must name some."""
+    return ", ".join(run.name for run in newest_runs()[:3]) or "none yet: run 03_configuration to make one"
+
+
+def find_run(run_dir: str | Path) -> Path:
+    """The run folder of a path, of a name in results/, or of a part that one name alone begins with or holds.
 
     Raises
     ------
-    RunFolderError
+    RunFolderError : none or several; the message lists the newest.
     """
-    if run_dir:
-        path = REPOSITORY / Path(run_dir).expanduser()
-        if not (path / "experiment.yaml").is_file():
+    path = REPOSITORY / Path(run_dir).expanduser()
+    for folder in (path, RESULTS / path.name):
+        if (folder / "experiment.yaml").is_file():
+            return folder
+    names = {run.name: run for run in newest_runs()} if "/" not in str(run_dir) else {}
+    for fits in (str.startswith, str.__contains__):
+        found = [name for name in names if fits(name, str(run_dir))]
+        if len(found) == 1:
+            return names[found[0]]
+        if found:
             raise RunFolderError(
-                f"run_dir: {path} is no run folder (no experiment.yaml in it). Run 03_configuration to make one"
+                f"run_dir: {run_dir}: found {len(found)} runs of that name, needed one: {', '.join(found[:5])}"
             )
-        return path
-    newest = next((run for run in newest_runs() if run.name != "example_rehearsal"), None)
-    if newest is None:
-        raise RunFolderError(f"{RESULTS} holds no run yet. Run 03_configuration to make one")
-    return newest
+    raise RunFolderError(
+        f"run_dir: {run_dir} is no run folder (no experiment.yaml in it) and no name in results/. The newest: {newest_names()}"
+    )

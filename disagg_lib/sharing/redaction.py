@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import SecretError
+from ..experiment.parameters import Experiment, parameter_kind
 
 #: parameters of experiment.yaml whose whole value is replaced wherever it stands
 _PARAMETERS = {"account": "account", "partition": "partition", "reservation": "account"}
@@ -111,6 +112,8 @@ def collect_names(
     """
     found: dict[str, set[str]] = collections.defaultdict(set)
     for name, value in parameters.items():
+        if _everybodys(name, value):
+            continue
         for text in _strings(value):
             if text.startswith("/"):
                 found["path"].add(text)
@@ -137,6 +140,12 @@ def collect_names(
         for number, name in enumerate(kept, 1):
             names.setdefault(name, f"REDACTED_{kind}{number}")
     return dict(sorted(names.items(), key=lambda item: (-len(item[0]), item[0])))
+
+
+def _everybodys(name: str, value: object) -> bool:
+    """Whether a parameter's value is its default or one of the words to choose from: such a value names nobody."""
+    field = Experiment.model_fields.get(name)
+    return field is not None and (bool(parameter_kind(name)[1]) or value == field.default)
 
 
 def _strings(value: object) -> Iterable[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from disagg_lib.files import REPOSITORY
+from disagg_lib.notebook.clean import clean_text
 
 CHROMIUM = "/usr/bin/chromium"
 SCREENSHOTS = REPOSITORY / "build/screenshots"  # ignored by git
@@ -67,6 +68,7 @@ class Lab:
             *(sys.executable, "-m", "jupyter", "lab", "--no-browser", "--ip=127.0.0.1", f"--port={self.port}"),
             *("--ServerApp.port_retries=0", f"--IdentityProvider.token={self.token}", f"--ServerApp.root_dir={tree}"),
             "--LabApp.expose_app_in_browser=True",
+            "--FileContentsManager.post_save_hook=disagg_lib.notebook.lab.after_save",
             *(["--allow-root"] if os.geteuid() == 0 else []),
         ]  # fmt: skip
         # JupyterLab asks everyone once whether it may fetch news.
@@ -128,7 +130,7 @@ def set_parameters(notebook: Path, given: dict) -> None:
         place = next(i for i, line in enumerate(lines) if line.startswith(f"{name}:"))
         lines[place] = f"{name} = {value!r}"
     cell["source"] = "\n".join(lines).splitlines(keepends=True)
-    notebook.write_text(json.dumps(content, indent=1))
+    notebook.write_text(clean_text(json.dumps(content)))
 
 
 @pytest.fixture(scope="session")
@@ -145,7 +147,16 @@ def tree(tmp_path_factory):
             shutil.copytree(source, tree / name, ignore=ignore)
         else:
             shutil.copy2(source, tree / name)
-    set_parameters(tree / "notebooks/03_configuration.ipynb", SMALL)
+    set_parameters(
+        tree / "notebooks/03_configuration.ipynb", {"params_files": ["params/rehearsal.yaml"], **SMALL}
+    )
+    shutil.copy2(REPOSITORY / ".gitignore", tree)
+    for words in (("init", "-q"), ("add", "-A"), ("-c", "user.name=t", "-c", "user.email=t@example.org", "commit", "-qm", "cloned")):  # fmt: skip
+        subprocess.run(["git", *words], cwd=tree, check=True)
+    prepare = "from disagg_lib.notebook import lab; lab.filter_notebooks()"
+    subprocess.run(
+        [sys.executable, "-c", prepare], cwd=tree, check=True, env=os.environ | {"PYTHONPATH": str(tree)}
+    )
     return tree
 
 

@@ -55,7 +55,7 @@ def test_03_runs_and_every_input_has_a_label(configuration):
         "() => [...document.querySelectorAll('.jp-OutputArea input, .jp-OutputArea select')]"
         ".map(i => i.labels?.[0]?.textContent || i.getAttribute('aria-label') || '')"
     )
-    assert len(labels) >= 13 and all(labels), labels
+    assert len(labels) >= 14 and all(labels), labels
     configuration.screenshots("form", ".disagg-topology")
     configuration.screenshots("diff", ".jp-OutputArea select")
 
@@ -63,7 +63,7 @@ def test_03_runs_and_every_input_has_a_label(configuration):
 def test_03_says_what_is_impossible_and_redraws_what_is_possible(configuration):
     page = configuration.page
     before = set((configuration.lab.tree / "results").iterdir())
-    button = page.get_by_role("button", name="Write run folder")
+    button = page.locator(".disagg-topology").get_by_role("button", name="Write run folder")
     field(configuration, "gen_tp_size").fill("3")
     page.get_by_text("does not divide the model's 128 attention heads").wait_for()
     assert button.is_disabled() and "gen_tp_size: found 3" in button.get_attribute("title")
@@ -125,10 +125,10 @@ def test_03_is_filled_and_submitted_with_the_keyboard_alone(configuration):
     ).wait_for()
     assert page.evaluate("document.activeElement.textContent") == "Write run folder"
     page.keyboard.press("Enter")
-    page.get_by_text("is written. Next: 04_launch").wait_for()
+    page.locator(".disagg-topology").get_by_text("is written. Next: 04_launch").wait_for()
     (made,) = set((configuration.lab.tree / "results").iterdir()) - before
     recorded = yaml.safe_load((made / "experiment.yaml").read_text())["parameters"]
-    assert recorded["num_ctx_servers"] == {"value": 3, "from": "given"}
+    assert recorded["num_ctx_servers"] == {"value": 3, "from": "typed here"}
 
 
 def test_00_checks_and_saves_the_sites_parameters(notebook):
@@ -136,8 +136,9 @@ def test_00_checks_and_saves_the_sites_parameters(notebook):
     opened.run_all()
     opened.refuse_ugliness()
     page, site = opened.page, opened.lab.tree / "params/site.yaml"
-    field(opened, "time_limit").fill("soon")
-    page.get_by_text("needed text (h:mm:ss").wait_for()
+    page.get_by_text("more, which many sites leave empty").click()
+    field(opened, "time_limit").fill("4:00")
+    page.get_by_text("found '4:00', needed h:mm:ss, such as 4:00:00").wait_for()
     button = page.get_by_role("button", name="Save site.yaml")
     assert button.is_disabled() and not site.exists()
     opened.screenshots("site", ".disagg-site")

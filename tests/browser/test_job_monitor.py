@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import psutil
 import pytest
@@ -14,13 +13,13 @@ MAKE = """
 import json, sys
 from disagg_lib.experiment.loading import load_experiment
 from disagg_lib.run.writing import create_run
-from disagg_lib.cluster import launch
+from disagg_lib.cluster import follow, launch
 given = json.loads(sys.argv[1])
 for _ in range(int(sys.argv[2])):
     run = create_run(load_experiment(given=given))
     if sys.argv[3] == "finish":
         launch.submit(run)
-        launch.watch(run)
+        follow.watch(run, out=lambda line: None)
 print(run)
 """
 
@@ -53,11 +52,9 @@ def run(tree):
 
 def test_04_shows_the_job_live_and_finds_it_again_after_a_reload(notebook, run):
     opened = notebook("04_launch")
-    start = time.monotonic()
     opened.run_all()
     assert "done" not in phases(run), "no cell waited for the job"
     opened.refuse_ugliness()
-    assert "still running" in opened.output(), f"after {time.monotonic() - start:.0f} s"
     first = bar(opened)
     opened.page.wait_for_timeout(4000)
     assert bar(opened) > first, "the bar moves"
@@ -84,6 +81,7 @@ def test_04_shows_the_job_live_and_finds_it_again_after_a_reload(notebook, run):
     sure.click()
     opened.page.locator('.disagg-monitor li[data-state="failed"]').last.wait_for()
     assert phases(run)[-1].startswith("failed: cancelled")
+    opened.page.locator(".disagg-monitor").get_by_text("Next: 05_analysis").wait_for()
     opened.screenshots("cancelled", ".disagg-monitor")
     opened.close()
 
@@ -107,8 +105,13 @@ def test_05_compares_the_runs_that_are_ticked(notebook, tree):
     opened.close()
 
 
-def test_05_says_that_a_job_still_runs(notebook, tree, run):
+def test_05_takes_a_run_with_a_result_not_the_newest_folder(notebook, tree, run):
     opened = notebook("05_analysis")
     opened.run_all()
     opened.refuse_ugliness()
-    assert "No job yet: run 04_launch" in opened.output()
+    begins = opened.output().splitlines()[0]
+    assert begins.startswith("REHEARSAL on this machine, no GPU") and run.name not in begins
+    choice = opened.page.get_by_label("run", exact=True)
+    assert choice.locator("option", has_text=f"{run.name}: not submitted").count() == 1
+    choice.select_option(index=1)
+    opened.page.get_by_role("link", name="Run all cells").wait_for()

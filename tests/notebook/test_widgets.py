@@ -10,16 +10,17 @@ import nbclient
 import nbformat
 import pytest
 
-from disagg_lib.checks import Check
-from disagg_lib.cluster import launch, site_file
+from disagg_lib.cluster import launch
 from disagg_lib.errors import DisaggError, ParameterError
 from disagg_lib.experiment.loading import changed, load_experiment, load_recorded
 from disagg_lib.files import GrowingLines
-from disagg_lib.notebook import comparison, picker, pictures, progress, site_form, topology_form
+from disagg_lib.notebook import comparison, picker, progress, topology_form
 from disagg_lib.notebook import monitor as monitors
 from disagg_lib.notebook.live import front_end_is_live
-from disagg_lib.results import style
+from disagg_lib.notebook.opening import presets
+from disagg_lib.notebook.predicted import predict
 from disagg_lib.run.writing import create_run
+from disagg_lib.serving import prediction
 
 SMALL = {
     "num_ctx_servers": 1,
@@ -95,61 +96,6 @@ def test_a_front_end_that_can_be_asked_is_live(monkeypatch):
         manager.shutdown_kernel(now=True)
 
 
-# -- the topology picture
-
-
-def marks(svg):
-    return re.findall(r">([CG]\d+)</text>", svg)
-
-
-@pytest.mark.parametrize(("num_ctx", "num_gen", "nodes"), [(14, 4, 18), (28, 8, 36)])
-def test_racks_are_drawn_whole_and_no_wider_than_a_page(num_ctx, num_gen, nodes):
-    e = changed(NVL72, {"num_ctx_servers": num_ctx, "num_gen_servers": num_gen})
-    svg = pictures.topology_svg(e)
-    assert len(re.findall(r">node \d+<", svg)) == nodes
-    assert len(marks(svg)) == 4 * nodes + 2  # and one of each in the legend
-    assert float(re.search(r'width="(\d+)"', svg)[1]) <= 900
-    assert len(set(re.findall(r'<rect x="\d+" y="\d+" width="40"', svg))) >= 4 * nodes, "no two on one place"
-
-
-def test_idle_gpus_are_hatched_and_counted():
-    e = load_experiment(given={"trtllm_dialect": "1.x", "gen_tp_size": 2, "gen_batch_size": 100})
-    svg = pictures.topology_svg(e)
-    assert "idle GPUs: 2" in svg and svg.count("stroke-dasharray") == 2 + 1
-
-
-def test_an_absurd_topology_is_not_drawn_to_its_end():
-    svg = pictures.topology_svg(load_experiment(given={"num_ctx_servers": 2000}))
-    assert "and 1,713 more nodes, not drawn" in svg and len(svg) < 700_000
-
-
-def test_a_picture_of_144_gpus_takes_a_twentieth_of_a_second_at_most():
-    e = changed(NVL72, {"num_ctx_servers": 28, "num_gen_servers": 8})
-    times = []
-    for _ in range(5):
-        start = time.process_time()
-        pictures.topology_svg(e)
-        times.append(time.process_time() - start)
-    assert min(times) < 0.05
-
-
-def luminance(colour):
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def test_every_server_colour_bears_its_text():
-    for colour in (*style.CONTEXT_COLOURS, *style.GENERATION_COLOURS):
-        contrast = (luminance(colour) + 0.05) / (luminance(style.INK) + 0.05)
-        assert contrast >= 4.5, colour  # WCAG 2, AA
-
-
-def test_both_pictures_name_servers_alike():
-    assert style.server_mark("context", "ctx12")[0] == "C12"
-    assert style.server_mark("generation", "gen1") == ("G1", style.GENERATION_COLOURS[1])
-
-
 # -- the topology form
 
 
@@ -186,7 +132,7 @@ def test_a_mended_form_is_written_once_with_what_was_typed(live, results_dir):
     (run,) = results_dir.iterdir()
     assert form.write() == run and list(results_dir.iterdir()) == [run]
     recorded = load_recorded(run)
-    assert recorded.ctx_tp_size == 8 and recorded.provenance["ctx_tp_size"] == "given"
+    assert recorded.ctx_tp_size == 8 and recorded.provenance["ctx_tp_size"] == "typed here"
     assert recorded.provenance["engine"].endswith("rehearsal.yaml")
     assert "is written" in form.outcome.value
 
@@ -208,18 +154,40 @@ def test_the_prediction_follows_and_says_that_it_is_simulated(live):
         return form.predicted.value
 
     words = asyncio.run(main())
-    assert "TTFT p99" in words and "simulated" in words
+    assert "TTFT p99" in words and "simulated" in words and "limit 80 ms" in words
+
+
+def test_a_bad_value_withdraws_the_prediction_of_the_good_one_before_it(live):
+    async def main():
+        form = topology_form.topology_form(load_experiment())
+        form.fields.texts["num_ctx_servers"].value = "5"
+        form.fields.texts["num_ctx_servers"].value = "x"
+        await asyncio.sleep(1.5)
+        return form.predicted.value
+
+    assert asyncio.run(main()) == ""
 
 
 def test_there_is_no_prediction_for_limits_that_the_model_does_not_know():
-    words = topology_form.predict_text(load_experiment(given={"scenario": "Offline"}))
+    words = predict(load_experiment(given={"scenario": "Offline"})).text()
     assert words.startswith("No prediction") and "Offline" in words
 
 
-def test_a_load_beyond_saturation_is_said_in_words():
-    assert "beyond saturation" in topology_form.predict_text(
-        load_experiment(given={"server_target_qps": 99.0})
-    )
+def test_a_load_beyond_saturation_is_said_in_the_fields_own_queries():
+    assert "beyond saturation" in predict(load_experiment(given={"server_target_qps": 99.0})).text()
+    slow = predict(load_experiment(given={"server_target_qps": 60.0, "rehearsal_time_scale": 0.1})).why_not
+    assert slow.startswith("server_target_qps 60 is beyond saturation: at pace 0.1")
+    assert 20 < float(re.search(r"less than ([\d.]+)", slow)[1]) < 60
+
+
+def test_every_door_asks_the_same_seeds_and_shows_their_range():
+    e = load_experiment(["params/gb200_20gpu.yaml"])
+    table = prediction.simulate_table(e, prediction.SEEDS)
+    first = table[table["prompt_lengths"] == table["prompt_lengths"].iloc[0]]
+    found = predict(e)
+    assert found.ttft_ms == tuple(first["ttft_p99_ms"].agg(["median", "min", "max"]))
+    low, high = (f"{ms / 1e3:.1f}" for ms in found.ttft_ms[1:])
+    assert f"[{low}, {high}]" in found.text() and f"VALID in {found.valid} of 8 seeds" in found.html()
 
 
 def test_headless_the_form_prints_and_gives_the_experiment_back(monkeypatch, capsys):
@@ -245,8 +213,8 @@ def test_the_marked_text_is_escaped():
 
 
 def test_presets_are_experiments_alone():
-    assert "params/gb200_72gpu.yaml" in comparison.presets()
-    assert not any("site" in name or "system" in name for name in comparison.presets())
+    assert "params/gb200_72gpu.yaml" in presets()
+    assert not any("site" in name or "system" in name for name in presets())
 
 
 # -- the monitor
@@ -312,7 +280,7 @@ def test_the_monitor_costs_little_and_cancels_at_the_second_press(live, tmp_path
         start = time.monotonic()
         monitor = monitors.follow_job(run)
         assert time.monotonic() - start < 1, "its cell returns at once"
-        assert monitors.still_running(run)
+        assert not monitor.result.value
         while monitor.state.phase != "performance" or not monitor.rows:
             assert time.monotonic() - start < 60 and not monitor.state.ended, monitor.state
             await asyncio.sleep(0.1)
@@ -329,14 +297,15 @@ def test_the_monitor_costs_little_and_cancels_at_the_second_press(live, tmp_path
         await monitor._cancelling
         await monitor.task
         assert monitor.cancel_button.disabled and "cancelled" in monitor.head.value
+        assert (
+            "Next: 05_analysis" in monitor.result.value and "logs/output_server.log" in monitor.result.value
+        )
         return share
 
     share = asyncio.run(main())
-    assert "still running" in capsys.readouterr().out
     with capsys.disabled():
         print(f" monitor: {100 * share:.2f} % of one core ", end="")
     assert share < 0.05
-    assert not monitors.still_running(run)
 
 
 def test_a_second_monitor_takes_over_from_the_first(live, tmp_path):
@@ -360,7 +329,6 @@ def test_headless_the_same_call_waits_for_the_end(monkeypatch, tmp_path, capsys)
     assert monitors.follow_job(run) is None
     assert launch.job_state(run).state == "done"
     assert "performance" in capsys.readouterr().out
-    assert not monitors.still_running(run)
 
 
 def test_the_folders_link_names_the_path_where_no_server_reaches_it(tmp_path):
@@ -388,73 +356,3 @@ def test_a_run_without_logs_is_a_line_in_the_picked_table(tmp_path):
 def test_changed_values_are_checked_together():
     with pytest.raises(DisaggError, match="nodes: found 18, needed 19"):
         changed(changed(NVL72, {"nodes": 18}), {"num_gen_servers": 5})
-
-
-# -- the site form
-
-
-def form_at(path, checks=(), **typed):
-    async def main():
-        form = site_form.SiteForm(load_experiment(), {"partition": "batch"}, checks, path)
-        for name, text in typed.items():
-            form.fields.texts[name].value = text
-        return form
-
-    return asyncio.run(main())
-
-
-def test_the_site_form_saves_and_keeps_the_former_file(live, tmp_path):
-    path = tmp_path / "site.yaml"
-    path.write_text("# mine\nrequest_timeout_s: 900\naccount: old\n")
-    form = form_at(path, account="new", segment="5", trust_dataset="true")
-    form.button.click()
-    saved = site_file.read_site(path)
-    assert saved == {
-        "request_timeout_s": 900,
-        "partition": "batch",
-        "account": "new",
-        "trust_dataset": True,
-        "segment": 5,
-    }
-    assert (tmp_path / "site.yaml.1").read_text().startswith("# mine")
-    form.button.click()
-    assert (tmp_path / "site.yaml.2").exists(), "no former file is lost"
-
-
-@pytest.mark.parametrize(("name", "text", "words"), [
-    ("time_limit", "four hours", "needed text (h:mm:ss"),
-    ("segment", "0", "of at least 1"),
-    ("trust_dataset", "maybe", "needed true or false"),
-    ("partition", "a b", "needed text"),
-    ("account", "hf_" + "a" * 20, "something like a token"),
-])  # fmt: skip
-def test_a_wrong_value_is_said_and_nothing_is_saved(live, tmp_path, name, text, words):
-    form = form_at(tmp_path / "site.yaml", **{name: text})
-    assert words in form.fields.notes[name].value + form.problem.value
-    assert form.button.disabled and "Not yet" in form.button.tooltip
-
-
-def test_what_only_looks_wrong_from_here_does_not_stop_the_saving(live, tmp_path):
-    form = form_at(
-        tmp_path / "site.yaml", container_image="/nowhere/x.sqsh", container_mounts="/nowhere:inside"
-    )
-    assert "not there, as seen from this machine" in form.fields.notes["container_image"].value
-    assert "needed an existing host path" in form.fields.notes["container_mounts"].value
-    assert not form.button.disabled
-    assert site_form.site_remarks({"partition": "x"}, ["a", "b"]) == {
-        "partition": "this cluster's partitions: a, b"
-    }
-
-
-def test_checks_have_a_tick_or_a_cross_with_the_fix(live, tmp_path):
-    checks = [Check("a thing", "here", True), Check("another", "absent", False, "install it")]
-    form = form_at(tmp_path / "site.yaml", checks)
-    shown = form.box.children[0].value
-    assert "✓" in shown and "✗" in shown and "To do: install it" in shown
-
-
-def test_an_emptied_field_is_not_given_any_more(live, tmp_path):
-    path = tmp_path / "site.yaml"
-    path.write_text("account: old\n")
-    form_at(path, partition="").button.click()
-    assert site_file.read_site(path) == {}
