@@ -34,7 +34,7 @@ def choice_text(e: Experiment, row: PlanRow) -> str:
     head = (
         f"# Planned for {row.gpus + row.gpus_idle} GPUs: {row.layout}. Simulated, not measured.\n"
         f"# Highest VALID queries/s {row.target_qps:.2f} [{row.target_qps_low:.2f}, {row.target_qps_high:.2f}], median [range] over"
-        f" seeds; at server_target_qps VALID in {100 * row.p_valid:.0f} % of other seeds.\n"
+        f" draws; at server_target_qps VALID in {100 * row.p_valid:.0f} % of loads of other seeds.\n"
     )
     return head + yaml.safe_dump(choice_values(e, row), sort_keys=False)
 
@@ -80,7 +80,7 @@ def _words(e: Experiment, row: PlanRow) -> dict[str, str]:
     share = row.recommended_qps / e.server_target_qps - 1
     return {
         "gain": f", {100 * share:+.0f} % over your target" if same else "",
-        "sure": f"The lowest of the planning seeds; VALID in {100 * row.p_valid:.0f} % of other seeds. Source: simulated.",
+        "sure": f"The lowest of the draws; VALID in {100 * row.p_valid:.0f} % of other seeds. Source: simulated.",
         "yours": f"Yours: {found.text()}",
     }
 

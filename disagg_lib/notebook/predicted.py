@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..errors import DisaggError, PlanError
 from ..experiment.parameters import Experiment
 from ..serving import plan, prediction, screen
-from ..serving.lengths import shorten_outputs
+from ..serving.lengths import scale_outputs
 from ..serving.simulate import INTERACTIVE_LIMITS_MS
 from .bars import Bar, bars_html
 from .elements import MUTED, lines_html
@@ -83,7 +83,7 @@ def predict(e: Experiment) -> Predicted:
 
 def _beyond(e: Experiment, scale: float) -> str:
     """A rehearsal at another pace that cannot keep up, in the field's own queries per second."""
-    lengths = shorten_outputs(prediction.spreads(e, 1)[0][1][0], e.rehearsal_output_tokens)
+    lengths = scale_outputs(prediction.spreads(e, 1)[0][1][0], e.rehearsal_output_tokens)
     most = min(screen.saturation_qps(plan.deployment_of(e), lengths)) / scale
     return (
         f"server_target_qps {e.server_target_qps:g} is beyond saturation: at pace {scale:g} the servers are always busy from "

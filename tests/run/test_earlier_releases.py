@@ -30,7 +30,7 @@ def test_its_parameters_phases_and_job_are_read(earlier):
 def test_its_result_is_judged_and_its_outputs_are_written_again(earlier):
     assert read_result(earlier).verdict.claim.source == "rehearsed"
     assert run_row(earlier)["ttft_p99_ms"] > 4500 and run_row(earlier)["error"] == ""
-    assert {path.suffix for path in write_outputs(earlier)} == {".png", ".csv"}
+    assert {path.suffix for path in write_outputs(earlier)} == {".png", ".csv", ".json"}
 
 
 def test_it_can_be_shared(earlier, tmp_path):
