@@ -272,7 +272,7 @@ def simulate(params, given, draws, highest, other_seeds, csv_file):
     nargs=2,
     multiple=True,
     metavar="NAME PARAMS",
-    help="A published row (part of its log_path).",
+    help="A published row: part of its log_path, or FILE.csv:PART.",
 )
 @click.option("--base", default="", help="Stack to begin from; default: that of the first run's parameters.")
 @click.option("--out", required=True, type=click.Path(), help="The stack file to write.")

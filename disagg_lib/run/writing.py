@@ -65,7 +65,7 @@ def _write_run(folder: Path, e: Experiment, python: str) -> None:
     (folder / "job/settings.json").write_text(json.dumps(settings_of(e), indent=1, default=list) + "\n")
     shutil.copytree(PROGRAM, folder / "job/program", ignore=shutil.ignore_patterns("__pycache__"))
     if not e.dataset_path:
-        sample_lengths = lengths.data_set_lengths(e.lengths_file)
+        sample_lengths = lengths.data_set_lengths(e.lengths_file, mean=e.prompt_mean_tokens)
         if e.shortened:
             sample_lengths = lengths.scale_outputs(sample_lengths, e.rehearsal_output_tokens)
         lengths.write_lengths_csv(sample_lengths, folder / "job/lengths.csv")

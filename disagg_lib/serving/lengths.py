@@ -152,17 +152,17 @@ def is_histogram(path: Path | str) -> bool:
         raise LengthsError(f"{path}: cannot be read ({error}).") from None
 
 
-def data_set_lengths(path: Path | str | None = None, seed: int = 405) -> np.ndarray:
+def data_set_lengths(path: Path | str | None = None, seed: int = 405, mean: float = INPUT_MEAN) -> np.ndarray:
     """Lengths of the data set's 8313 samples: the built-in shapes, a file of lengths in sample order, or a histogram of prompts.
 
-    `seed` is the draw where the order is not known.
+    `seed` is the draw where the order is not known, `mean` that of the built-in prompts.
 
     Raises
     ------
     LengthsError : a file whose count or order is not the data set's, which the published outputs tell.
     """
     if path is None:
-        return built_in_lengths(seed=seed)
+        return built_in_lengths(seed=seed, mean=mean)
     if is_histogram(path):
         return built_in_lengths(seed=seed, input_histogram=read_histogram(path))
     lengths = read_lengths_csv(path)

@@ -181,9 +181,12 @@ def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], draws: int = 4) ->
         why = f"{cores:.2f} of a core at {best.target_qps:.2f} queries/s, measured on another processor"
         notes.append(f"The orchestrator is one Python process: {why}. Above about 0.8 it is the limit")
     if best.kv_refused:
-        notes.append(
-            "KV room was refused at times: with MAX_UTILIZATION a server may pause requests there, which is not modelled"
+        waits = (
+            "a server may pause requests there, which is not modelled"
+            if e.gen_capacity_policy == "MAX_UTILIZATION"
+            else "they wait"
         )
+        notes.append(f"KV room was refused to requests at times: {waits}")
     # The aggregated engine has a stack of its own; where it knows nothing of the system, the table as it is.
     stack = shipped_stacks()["aggregated"]
     stack = stack if e.gpu_system in stack.systems else shipped_stacks()["none"]

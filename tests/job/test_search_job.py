@@ -69,7 +69,7 @@ def test_interrupted_search_goes_on_in_a_new_job_of_the_same_configuration(tmp_p
     second = create_run(load_experiment(given=given), tmp_path / "second")
     assert (second / "job/find_target_qps.jsonl").read_text() == '{"qps": 1.0}\n'
     shape = tmp_path / "shape.csv"
-    shape.write_text("input_tokens,output_tokens\n100,10\n")
+    shape.write_text("up_to_tokens,samples\n100,0\n200,5\n")
     for name, value in {
         "scenario": "Server",  # other limits
         "trtllm_dialect": "1.x",

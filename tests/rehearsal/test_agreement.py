@@ -17,7 +17,7 @@ from disagg_lib.serving.plan import deployment_of
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate
 
 QUERIES, TARGET_QPS = 18, 2.4
-OVERLOADED_MS = 20.0
+OVERLOADED_MS = 5.0
 
 
 async def measure(port, arrivals, lengths):
@@ -48,7 +48,7 @@ async def measure(port, arrivals, lengths):
         )
 
 
-def test_rehearsal_and_simulation_agree_within_ten_percent(tmp_path):
+def test_rehearsal_and_simulation_agree_within_three_percent(tmp_path):
     lengths = scale_outputs(built_in_lengths(QUERIES), 64)
     arrivals = np.cumsum(np.random.RandomState(1).exponential(1 / TARGET_QPS, QUERIES))
     batch = {
@@ -64,7 +64,7 @@ def test_rehearsal_and_simulation_agree_within_ten_percent(tmp_path):
     run = simulate(deployment, Load(TARGET_QPS, arrivals, np.arange(QUERIES)), lengths)
     for found, expected in ((ttft, run.ttft_ms), (tpot, run.tpot_ms)):
         for figure in (np.mean, lambda values: np.percentile(values, 90)):
-            assert figure(found) == pytest.approx(figure(expected), rel=0.10)
+            assert figure(found) == pytest.approx(figure(expected), rel=0.03)
 
 
 def test_a_deployment_follows_from_the_experiment():

@@ -4,7 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import yaml
+from click.testing import CliRunner
+from published_runs import GB200_V60, PUBLISHED_AT_HAND, V51
 
+from disagg_lib.command_line import main
 from disagg_lib.errors import CalibrationError
 from disagg_lib.experiment.loading import experiment_text, load_experiment
 from disagg_lib.serving import calibration_runs, ledger
@@ -84,3 +88,29 @@ def test_calibrate_takes_the_ledgers_measured_runs_and_writes_a_stack(tmp_path):
     assert found.host_ms == pytest.approx(shipped.host_ms, abs=0.4)
     with pytest.raises(CalibrationError, match="nothing is overwritten"):
         calibration_runs.calibrate_runs([tmp_path / "a"], [], [], "", tmp_path / "site.yaml")
+
+
+@pytest.mark.skipif(not PUBLISHED_AT_HAND, reason="no published logs in ../shared")
+def test_calibrate_takes_a_published_row_and_names_what_it_cannot_find(tmp_path):
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(V51.params))
+    words = [str(tmp_path / "p.yaml")]
+    done = CliRunner().invoke(
+        main, ["calibrate", "--published", f"{V51.source}:x72", *words, "--out", str(tmp_path / "v.yaml")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "stack v: b_context 0.8" in done.output and "in sample: ttft_p50" in done.output
+    done = CliRunner().invoke(
+        main, ["calibrate", "--published", "Nowhere", *words, "--out", str(tmp_path / "w.yaml")]
+    )
+    assert done.exit_code == 1 and "0 rows have it" in done.output and not (tmp_path / "w.yaml").exists()
+
+
+@pytest.mark.skipif(not PUBLISHED_AT_HAND, reason="no published logs in ../shared")
+def test_a_log_with_another_rounds_or_no_seeds_is_refused(tmp_path):
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(V51.params))
+    log = (
+        GB200_V60.source.parent.parent / "mlperf_logs/Nebius__GB200-NVL72_GB200-186GB_aarch64x4_TRT__Offline"
+    )
+    arguments = ["calibrate", "--log", str(log), str(tmp_path / "p.yaml"), "--out", str(tmp_path / "v.yaml")]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1 and "needed is a Server run" in done.output
