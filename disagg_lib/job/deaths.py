@@ -31,20 +31,20 @@ def last_lines(path, count=3):
     return _joined(lines[-count:]) or "(empty log)"
 
 
-def told(path, mark=None):
-    """What a log, or some ranks in it (their labels in `mark`), say of a failure: the first two lines that tell why, then the last."""
-    if not path.exists():
-        return "(no log)"
+def told(path, mark=None, otherwise=None):
+    """What a log, or some ranks in it (their labels in `mark`), say of a failure: the first two lines that tell why, then the
+    last; where none tells why, `otherwise`, or the last three."""
     telling, last = [], []
-    with path.open(errors="replace") as file:
-        for line in file:
-            if not mark or line.lstrip().startswith(mark):
-                if len(telling) < 2 and TELLING.search(line):
-                    telling.append(line)
-                last = [*last[-2:], line] if line.strip() else last
-    if not last:
-        return last_lines(path)
-    return _joined(dict.fromkeys([*telling, last[-1]]) if telling else last)
+    if path.exists():
+        with path.open(errors="replace") as file:
+            for line in file:
+                if line.strip() and (not mark or line.lstrip().startswith(mark)):
+                    last = [*last[-2:], line]
+                    if len(telling) < 2 and TELLING.search(line):
+                        telling.append(line)
+    if telling:
+        return _joined(dict.fromkeys([*telling, last[-1]]))
+    return otherwise or _joined(last) or last_lines(path)
 
 
 def _joined(lines):

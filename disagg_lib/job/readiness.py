@@ -111,7 +111,7 @@ def refuse_hopeless(gate, host, port, problem, well_s):
             fix = "Set OPENAI_API_KEY to a key that it accepts"
         raise Failed(f"{gate} {host}:{port}: {problem}. {fix}")
     if s["servers"] and well_s > 2 * s["stall_timeout_s"]:
-        why = told(RUN / "logs/output_workers.log")
+        why = told(RUN / "logs/output_workers.log", otherwise="no error in it")
         raise Failed(
             f"every server answers /health with 200, but for {well_s:.0f} s (2 x stall_timeout_s) no completion came "
             f"through: {problem}. The servers' log: {why}"

@@ -267,7 +267,7 @@ FAULTS = [
     (
         "no_tokens",
         {"stall_timeout_s": 2},
-        r"every server answers /health with 200, but for \d+ s \(2 x stall_timeout_s\) no completion came through: no complete",
+        r"every server answers /health with 200, but for \d+ s \(2 x stall_timeout_s\) no completion came through: .*no error in it",
     ),
     ("truncated_stream:10", {}, r"the performance client ended with status \d+: .*"),
 ]
