@@ -12,11 +12,12 @@ import time
 import urllib.parse
 
 from .causes import moment, outside_cause
-from .deaths import last_lines, server_words, told
+from .deaths import POLL_S, last_lines, refuse_dead_servers, server_words, told
 from .nodes import addresses
 from .phases import RUN, Failed, settings
 
 HEALTH_S = 10.0  # between two questions while a client runs, and how long an answer may take
+EXIT_S = 3.0  # in which Slurm ends the other ranks of a step whose first one died
 MISSES = 2  # in a row, of a server that was well: it is dead
 
 ERROR = re.compile(rb"Traceback \(most recent call last\)|\[E\]|Executor worker returned error|RuntimeError")
@@ -99,14 +100,23 @@ class Pulse:
     def refuse(self):
         """Failed: a server that was well has not answered `MISSES` times."""
         if self.dead:
-            raise Failed(outside_cause(moment()[0]) or silence(self.dead[0]))
+            refuse(self.dead[0])
 
 
 def refuse_silent():
     """Failed: a server does not answer just now, which explains why the client failed."""
     for name, address in addresses().items():
         if http_status(*address) != 200:
-            raise Failed(outside_cause(moment()[0]) or silence(name))
+            refuse(name)
+
+
+def refuse(name):
+    """Failed: this server is silent; or its step, or its neighbours', is just ending, which tells more."""
+    deadline = time.monotonic() + EXIT_S
+    while time.monotonic() < deadline:
+        refuse_dead_servers()
+        time.sleep(POLL_S)
+    raise Failed(outside_cause(moment()[0]) or silence(name))
 
 
 def silence(name):

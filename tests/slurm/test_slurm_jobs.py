@@ -291,7 +291,7 @@ def test_what_serves_and_measures_is_looked_for_before_anything_is_loaded(cluste
 def long_run(make_run, **given):
     run = make_run(**{"rehearsal_queries": 4000, "test_modes": ["performance"]} | given)  # 100 s
     launch.submit(run)
-    until_phase(run, "performance")
+    until(run, lambda state: state.ended or (state.progress or {}).get("mode") == "performance", ask=False)
     return run
 
 
