@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from runs import (
@@ -19,6 +20,7 @@ from runs import (
 from disagg_lib.results import rows
 from disagg_lib.results.logs import ACCURACY, DETAIL, SUMMARY, LogError
 
+SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
 TPOT, TTFT = "result_time_per_output_token_{}_percentile_ns", "result_first_token_{}_percentile_latency_ns"
 TOKENS, DONE = "result_completed_tokens_per_second", "result_completed_samples_per_sec"
 NOT_UNIQUE = "effective_performance_issue_unique"
@@ -181,10 +183,10 @@ MUTATIONS = {
 CASES = [(name, what) for name, changes in MUTATIONS.items() for what in changes]
 
 
-def words_of(folder):
+def words_of(folder, source=None):
     """Names of what failed or is not judged, or the case of the error; and whether the run would be submitted."""
     try:
-        verdict = rows.verdict_of(folder)
+        verdict = rows.verdict_of(folder, source)
     except LogError as error:
         assert str(folder) in str(error)
         return {error.case}, ""
@@ -214,3 +216,39 @@ def test_digests_of_the_job_find_any_change_of_loadgens_files(tmp_path):
     run = make_valid_run(tmp_path / "run")
     (run / "job/digests.json").write_text(json.dumps({"sha256": {f"mlperf/performance/{SUMMARY}": "0" * 64}}))
     assert words_of(run)[0] == {"digests", "measured"}
+
+
+#: the same on a published run, asserted as measured: what the official checker passes, as others found
+PUBLISHED = {
+    "mixed_runs": lambda m: set_value(m, TOKENS, 28020.2),
+    "tokens_per_sample": lambda m: set_both(m, TOKENS, 28020.2),
+    "latency_sum": lambda m: set_both(m, TOKENS, 40000),
+    "completed_rate": lambda m: set_both(m, DONE, 43.8956),
+    "tpot_order": lambda m: set_both(m, TPOT.format("99.00"), 10000000),
+    "ttft_order": lambda m: set_both(m, "result_first_token_mean_latency_ns", 90000000000),
+    "latency_order": lambda m: set_both(m, "result_99.00_percentile_latency_ns", 1000000),
+    "scheduled_rate": lambda m: set_both(m, "effective_target_qps", 44.4),
+    "max_duration": lambda m: set_both(m, "effective_max_duration_ms", 60000),
+    "performance_issue_same": lambda m: set_value(m, "effective_performance_issue_same", "true"),
+    "accuracy_mode": lambda m: [shutil.copy(m / "performance" / n, m / "accuracy" / n) for n in (DETAIL, SUMMARY)],
+    "accuracy_seeds": lambda m: set_accuracy(m, "effective_qsl_rng_seed", 1),
+    "accuracy_dataset": lambda m: set_accuracy(m, "qsl_reported_total_count", 24576),
+    "accuracy_hash": rehash,
+    "accuracy_log": lambda m: [(m / "accuracy" / n).unlink() for n in (DETAIL, SUMMARY)],
+    "accuracy_rougeL": lambda m: (m / "accuracy/accuracy.txt").unlink(),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_run_changed_is_found_too(tmp_path, name):
+    original = SHARED / "mlperf_logs_v6.0/NVIDIA__GB200-NVL72_GB200-186GB_aarch64x72_TRT__Interactive"
+    if not original.is_dir():
+        pytest.skip(f"no published logs at {original}: they are not part of this repository")
+    folder = tmp_path / original.name
+    shutil.copytree(original / "accuracy", folder / "accuracy", copy_function=shutil.copyfile)
+    shutil.copytree(original / "performance/run_1", folder / "performance", copy_function=shutil.copyfile)
+    shutil.copyfile(original / "SOURCE.txt", folder / "SOURCE.txt")
+    assert words_of(folder, "measured") == ({"measured"}, "yes")
+    PUBLISHED[name](folder)
+    found, submittable = words_of(folder, "measured")
+    assert name in found and submittable != "yes", found
