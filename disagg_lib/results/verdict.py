@@ -106,7 +106,7 @@ def _soften(check: Criterion, claim: Claim) -> Criterion:
     What no checker asks for was seen in all published runs of one model alone: it fails no published run of another.
     """
     if claim.source in ("rehearsed", "simulated"):
-        if check.name.startswith("accuracy"):
+        if check.status == FAIL and check.name.startswith("accuracy"):
             return replace(check, status=NOT_JUDGED)
         if check.status == FAIL and check.name in SHORTENED_IN_REHEARSAL:
             return replace(check, status=SHORTENED)
