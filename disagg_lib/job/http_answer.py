@@ -141,7 +141,9 @@ class Read(NamedTuple):
 
 def read_usage(message):
     """Return (completion_tokens, prompt_tokens) of a message's usage, None for one that it lacks; AnswerError if no count."""
-    usage = message.get("usage") or {}
+    usage = message.get("usage")
+    if not usage:
+        return None, None
     for name in ("completion_tokens", "prompt_tokens"):
         count = usage.get(name)
         if count is not None and (type(count) is not int or not 0 <= count < MOST_TOKENS):
