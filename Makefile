@@ -20,7 +20,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -q tests/test_environment.py tests/test_sources.py tests/run/test_golden.py
+	$(BIN)/python -m pytest -q tests/test_environment.py tests/test_sources.py tests/test_house.py tests/run/test_golden.py
 
 # The server's root is the repository, so that run folders can be opened, too; JUPYTER_PATH's first entry wins over a user's
 # own kernels, so that `python3` is .venv's.

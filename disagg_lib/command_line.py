@@ -3,128 +3,30 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import click
-import yaml
 
+from .arguments import (
+    Group,
+    beside_option,
+    completed_runs,
+    csv_option,
+    experiment_of,
+    given_option,
+    given_values,
+    params_argument,
+    params_paths,
+    run_argument,
+    run_folder,
+    verbose_option,
+    write_csv,
+)
 from .errors import DisaggError, ParameterError
-from .experiment.loading import experiment_from, refuse_unknown
 from .experiment.parameters import Experiment, parameter_names
-from .files import REPOSITORY, expand
-
-INTERRUPTED = 130  # a shell's status for Ctrl-C
-ORDER = ("plan", "check", "run", "launch", "attach", "cancel", "results", "export", "simulate", "calibrate", "evaluate", "parameters")  # fmt: skip
+from .files import REPOSITORY
 
 
-class _Command(click.Command):
-    """`-p name=value` is `-p name value`, as everybody types it first."""
-
-    def parse_args(self, context, args):
-        words: list[str] = []
-        for word in args:
-            name, equals, value = word.partition("=")
-            words += [name, value] if equals and words[-1:] == ["-p"] else [word]
-        return super().parse_args(context, words)
-
-
-class _Group(click.Group):
-    """Our own errors end a command with their message and status 1, not with a traceback; Ctrl-C with what goes on."""
-
-    command_class = _Command
-
-    def invoke(self, context):
-        try:
-            return super().invoke(context)
-        except DisaggError as error:
-            click.echo(f"{type(error).__name__}: {error}", err=True)
-            context.exit(1)
-        except KeyboardInterrupt as stop:
-            click.echo(f"\n{stop}" if str(stop) else "\nStopped.", err=True)
-            context.exit(INTERRUPTED)
-
-    def list_commands(self, context):
-        return sorted(super().list_commands(context), key=lambda name: ORDER.index(name))
-
-
-def _given(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """-p NAME VALUE: the value is read as YAML reads it, so 4 is a number and [performance] a list."""
-    values = {}
-    for name, text in pairs:
-        try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            values[name] = text
-        if isinstance(values[name], dict):
-            values[name] = text
-    refuse_unknown(values, parameter_names(), "-p")
-    return values
-
-
-def _files(names: Sequence[str]) -> list[str] | None:
-    """The params files of a command line: looked for from the repository's root, then from here; None: none was given."""
-    here = [expand(name).absolute() for name in names]
-    found = [
-        str(path) if path.exists() and not (REPOSITORY / name).exists() else name
-        for path, name in zip(here, names, strict=True)
-    ]
-    return found or None
-
-
-def _experiment(params: Sequence[str], given: Sequence[tuple[str, str]]) -> Experiment:
-    return experiment_from(_files(params), _given(given), "-p")
-
-
-def _write_csv(table, path: str | None) -> None:
-    if path:
-        if Path(path).exists():
-            raise ParameterError(
-                f"--csv: {path} is there already, and nothing is overwritten. Choose another name"
-            )
-        try:
-            table.to_csv(path, index=False)
-        except OSError as error:
-            raise ParameterError(f"--csv: {path}: cannot be written ({error.strerror or error})") from None
-
-
-def _run_folder(run_dir: str, purpose: str = "read") -> Path:
-    """The run of a path, a name or a part of one; none given: the one that is meant for this purpose."""
-    from .cluster.runs import run_for
-    from .run.folder import find_run
-
-    if not run_dir:
-        return run_for(purpose)
-    return find_run(
-        str(Path(run_dir).absolute()) if (Path(run_dir) / "experiment.yaml").is_file() else run_dir
-    )
-
-
-def _completed_runs(context, parameter, incomplete: str) -> list[str]:
-    from .run.folder import newest_runs
-
-    return [run.name for run in newest_runs() if incomplete in run.name]
-
-
-def _completed_names(context, parameter, incomplete: str) -> list[str]:
-    return [name for name in parameter_names() if name.startswith(incomplete)]
-
-
-def _completed_params(context, parameter, incomplete: str) -> list[str]:
-    files = sorted(path.relative_to(REPOSITORY).as_posix() for path in (REPOSITORY / "params").glob("*.yaml"))
-    return [name for name in files if name.startswith(incomplete) or name.startswith(f"params/{incomplete}")]
-
-
-params_argument = click.argument("params", nargs=-1, type=click.Path(), shell_complete=_completed_params)
-run_argument = click.argument("run_dir", metavar="[RUN]", default="", shell_complete=_completed_runs)
-given_option = click.option(
-    "-p", "given", nargs=2, multiple=True, metavar="NAME=VALUE", shell_complete=_completed_names, help="One parameter; repeatable."
-)  # fmt: skip
-verbose_option = click.option("-v", "--verbose", is_flag=True, help="Print all that the notebooks print.")
-beside_option = click.option("--beside", is_flag=True, help="Submit although another job is active.")
-csv_option = click.option("--csv", "csv_file", type=click.Path(), help="Write the rows here, too.")
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="disagg_lib", prog_name="disagg")
 def main():
     """MLPerf v5.1 Llama-3.1-405B on disaggregated TensorRT-LLM: plan, rehearse, launch, judge.
@@ -152,7 +54,9 @@ def run(params, given, run_dir, with_plan, anyway, beside, verbose):
     from .notebook.run_all import run_chain
 
     place = str(Path(run_dir).absolute()) if run_dir else ""
-    run_chain(_files(params), _given(given), place, with_plan, click.echo, verbose, anyway, beside)
+    run_chain(
+        params_paths(params), given_values(given), place, with_plan, click.echo, verbose, anyway, beside
+    )
 
 
 @main.command(short_help="A written run: submit, follow, report.")
@@ -164,7 +68,7 @@ def launch(run_dir, beside, verbose):
     that is not submitted."""
     from .notebook.run_all import launch_run
 
-    launch_run(_run_folder(run_dir, "launch"), click.echo, verbose, beside)
+    launch_run(run_folder(run_dir, "launch"), click.echo, verbose, beside)
 
 
 @main.command(short_help="Every rule before the queue.")
@@ -177,7 +81,7 @@ def check(params, given):
     from .experiment.topology import topology_arithmetic
     from .notebook.opening import headline
 
-    experiment = _experiment(params, given)
+    experiment = experiment_of(params, given)
     files = ", ".join(params) or ("-p alone" if given else "params/rehearsal.yaml, as nothing was given")
     click.echo(f"{headline(experiment)}\n{files}: {topology_arithmetic(experiment)}\n")
     checks = sorted(check_experiment(experiment), key=lambda c: (c.ok, c.level != "error"))
@@ -215,13 +119,13 @@ def plan(gpus, params, given, draws, csv_file, write_file):
     from .serving import prediction
     from .serving.plan import plan as plan_topologies
 
-    experiment = _experiment(params, given)
+    experiment = experiment_of(params, given)
     if write_file and write_file.exists():
         raise ParameterError(
             f"--write: {write_file} is there already, and nothing is overwritten. Choose another name"
         )
     ranked = plan_topologies(prediction.budget_of(experiment, gpus, draws))
-    _write_csv(prediction.plan_table(ranked), csv_file)
+    write_csv(prediction.plan_table(ranked), csv_file)
     click.echo(
         "source: simulated; queries/s, the highest that stay VALID, median [range] over draws of the lengths"
     )
@@ -246,14 +150,14 @@ def simulate(params, given, draws, highest, other_seeds, csv_file):
     """Predict TTFT, TPOT and the verdict of PARAMS at server_target_qps, for three spreads of prompt length."""
     from .serving import prediction
 
-    experiment = _experiment(params, given)
+    experiment = experiment_of(params, given)
     if highest:
         table = prediction.highest_qps_table(experiment, draws)
         text = f"highest VALID queries/s, median [range] of {draws} draws; source: simulated\n{table.to_string(index=False)}"
     else:
         table = prediction.simulate_table(experiment, draws, other_seeds)
         text = prediction.format_simulation(table)
-    _write_csv(table, csv_file)
+    write_csv(table, csv_file)
     click.echo(text)
 
 
@@ -284,7 +188,7 @@ def calibrate(runs, logs, published, base, out):
     runs = (
         list(runs) if runs or logs or published else calibration_runs.runs_of_ledger(RESULTS / "ledger.csv")
     )
-    folders = [_run_folder(name) for name in runs]
+    folders = [run_folder(name) for name in runs]
     click.echo(calibration_runs.calibrate_runs(folders, logs, published, base, Path(out)))
 
 
@@ -320,7 +224,7 @@ def lengths(dataset, out, answers, sha256, trust_dataset):
 
 
 @main.command(short_help="Runs as a table.")
-@click.argument("folders", nargs=-1, metavar="[RUN]...", shell_complete=_completed_runs)
+@click.argument("folders", nargs=-1, metavar="[RUN]...", shell_complete=completed_runs)
 @csv_option
 @click.option("--wide", is_flag=True, help="All figures, a column or a row a run.")
 @click.option("--json", "as_json", is_flag=True, help="All columns, for machines.")
@@ -355,7 +259,7 @@ def results(
     table = runs_table(runs, source, round=round_, division=division)
     if published:
         table = pd.concat([table, published_table(scenario)], ignore_index=True)
-    _write_csv(table, csv_file)
+    write_csv(table, csv_file)
     readable = table[(table["loadgen_scenario"] != "") | (table["source"] == "published")]
     if as_line:
         from .notebook.outcome import outcome_line
@@ -436,7 +340,7 @@ def evaluate(run_dir, dataset, tokenizer, trust_dataset):
     from .experiment.loading import load_recorded
     from .results.accuracy import evaluate
 
-    folder = _run_folder(run_dir)
+    folder = run_folder(run_dir)
     e = load_recorded(folder)
     chosen = dataset or e.dataset_path
     result = evaluate(
@@ -476,7 +380,7 @@ def export(run_dir, html, crate, submission, system):
     from .sharing.pages import export_html
     from .sharing.submission import export_submission
 
-    folder = _run_folder(run_dir)
+    folder = run_folder(run_dir)
     if not (html or crate or submission):
         raise click.UsageError("say what to export: --html DEST, --crate DEST or --submission DEST")
     if html:
@@ -494,7 +398,7 @@ def attach(run_dir):
     from .cluster.follow import watch
     from .notebook.run_all import how_to_go_on
 
-    folder = _run_folder(run_dir, "follow")
+    folder = run_folder(run_dir, "follow")
     try:
         watch(folder, out=click.echo)
     except KeyboardInterrupt:
@@ -509,7 +413,7 @@ def cancel(run_dir, yes):
     from .cluster import launch
     from .cluster.runs import run_label
 
-    folder = _run_folder(run_dir, "follow")
+    folder = run_folder(run_dir, "follow")
     click.echo(run_label(folder))
     if not (run_dir or yes) and sys.stdin.isatty():
         click.confirm("End this job?", abort=True)

@@ -1,11 +1,9 @@
 """The sources are in order: notebooks without outputs and with current parameters, no private paths, versions equal."""
 
-import graphlib
 import json
 import re
 import subprocess
 
-import grimp
 import pytest
 from renew import renew_parameters_cell
 
@@ -80,9 +78,3 @@ def test_every_link_and_command_of_the_documents_exists():
             if f"def {command}(" not in (REPOSITORY / "disagg_lib/command_line.py").read_text():
                 missing.append(f"{document.name}: python -m disagg_lib {command}")
     assert missing == []
-
-
-def test_no_module_imports_itself_by_way_of_others():
-    graph = grimp.build_graph("disagg_lib", cache_dir=None)
-    arrows = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
-    graphlib.TopologicalSorter(arrows).prepare()  # CycleError names the circle

@@ -11,7 +11,7 @@ from test_notebooks import SMALL, papermill
 
 from disagg_lib.cluster import launch
 from disagg_lib.cluster.follow import watch
-from disagg_lib.command_line import _experiment
+from disagg_lib.arguments import experiment_of
 from disagg_lib.errors import ParameterError
 from disagg_lib.experiment.loading import experiment_from, load_experiment, load_recorded
 from disagg_lib.files import REPOSITORY
@@ -39,7 +39,7 @@ def test_the_same_file_through_three_doors_is_one_experiment(tmp_path):
     done = papermill("03_configuration", tmp_path / "03.ipynb", "-f", path, "-p", "run_dir", run)
     assert done.returncode == 0, done.stderr
     by_papermill = load_recorded(run)
-    by_command = _experiment([str(path)], [])
+    by_command = experiment_of([str(path)], [])
     by_cell = notebook_experiment(namespace(parameters_cell(True), f"params_files = [{str(path)!r}]"))
     assert by_papermill.model_dump() == by_command.model_dump() == by_cell.model_dump()
     assert by_papermill.engine == "trtllm" and by_papermill.gpu_count == 72
