@@ -9,9 +9,9 @@ import nbformat
 import pytest
 from test_notebooks import SMALL, papermill
 
+from disagg_lib.arguments import experiment_of
 from disagg_lib.cluster import launch
 from disagg_lib.cluster.follow import watch
-from disagg_lib.arguments import experiment_of
 from disagg_lib.errors import ParameterError
 from disagg_lib.experiment.loading import experiment_from, load_experiment, load_recorded
 from disagg_lib.files import REPOSITORY
