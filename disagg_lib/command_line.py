@@ -192,7 +192,7 @@ def calibrate(runs, logs, published, base, out):
     click.echo(calibration_runs.calibrate_runs(folders, logs, published, base, Path(out)))
 
 
-@main.command()
+@main.command(short_help="Token lengths of MLPerf's pickle.")
 @click.argument("dataset", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="The CSV to write: input_tokens,output_tokens.")
 @click.option(

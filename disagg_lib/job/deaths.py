@@ -13,6 +13,8 @@ TELLING = re.compile(
     r"\[ERROR\]|FATAL|does not exist|couldn't|\[E\]|(?:^|\s)[\w.]*(?:Error|Exception): |request failed|refused to start"
 )
 
+LAUNCHER = re.compile(r"\s*(?:\d+: )?job_agent: |.*[Ee]xited with exit code")  # a task ended, not why
+
 
 def exit_status(name):
     """Exit status of a step, or None while it runs."""
@@ -39,7 +41,7 @@ def told(path, mark=None, otherwise=None):
         with path.open(errors="replace") as file:
             for line in file:
                 if line.strip() and (not mark or line.lstrip().startswith(mark)):
-                    last = [*last[-2:], line]
+                    last = last if last and LAUNCHER.match(line) else [*last[-2:], line]
                     if len(telling) < 2 and TELLING.search(line):
                         telling.append(line)
     if telling:

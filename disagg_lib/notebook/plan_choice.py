@@ -25,7 +25,7 @@ def choice_values(e: Experiment, row: PlanRow) -> dict[str, object]:
     real = {"engine": "trtllm", "launcher": "slurm", "container": "pyxis"}
     if e.engine == "trtllm":
         real |= {"launcher": e.launcher, "container": e.container}
-    kept = ("trtllm_dialect", "gpu_system", "gpus_per_node", "calibration_file", "lengths_file")
+    kept = ("trtllm_dialect", "gpu_system", "gpus_per_node", "stack", "lengths_file")
     return real | {name: value for name in kept if (value := getattr(e, name)) is not None} | row.params()
 
 

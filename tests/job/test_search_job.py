@@ -50,7 +50,7 @@ def test_figure_of_a_search_shows_its_trials_and_its_end(tmp_path):
     assert {"requests failed (1)", "limit", f"target {found['target_qps']:g} queries/s"} <= set(labels)
     (crosses,) = (c for c in axis.collections if c.get_label() == "requests failed (1)")
     assert crosses.get_offsets()[0][1] < axis.get_ylim()[1]
-    assert "source: measured" in figure.get_suptitle() and figure.get_facecolor()[3] == 1.0
+    assert "source: unstated" in figure.get_suptitle() and figure.get_facecolor()[3] == 1.0
     grounds = [mark.get_facecolor()[0].tolist() for mark in axis.collections[:2]]
     assert grounds[0] != grounds[1]  # valid and invalid differ without their hue, too
     assert follow.trial_line(failed) == "trial: 459 queries at 9 queries/s: INVALID, 7 requests failed"

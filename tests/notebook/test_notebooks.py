@@ -142,7 +142,7 @@ def test_a_run_dir_that_is_there_is_refused(chain):
     ("place", "given", "word"),
     [
         ("/proc/1/run", (), "not a folder that you may write to"),
-        ("a,b", ("container", "pyxis"), "separators of mounts"),
+        ("a,b", ("container", "pyxis"), "pyxis reads , and : as separators"),
     ],
 )
 def test_a_run_dir_that_cannot_do_is_refused_before_anything_is_started(tmp_path, place, given, word):

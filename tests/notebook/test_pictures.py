@@ -9,7 +9,9 @@ from disagg_lib.experiment.loading import changed, load_experiment
 from disagg_lib.notebook import pictures
 from disagg_lib.results import style
 
-NVL72 = load_experiment(["params/gb200_72gpu.yaml"])
+NVL72 = load_experiment(
+    ["params/gb200_72gpu.yaml"], {"num_ctx_servers": 14, "ctx_tp_size": 4, "num_gen_servers": 4}
+)
 
 
 def marks(svg):
