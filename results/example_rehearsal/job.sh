@@ -14,22 +14,28 @@ set -m # each background step is a process group of its own, which teardown can 
 
 cd -- "${SLURM_SUBMIT_DIR:-$(dirname -- "$0")}" || exit 1
 RUN=$PWD
-PYTHON=REDACTED_path3/.venv/bin/python
+PYTHON=REDACTED_path2/.venv/bin/python
 agent() { "$PYTHON" "$RUN/job/program" agent "$@"; }
 
 agent admit || exit 1 # a folder is used once; a requeued job ends here
 mkdir -p job/exit logs mlperf
-
-# Variables that would redirect the harness, the servers or Slurm's steps, and tokens that no step needs.
-unset LOG_DIR MODEL_DIR DATA_DIR PREPROCESSED_DATA_DIR BUILD_DIR CONFIG_DIR ARTIFACTS_DIR UCX_TLS
-unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACE_HUB_TOKEN
-export REHEARSAL_TIME_SCALE=1.0
-export REHEARSAL_SYSTEM=gb200
-export REHEARSAL_FAULT=none
-export OMP_NUM_THREADS=1
-export PYTHONUNBUFFERED=1
-
+unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACE_HUB_TOKEN # no step needs one
 export JOB_SCRIPT_PID=$$ # servers end by themselves when this script is gone
+
+# What every step's program finds in its environment. It stands inside the step: a container's image sets variables, which
+# win over those exported out here. First what would redirect servers or harness, then what is set.
+ENVIRONMENT=(
+  env -u UCX_TLS -u LOG_DIR -u MODEL_DIR -u DATA_DIR -u PREPROCESSED_DATA_DIR -u BUILD_DIR -u CONFIG_DIR -u ARTIFACTS_DIR
+  PYTHONNOUSERSITE=1
+  REHEARSAL_TIME_SCALE=1.0
+  REHEARSAL_SYSTEM=gb200
+  REHEARSAL_STACK=v5.1
+  REHEARSAL_FAULT=none
+  OMP_NUM_THREADS=1
+  PYTHONUNBUFFERED=1
+)
+# In front of a program inside its step: no variable of the step's, or caches of its own, or one more folder of modules.
+WITHOUT_SLURM=(bash -c 'unset "${!SLURM_@}"; exec "$@"' -)
 
 pids=()
 
@@ -40,7 +46,7 @@ start() {
   {
     "$@"
     echo "$?" >"job/exit/$name"
-  } >>"$log" 2>&1 &
+  } </dev/null >>"$log" 2>&1 &
   pids+=("$!")
 }
 
@@ -83,14 +89,15 @@ trap 'signalled TERM' TERM
 trap 'signalled INT' INT
 trap 'signalled HUP' HUP
 
-# step NODES TASKS FIRST_RANK COMMAND...: TASKS copies of the command, on these nodes (comma separated), in
+# step NODES TASKS FIRST_RANK [NAME=VALUE...] COMMAND...: TASKS copies of the command, on these nodes (comma separated), in
 # node order. Lines are labelled with the rank, counted from FIRST_RANK; FIRST_RANK - means no label.
 step() {
   local tasks=$2 first=$3
   shift 3
-  agent ranks "$tasks" "$first" "$@"
+  agent ranks "$tasks" "$first" "${ENVIRONMENT[@]}" "$@"
 }
 
+# What will serve and measure is there, on every node, in the container if there is one: it is unpacked here.
 agent phase container
 
 agent phase bind
@@ -109,21 +116,30 @@ start workers logs/output_workers.log step "$ALL_NODES" 20 0 \
 
 agent phase orchestrator
 start orchestrator logs/output_server.log step "${NODES[0]}" 1 - \
-  "$PYTHON" -m disagg_lib.rehearsal disaggregated -c "$RUN/job/config.bound.yaml" \
+  "${WITHOUT_SLURM[@]}" "$PYTHON" -m disagg_lib.rehearsal disaggregated -c "$RUN/job/config.bound.yaml" \
   -t 3600 -r 1800
 
 # Ready: the orchestrator says 200, and completions have come back through every server.
 agent phase ready
 attend agent ready || exit
 
+# client NAME LOG PART [ARGUMENTS...]: our measuring client, beside the orchestrator, to its end
+client() {
+  local name=$1 log=$2 part=$3
+  shift 3
+  start "client_$name" "$log" step "${NODES[0]}" 1 - REDACTED_path2/.venv/bin/python \
+    "$RUN/job/program" "$part" --run-dir "$RUN" --url "http://${NODES[0]}:${PORT[orchestrator]}" "$@"
+  attend agent watch "$name"
+}
+
+# Ready is not warm: completions like the run's own, before anything is measured, counted as nothing.
+agent phase warmup
+client warmup logs/warmup.log client --test-mode warmup || exit
+
 agent phase performance
-start client_performance logs/mlperf_benchmark_performance.log step "${NODES[0]}" 1 - \
-  REDACTED_path3/.venv/bin/python "$RUN/job/program" client --run-dir "$RUN" --test-mode performance --url "http://${NODES[0]}:${PORT[orchestrator]}"
-attend agent watch performance || exit
+client performance logs/mlperf_benchmark_performance.log client --test-mode performance || exit
 
 agent phase accuracy
-start client_accuracy logs/mlperf_benchmark_accuracy.log step "${NODES[0]}" 1 - \
-  REDACTED_path3/.venv/bin/python "$RUN/job/program" client --run-dir "$RUN" --test-mode accuracy --url "http://${NODES[0]}:${PORT[orchestrator]}"
-attend agent watch accuracy || exit
+client accuracy logs/mlperf_benchmark_accuracy.log client --test-mode accuracy || exit
 
 exit 0

@@ -22,7 +22,12 @@ REFUSALS = [
     ),
     ("no_request_id", "1.x", {"load_timeout_s": 8}, r"not ready after .*disagg_request_id is None"),
     ("no_request_id", "v5.1", {"load_timeout_s": 8}, r"not ready after .*ctx_request_id is None"),
-    ("eos_first:20", "v5.1", {}, r"the performance client .*the model's first token was its end token"),
+    (
+        "eos_first:30",
+        "v5.1",
+        LONG | {"rehearsal_queries": 400},
+        r"the performance client .*the model's first token was its end token",
+    ),
 ]
 
 
