@@ -41,6 +41,13 @@ OUR_SBATCH_OPTIONS = [
     "wait",
     "hold",
 ]
+OUR_VARIABLES = (
+    "REHEARSAL_",
+    "SLURM_",
+    "JOB_SCRIPT_PID",
+    "CUDA_VISIBLE_DEVICES",
+    "TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR",
+)
 # Without user and query: secrets stand there.
 ENDPOINT_URL = r"^https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./-]*)?$"
 FAULTS = (
@@ -59,6 +66,7 @@ class Experiment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     # the switches
+    recipe: Literal["v5.1", "v6.0"] = _parameter("v5.1", "round whose engine settings are the defaults")
     engine: Literal["trtllm", "rehearsal", "external"] = _parameter("trtllm", "what serves")
     launcher: Literal["slurm", "local"] = _parameter("slurm", "what starts the job")
     trtllm_dialect: Literal["v5.1", "1.x"] = _parameter(
@@ -99,6 +107,34 @@ class Experiment(BaseModel):
     max_seq_len: int = _parameter(22016, "tokens; 20000 in + 2000 out, up to a multiple of 32", ge=32)
     kv_transfer_backend: Literal["UCX", "NIXL", "MPI"] | None = _parameter(
         None, "KV cache transport; not given: MPI in v5.1 (the original's), NIXL in 1.x"
+    )
+    kv_buffer_tokens: int | None = _parameter(
+        None, "tokens that the KV transfer buffer holds; not given: max_seq_len", ge=32
+    )
+    stream_interval: int | None = _parameter(
+        None, "tokens a streamed event, after the first; not given: the release's 1", ge=1, le=1000
+    )
+    sampler_type: Literal["auto", "TorchSampler", "TRTLLMSampler"] | None = _parameter(
+        None, "which sampler (dialect 1.x); not given: the release's choice"
+    )
+    allreduce_strategy: Literal["AUTO", "MNNVL"] | None = _parameter(
+        None, "how GPUs add up (dialect 1.x); not given: MNNVL where a server spans nodes"
+    )
+    iter_perf_stats: bool = _parameter(False, "true: servers collect statistics of their steps")
+    ctx_torch_compile: bool = _parameter(
+        False, "true: context servers compile whole graphs (dialect 1.x: piecewise CUDA graphs)"
+    )
+    ctx_cuda_graphs: bool = _parameter(
+        False, "false: off on context servers (dialect 1.x); true: as the release has it"
+    )
+    gen_postprocess_workers: int | None = _parameter(
+        None, "processes of a generation server that make text of tokens; not given: none", ge=0, le=64
+    )
+    ctx_environment: dict[str, str] = _parameter(
+        {}, "variables of the context servers, name to value; replaces the recipe's"
+    )
+    gen_environment: dict[str, str] = _parameter(
+        {}, "variables of the generation servers, name to value; replaces the recipe's"
     )
     gpus_per_node: int = _parameter(4, "GPUs on one node", ge=1)
     nodes: int | None = _parameter(None, "a claim: must equal what the topology needs", ge=1)
@@ -222,6 +258,21 @@ class Experiment(BaseModel):
             raise ValueError("text on one line, without control characters")
         return tuple(value) if isinstance(value, list) else value
 
+    @field_validator("ctx_environment", "gen_environment", mode="before")
+    @classmethod
+    def _environment(cls, value):
+        if not isinstance(value, dict):
+            raise ValueError("a mapping of a variable's name to its value")
+        for name, text in value.items():
+            plain = type(text) in (str, int, float) and all(32 <= ord(c) != 127 for c in str(text))
+            if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII) or not plain:
+                raise ValueError(
+                    f"a variable's name and its value, text on one line (in quotes), not {name!r}: {text!r}"
+                )
+            if name.startswith(OUR_VARIABLES):
+                raise ValueError(f"none of the job script's own variables, and {name} is one. Leave it out")
+        return {name: str(text) for name, text in value.items()}
+
     @field_validator("partition", "account", mode="before")
     @classmethod
     def _number_as_name(cls, value):
@@ -276,6 +327,10 @@ class Experiment(BaseModel):
         return self.stack or {"v5.1": "v5.1", "1.x": "v6.0"}[self.trtllm_dialect]
 
     @property
+    def buffer_tokens(self) -> int:
+        return self.kv_buffer_tokens or self.max_seq_len
+
+    @property
     def model_path(self) -> str:
         return self.model_dir or f"{self.scratch_dir}/{MODEL_PATH_IN_SCRATCH}"
 
@@ -325,7 +380,7 @@ def parameter_kind(name: str) -> tuple[type, tuple[str, ...]]:
         return list, typing.get_args(typing.get_args(kind)[0])
     if typing.get_origin(kind) is Literal:
         return str, typing.get_args(kind)
-    return kind, ()
+    return typing.get_origin(kind) or kind, ()
 
 
 def what_is_needed(name: str) -> str:
@@ -335,6 +390,7 @@ def what_is_needed(name: str) -> str:
     limits = {type(m).__name__: m for m in field.metadata}
     words = {
         list: "a list of text",
+        dict: "a mapping of text to text",
         int: "a whole number",
         float: "a number",
         bool: "true or false",

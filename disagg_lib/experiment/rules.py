@@ -22,7 +22,12 @@ def check_together(e: Experiment) -> None:
         _search: ParameterError,
     }
     if e.engine != "external":
-        rules |= {_divisors: TopologyError, _claims: TopologyError, _placement: ParameterError}
+        rules |= {
+            _dialect: ParameterError,
+            _divisors: TopologyError,
+            _claims: TopologyError,
+            _placement: ParameterError,
+        }
     for rule, kind in rules.items():
         for broken in rule(e):
             raise kind(broken)
@@ -34,6 +39,21 @@ def _engine(e: Experiment) -> Iterator[str]:
     if e.trtllm_dialect == "1.x" and e.kv_transfer_backend == "MPI":
         why = "each server is a step of its own and no MPI world joins them"
         yield f"kv_transfer_backend: found 'MPI' in dialect 1.x, where {why}. Use NIXL or UCX"
+
+
+ONLY_IN_1X = ("sampler_type", "allreduce_strategy", "ctx_torch_compile", "ctx_cuda_graphs")
+
+
+def _dialect(e: Experiment) -> Iterator[str]:
+    if e.trtllm_dialect == "1.x":
+        return
+    for key in ONLY_IN_1X:
+        if getattr(e, key):
+            of = f" (of recipe {e.recipe})" if e.provenance.get(key, "").startswith("recipe") else ""
+            yield f"{key}: found {getattr(e, key)!r}{of}, which dialect v5.1 does not know. Set trtllm_dialect: 1.x, or leave it out"
+    if e.ctx_environment != e.gen_environment:
+        found = f"ctx_environment: found {e.ctx_environment}, and gen_environment {e.gen_environment}"
+        yield f"{found}; in dialect v5.1 all servers are one step with one environment. Give both the same"
 
 
 # pyxis writes mounts and paths into a shell text of its own, between double quotes; of an image's name it keeps the words.
@@ -111,9 +131,10 @@ def _claims(e: Experiment) -> Iterator[str]:
 
 
 def _placement(e: Experiment) -> Iterator[str]:
-    if e.max_seq_len % 32:
-        needed = f"a multiple of 32 (tokens per KV block): {-(-e.max_seq_len // 32) * 32}"
-        yield f"max_seq_len: found {e.max_seq_len}, needed {needed}"
+    if e.buffer_tokens % 32:  # the transfer buffer holds whole blocks
+        key = "kv_buffer_tokens" if e.kv_buffer_tokens else "max_seq_len"
+        needed = f"a multiple of 32 (tokens per KV block): {-(-e.buffer_tokens // 32) * 32}"
+        yield f"{key}: found {e.buffer_tokens}, needed {needed}"
     if e.launcher == "local" and e.engine == "trtllm" and (e.node_count > 1 or e.container != "none"):
         limits = f"which works on one node with container: none only ({topology_arithmetic(e)})"
         fix = "Set launcher: slurm, or engine: rehearsal to try it without GPUs"

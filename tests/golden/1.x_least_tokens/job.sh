@@ -39,7 +39,7 @@ unset HF_TOKEN HUGGING_FACE_HUB_TOKEN HUGGINGFACE_HUB_TOKEN # no step needs one
 # What every step's program finds in its environment. It stands inside the step: a container's image sets variables, which
 # win over those exported out here. First what would redirect servers or harness, then what is set.
 ENVIRONMENT=(
-  env -u UCX_TLS -u LOG_DIR -u MODEL_DIR -u DATA_DIR -u PREPROCESSED_DATA_DIR -u BUILD_DIR -u CONFIG_DIR -u ARTIFACTS_DIR
+  env -u UCX_TLS -u LOG_DIR -u MODEL_DIR -u DATA_DIR -u PREPROCESSED_DATA_DIR -u BUILD_DIR -u CONFIG_DIR -u ARTIFACTS_DIR -u TMPDIR
   PYTHONNOUSERSITE=1
   TLLM_LOG_LEVEL=INFO
   NCCL_DEBUG=WARN
