@@ -3,6 +3,7 @@
 import re
 import types
 import typing
+import urllib.parse
 from functools import cached_property
 from typing import Literal
 
@@ -238,8 +239,8 @@ class Experiment(BaseModel):
     # the other ways to serve and to measure
     system_name: str | None = _parameter(None, "SYSTEM_NAME of the NVIDIA harness", pattern=r"^[\w.-]+$")
     harness_dir: str | None = _parameter(None, "path of closed/NVIDIA, for client: nvidia_harness")
-    endpoint_url: str | None = _parameter(
-        None, "http://host:port of a server that is up, for engine: external", pattern=ENDPOINT_URL
+    endpoint_url: tuple[str, ...] = _parameter(
+        (), "http://host:port of a server that is up, or a list of its front ends', for engine: external"
     )
     endpoint: Literal["/v1/completions", "/v1/chat/completions"] = _parameter(
         "/v1/completions",
@@ -310,12 +311,23 @@ class Experiment(BaseModel):
                 )
         return value
 
+    @field_validator("endpoint_url", mode="before")
+    @classmethod
+    def _one_url(cls, value):
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("endpoint_url")
     @classmethod
-    def _port(cls, value):
-        port = re.search(r":(\d+)(/|$)", value or "")
-        if port and not 1 <= int(port[1]) <= 65535:
-            raise ValueError("a port of 1 to 65535 in http://host:port")
+    def _urls(cls, value):
+        for url in value:
+            if not re.fullmatch(ENDPOINT_URL, url):
+                raise ValueError(f"http://host:port, without user and query, not {url!r}")
+            port = re.search(r":(\d+)(/|$)", url)
+            if port and not 1 <= int(port[1]) <= 65535:
+                raise ValueError("a port of 1 to 65535 in http://host:port")
+        parts = [urllib.parse.urlsplit(url) for url in value]
+        if len({(part.scheme, part.path.rstrip("/")) for part in parts}) > 1 or len(set(value)) < len(value):
+            raise ValueError("front ends of one server: each once, all with the same scheme and path")
         return value
 
     @property

@@ -34,7 +34,7 @@ def check_together(e: Experiment) -> None:
 
 
 def _engine(e: Experiment) -> Iterator[str]:
-    if e.engine == "external" and e.endpoint_url is None:
+    if e.engine == "external" and not e.endpoint_url:
         yield "endpoint_url: not given, but engine: external measures the server behind it. Set endpoint_url"
     if e.trtllm_dialect == "1.x" and e.kv_transfer_backend == "MPI":
         why = "each server is a step of its own and no MPI world joins them"

@@ -23,7 +23,7 @@ ERROR = re.compile(rb"Traceback \(most recent call last\)|\[E\]|Executor worker 
 
 
 def connect(host, port, timeout_s):
-    secure = (settings()["endpoint_url"] or "").startswith("https:")
+    secure = "".join(settings()["endpoint_url"][:1]).startswith("https:")
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     return kind(host, port, timeout=timeout_s)
 
@@ -121,5 +121,5 @@ def silence(name):
 
 def prefix():
     """What stands before /v1 in an external endpoint's path; base URLs are given with and without /v1."""
-    path = urllib.parse.urlsplit(settings()["endpoint_url"] or "").path.rstrip("/")
+    path = urllib.parse.urlsplit("".join(settings()["endpoint_url"][:1])).path.rstrip("/")
     return path[:-3] if path.endswith("/v1") else path

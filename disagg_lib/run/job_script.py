@@ -123,7 +123,9 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
 
     return environment.get_template("job.sh.j2").render(
         e=e,
-        arithmetic=topology_arithmetic(e) if e.servers else f"no servers: measures {e.endpoint_url}",
+        arithmetic=topology_arithmetic(e)
+        if e.servers
+        else f"no servers: measures {', '.join(e.endpoint_url)}",
         variables=_variables(e),
         harness_variables={
             "SYSTEM_NAME": e.system_name or "",
@@ -136,5 +138,5 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
         tasks_per_node=min(e.gpus_per_node, e.gpu_count),
         waves=start_waves(e.servers),
         gpus=gpus,
-        url=shlex.quote(e.endpoint_url) if e.endpoint_url else '"http://${NODES[0]}:${PORT[orchestrator]}"',
+        urls=[shlex.quote(url) for url in e.endpoint_url] or ['"http://${NODES[0]}:${PORT[orchestrator]}"'],
     )
