@@ -103,7 +103,7 @@ def _explain(error: Mapping, provenance: Mapping[str, str]) -> str:
 
 _PATHS = (
     *("scratch_dir", "model_dir", "dataset_path", "stack", "lengths_file", "harness_dir"),
-    *("client_dir", "container_image"),
+    *("client_dir", "container_image", "dynamo_dir"),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from .topology import Server, plan_servers
+from .topology import Part, Server, plan_servers
 
 MODEL_PATH_IN_SCRATCH = "models/Llama3.1-405B/fp4-quantized-modelopt/llama3.1-405b-instruct-hf-torch-fp4"  # the harness looks here
 SLURM_WORD = r"^[A-Za-z0-9][A-Za-z0-9_.,@+-]*$"
@@ -73,6 +73,10 @@ class Experiment(BaseModel):
     trtllm_dialect: Literal["v5.1", "1.x"] = _parameter(
         "v5.1", "config.yaml's keys: MLPerf v5.1's release, or 1.2"
     )
+    orchestrator: Literal["trtllm", "dynamo"] = _parameter(
+        "trtllm", "what joins context and generation servers"
+    )
+    num_frontends: int = _parameter(1, "orchestrators or front ends, each on a node of its own", ge=1, le=64)
     container: Literal["pyxis", "none"] = _parameter("pyxis", "how servers are contained")
     client: Literal["loadgen", "nvidia_harness"] = _parameter("loadgen", "what measures")
     test_modes: tuple[Literal["performance", "accuracy", "test06"], ...] = _parameter(
@@ -236,6 +240,12 @@ class Experiment(BaseModel):
     load_stagger_s: int = _parameter(
         5, "seconds between the starts of servers that share a node (dialect 1.x)", ge=0, le=600
     )
+    # Dynamo
+    dynamo_release: Literal["0.8", "1.4"] = _parameter("1.4", "whose flags are written; 0.8 is MLPerf v6.0's")
+    dynamo_discovery: Literal["etcd", "file"] | None = _parameter(
+        None, "how its parts meet; not given: file on one machine with 1.4, etcd otherwise"
+    )
+    dynamo_dir: str = _parameter(".venv-dynamo", "virtual environment with ai-dynamo, for rehearsals")
     # the other ways to serve and to measure
     system_name: str | None = _parameter(None, "SYSTEM_NAME of the NVIDIA harness", pattern=r"^[\w.-]+$")
     harness_dir: str | None = _parameter(None, "path of closed/NVIDIA, for client: nvidia_harness")
@@ -246,8 +256,10 @@ class Experiment(BaseModel):
         "/v1/completions",
         "where requests go; chat (TensorRT-LLM alone knows it so): empty messages and prompt_token_ids",
     )
-    served_model: str = _parameter(
-        "meta-llama/Llama-3.1-405B-Instruct", "the model's name in requests", pattern=r"^\S+$"
+    served_model: str | None = _parameter(
+        None,
+        "the model's name in requests; not given: Meta's, behind Dynamo the checkpoint's path",
+        pattern=r"^\S+$",
     )
 
     provenance: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
@@ -273,6 +285,11 @@ class Experiment(BaseModel):
             if name.startswith(OUR_VARIABLES):
                 raise ValueError(f"none of the job script's own variables, and {name} is one. Leave it out")
         return {name: str(text) for name, text in value.items()}
+
+    @field_validator("dynamo_release", mode="before")
+    @classmethod
+    def _release(cls, value):
+        return str(value) if type(value) is float else value
 
     @field_validator("partition", "account", mode="before")
     @classmethod
@@ -362,6 +379,35 @@ class Experiment(BaseModel):
         """Where find_target_qps begins, and the highest QPS it tries."""
         low, high = self.target_qps_min, self.target_qps_max
         return low or round(0.6 * self.server_target_qps, 4), high or round(1.6 * self.server_target_qps, 4)
+
+    @property
+    def model_name(self) -> str:
+        """In requests. Dynamo 0.8's front ends fetch a model whose name is no path from the hub."""
+        of_dynamo = self.orchestrator == "dynamo" and self.engine != "external"
+        return self.served_model or (self.model_path if of_dynamo else "meta-llama/Llama-3.1-405B-Instruct")
+
+    @property
+    def discovery(self) -> str:
+        # A watched folder on a network file system tells of no other node's changes.
+        one_machine = self.launcher == "local" or self.node_count == 1
+        return self.dynamo_discovery or ("file" if one_machine and self.dynamo_release == "1.4" else "etcd")
+
+    @cached_property
+    def doors(self) -> tuple[Part, ...]:
+        """What takes requests, each on a node of its own: the orchestrators, or Dynamo's front ends."""
+        word = "frontend" if self.orchestrator == "dynamo" else "orchestrator"
+        names = [word] if self.num_frontends == 1 else [f"{word}{i}" for i in range(self.num_frontends)]
+        return (
+            tuple(Part(name, i, self.server_port + i) for i, name in enumerate(names)) if self.servers else ()
+        )
+
+    @cached_property
+    def services(self) -> tuple[Part, ...]:
+        """What Dynamo's parts meet through, on the first node."""
+        names = ["etcd", "etcd_peer"] if self.orchestrator == "dynamo" and self.discovery == "etcd" else []
+        names += ["nats"] if self.orchestrator == "dynamo" and self.dynamo_release == "0.8" else []
+        first = self.server_port + self.num_frontends
+        return tuple(Part(name, 0, first + i) for i, name in enumerate(names)) if self.servers else ()
 
     @cached_property
     def servers(self) -> tuple[Server, ...]:

@@ -56,6 +56,22 @@ def _dialect(e: Experiment) -> Iterator[str]:
         yield f"{found}; in dialect v5.1 all servers are one step with one environment. Give both the same"
 
 
+def _orchestrator(e: Experiment) -> Iterator[str]:
+    dynamo, count = e.orchestrator == "dynamo", e.num_frontends
+    if e.trtllm_dialect == "v5.1" and (dynamo or count > 1):
+        found = "orchestrator: found 'dynamo'" if dynamo else f"num_frontends: found {count}"
+        yield f"{found} in dialect v5.1, whose servers are one MPI world behind one orchestrator. Set trtllm_dialect: 1.x"
+    if count > e.node_count:
+        where = f"more than the {e.node_count} nodes of {topology_arithmetic(e)} can hold, one each"
+        yield f"num_frontends: found {count}, {where}. Set num_frontends: {e.node_count} or fewer"
+    if dynamo and e.dynamo_release == "0.8" and e.dynamo_discovery == "file":
+        yield "dynamo_discovery: found 'file' with dynamo_release: 0.8, which needs etcd. Leave it out"
+    if dynamo and e.fault != "none":
+        yield f"fault: found {e.fault!r} with orchestrator: dynamo, whose mock workers know no faults. Leave it out"
+    if e.client == "nvidia_harness" and (dynamo or count > 1):
+        yield "client: found 'nvidia_harness', which here measures one orchestrator of TensorRT-LLM. Set client: loadgen"
+
+
 # pyxis writes mounts and paths into a shell text of its own, between double quotes; of an image's name it keeps the words.
 PLAIN_PATH = r"[A-Za-z0-9_./+@=~-]+"
 _PLAIN = {
@@ -140,6 +156,8 @@ def _placement(e: Experiment) -> Iterator[str]:
         fix = "Set launcher: slurm, or engine: rehearsal to try it without GPUs"
         yield f"launcher: found 'local' with engine: trtllm, {limits}. {fix}"
     first, last = e.worker_port, e.worker_port + len(e.servers) - 1
-    if first <= e.server_port <= last or last > 65535:
-        needed = f"must be at most 65535 and leave out server_port {e.server_port}"
+    others = [part.port for part in (*e.doors, *e.services)]
+    if first <= others[-1] and others[0] <= last or max(last, *others) > 65535:
+        to = f" to {others[-1]}" if len(others) > 1 else ""
+        needed = f"must be at most 65535 and leave out server_port {e.server_port}{to}"
         yield f"worker_port: {len(e.servers)} servers take ports {first}-{last}, which {needed}. Choose another worker_port"

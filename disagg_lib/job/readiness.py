@@ -9,7 +9,7 @@ import time
 import urllib.parse
 
 from .deaths import POLL_S, refuse_dead_servers, told
-from .health import LoadingErrors, connect, http_status, prefix
+from .health import LoadingErrors, connect, dynamo_lacks, http_status, prefix
 from .nodes import addresses
 from .phases import RUN, Failed, settings
 
@@ -66,7 +66,7 @@ def complete_all(host, port, count, timeout_s):
 def doors():
     """name -> (host, port) of what takes requests: the orchestrator, the front ends, or somebody else's."""
     if settings()["servers"]:
-        return {name: address for name, address in addresses().items() if not name.startswith(("ctx", "gen"))}
+        return {door["name"]: addresses()[door["name"]] for door in settings()["doors"]}
     urls = [urllib.parse.urlsplit(url) for url in settings()["endpoint_url"]]
     ports = [url.port or (443 if url.scheme == "https" else 80) for url in urls]
     names = ["endpoint"] if len(urls) == 1 else [f"endpoint{i}" for i in range(len(urls))]
@@ -83,7 +83,10 @@ def unwell():
             said = "nothing answers" if status is None else f"status {status}"
             return f"{name} {host}:{port} /health: {said}"
     deaf = [] if external else [name for name, (h, p) in addresses().items() if http_status(h, p) != 200]
-    return f"no 200 from {', '.join(deaf)}" if deaf else None
+    if deaf:
+        return f"no 200 from {', '.join(deaf)}"
+    asked = doors().items() if settings()["orchestrator"] == "dynamo" and not external else ()
+    return next(filter(None, (dynamo_lacks(name, *address) for name, address in asked)), None)
 
 
 def ready():
