@@ -74,6 +74,10 @@ CASES = {
     "v6.0_gb300_72gpu": SITE
     | {"recipe": "v6.0", "gpu_system": "gb300", "num_ctx_servers": 26, "ctx_tp_size": 2, "num_gen_servers": 5}
     | {"server_target_qps": 29.3, "min_query_count": 33252},
+    "1.x_dynamo_rehearsal_local": REHEARSAL
+    | {"trtllm_dialect": "1.x", "orchestrator": "dynamo", "num_frontends": 2},
+    "1.x_dynamo_slurm": SITE | {"trtllm_dialect": "1.x", "orchestrator": "dynamo", "num_frontends": 2},
+    "1.x_two_orchestrators": SITE | {"trtllm_dialect": "1.x", "num_frontends": 2},
 }
 
 

@@ -90,6 +90,16 @@ RULES = {
         "servers that die while loading, after the queue",
         "run 01_model_download, or set scratch_dir or model_dir (params/site.yaml)",
     ),
+    "dynamo": (
+        "ai-dynamo {release} in dynamo_dir",
+        "front ends that cannot start",
+        "run `make test-dynamo`, which installs it into .venv-dynamo, or set dynamo_dir or dynamo_release",
+    ),
+    "dynamo_model": (
+        "a checkpoint whose tokenizer_config.json holds a chat template",
+        "front ends that never list the model",
+        "run 01_model_download, which makes a rehearsal's, or set model_dir",
+    ),
     "data_set": (
         "the benchmark's data set, readable and trusted",
         "{prevents}",
@@ -204,6 +214,8 @@ def experiment_checks(e: Experiment) -> list[Check]:
         checks += [*_topology(e), *_memory(e), *_lengths(e)]
         if e.engine == "trtllm":
             checks.append(_model_folder(e))
+        elif e.orchestrator == "dynamo":
+            checks += _dynamo_rehearsal(e)
     checks += _container(e)
     if e.engine != "rehearsal" and e.client == "loadgen":
         checks += [_data_set(e), *_client(e)]
@@ -304,6 +316,18 @@ def _model_folder(e: Experiment) -> Check:
     layers = re.search(r'"num_hidden_layers":\s*(\d+)', config.read_text(errors="replace"))
     found = layers[1] if layers else "unknown"
     return _rule("model_folder", found == "126", f"{e.model_path}, {found} layers")
+
+
+def _dynamo_rehearsal(e: Experiment) -> Iterator[Check]:
+    python = Path(e.dynamo_dir) / "bin/python"
+    versions = [path.name for path in Path(e.dynamo_dir).glob("lib/python3*/site-packages/ai_dynamo-*")]
+    fits = any(name.startswith(f"ai_dynamo-{e.dynamo_release}.") for name in versions)
+    found = f"{python}, {versions[0].removesuffix('.dist-info')}" if versions else f"no ai-dynamo in {python}"
+    yield _rule("dynamo", os.access(python, os.X_OK) and fits, found, release=e.dynamo_release)
+    settings = Path(e.model_path) / "tokenizer_config.json"
+    told = "chat_template" in settings.read_text(errors="replace") if settings.is_file() else False
+    found = f"{e.model_path}, {'with' if told else 'without'} a chat template"
+    yield _rule("dynamo_model", told, found)
 
 
 def _data_set(e: Experiment) -> Check:

@@ -26,6 +26,7 @@ def check_together(e: Experiment) -> None:
             _dialect: ParameterError,
             _divisors: TopologyError,
             _claims: TopologyError,
+            _orchestrator: ParameterError,
             _placement: ParameterError,
         }
     for rule, kind in rules.items():

@@ -61,7 +61,7 @@ def worker_command(e: Experiment) -> str:
     release = RELEASES[e.dynamo_release]
     if e.engine == "trtllm":
         program = f'trtllm-llmapi-launch python3 -m dynamo.trtllm {release.model} "$MODEL" --served-model-name "$NAME"'
-        return program if release.needs_nats else f"{program} {release.discovery.format(e.discovery)}"
+        return f"{program} {release.discovery.format(e.discovery)}"
     # One process stands for all ranks of a server. It has the pace of its own model, of another GPU and checkpoint.
     leader = """bash -c '[[ ${SLURM_PROCID-0} == 0 ]] || exec sleep infinity; exec "$@"' -"""
     mocker = f'{python_of(e)} -m dynamo.mocker --model-path "$MODEL" --model-name "$NAME" --block-size 32'

@@ -143,7 +143,7 @@ agent phase container
 # Its janitor removes it when the job ends in a way that lets no new step begin, such as scancel.
 start container_janitor logs/container.log "${SRUN[@]}" "${ON_EACH_NODE[@]}" "$PYTHON" "$RUN/job/program" agent janitor
 start container logs/container.log "${SRUN[@]}" "${ON_EACH_NODE[@]}" ${CONTAINER[@]+"${CONTAINER[@]}"} \
-  "${ENVIRONMENT[@]}" python3 -c 'import shutil, tensorrt_llm; lacks = [p for p in ("trtllm-llmapi-launch", "trtllm-serve") if not shutil.which(p)]; assert not lacks, f"not on PATH: {lacks}"'
+  "${ENVIRONMENT[@]}" python3 -c 'import importlib.metadata as m, importlib.util as u, shutil; found = m.version("ai-dynamo"); assert found.startswith("0.8."), f"Dynamo is {found}, dynamo_release 0.8"; lacks = [n for n in ["dynamo.frontend", "dynamo.trtllm"] if not u.find_spec(n)] + [p for p in ["etcd", "nats-server", "trtllm-llmapi-launch"] if not shutil.which(p)]; assert not lacks, f"not there: {lacks}"'
 attend agent await container || exit
 start container_client logs/container_client.log "${SRUN[@]}" --nodes=1 --ntasks=1 ${CONTAINER[@]+"${CONTAINER[@]}"} \
   "${ENVIRONMENT[@]}" python3 -c 'import mlperf_loadgen, numpy'
@@ -157,18 +157,27 @@ declare -A PORT # of each server, and the orchestrator
 while read -r name _ port; do PORT[$name]=$port; done <job/addresses.txt
 
 agent phase workers
+# What the parts of Dynamo find in their environment, beside what every step does
+DYNAMO=(
+  HF_HUB_OFFLINE=1
+  DYN_LOG=warn
+  DYN_SDK_DISABLE_ANSI_LOGGING=1
+  DYN_SYSTEM_USE_ENDPOINT_HEALTH_STATUS='["generate"]'
+  ETCD_ENDPOINTS="http://${NODES[0]}:${PORT[etcd]}"
+  NATS_SERVER="nats://${NODES[0]}:${PORT[nats]}"
+)
+# They meet through these services. Their folders lie on the node: a shared file system is too slow for them.
+IN_OWN_FOLDER=(bash -c 'own=$(mktemp -d) && { "$@" "$own" & } && trap "kill $!" TERM && wait "$!"; status=$?; wait; rm -rf "$own"; exit "$status"' -)
+start etcd logs/etcd.log step "${NODES[0]}" 1 - \
+  "${IN_OWN_FOLDER[@]}" etcd --listen-client-urls "http://0.0.0.0:${PORT[etcd]}" --advertise-client-urls "http://${NODES[0]}:${PORT[etcd]}" --listen-peer-urls "http://0.0.0.0:${PORT[etcd_peer]}" --initial-advertise-peer-urls "http://0.0.0.0:${PORT[etcd_peer]}" --initial-cluster "default=http://0.0.0.0:${PORT[etcd_peer]}" --log-level warn --data-dir
+start nats logs/nats.log step "${NODES[0]}" 1 - \
+  "${IN_OWN_FOLDER[@]}" nats-server --addr 0.0.0.0 --port "${PORT[nats]}" --jetstream --store_dir
+attend agent services || exit
+NAME=/scratch/models/Llama3.1-405B/fp4-quantized-modelopt/llama3.1-405b-instruct-hf-torch-fp4
 # One step a server; the first of its nodes leads it.
 MODEL=/scratch/models/Llama3.1-405B/fp4-quantized-modelopt/llama3.1-405b-instruct-hf-torch-fp4
-CONTEXT=(
-  --tp_size 4 --pp_size 1
-  --max_batch_size 128 --max_num_tokens 4096 --max_seq_len 22000
-  --backend pytorch --extra_llm_api_options "$RUN/config.ctx.yaml" --server_role context --log_level info
-)
-GENERATION=(
-  --tp_size 8 --pp_size 1
-  --max_batch_size 1280 --max_num_tokens 1024 --max_seq_len 22000
-  --backend pytorch --extra_llm_api_options "$RUN/config.gen.yaml" --server_role generation --log_level info
-)
+CONTEXT=(--disaggregation-mode prefill --extra-engine-args "$RUN/config.ctx.yaml")
+GENERATION=(--disaggregation-mode decode --extra-engine-args "$RUN/config.gen.yaml")
 CONTEXT_ENVIRONMENT=(
   TLLM_NUMA_AWARE_WORKER_AFFINITY=1
   CUDA_SCALE_LAUNCH_QUEUES=4x
@@ -191,8 +200,9 @@ worker() {
   [[ $name != ctx* ]] || own+=("${CONTEXT_ENVIRONMENT[@]}")
   [[ $name != gen* ]] || own+=("${GENERATION_ENVIRONMENT[@]}")
   [[ $gpus == all ]] || own+=("CUDA_VISIBLE_DEVICES=$gpus")
+  own+=("${DYNAMO[@]}" "DYN_SYSTEM_HOST=${nodes%%,*}" "DYN_SYSTEM_PORT=${PORT[$name]}") # where it answers /health
   start "$name" logs/output_workers.log step "$nodes" "$tasks" "$first" "${own[@]}" \
-    "${WITH_OWN_CACHES[@]}" trtllm-llmapi-launch trtllm-serve "$MODEL" --host "${nodes%%,*}" --port "${PORT[$name]}" "$@"
+    "${WITH_OWN_CACHES[@]}" trtllm-llmapi-launch python3 -m dynamo.trtllm --model-path "$MODEL" --served-model-name "$NAME" --store-kv etcd --request-plane tcp "$@"
 }
 worker ctx0 "${NODES[0]}" 4 0 all "${CONTEXT[@]}"
 worker ctx1 "${NODES[1]}" 4 4 all "${CONTEXT[@]}"
@@ -212,9 +222,18 @@ worker gen0 "${NODES[14]},${NODES[15]}" 8 56 all "${GENERATION[@]}"
 worker gen1 "${NODES[16]},${NODES[17]}" 8 64 all "${GENERATION[@]}"
 
 agent phase orchestrator
-start orchestrator logs/output_server.log step "${NODES[0]}" 1 - \
-  "${WITHOUT_SLURM[@]}" trtllm-serve disaggregated -c "$RUN/job/config.bound.yaml" \
-  -t 3600 -r 1800
+start frontend0 logs/frontend0.log step "${NODES[0]}" 1 - "${DYNAMO[@]}" "${WITHOUT_SLURM[@]}" \
+  python3 -m dynamo.frontend --store-kv etcd --request-plane tcp --router-mode kv --kv-overlap-score-weight 1.1 --router-replica-sync --enforce-disagg \
+  --http-host 0.0.0.0 --http-port "${PORT[frontend0]}"
+start frontend1 logs/frontend1.log step "${NODES[1]}" 1 - "${DYNAMO[@]}" "${WITHOUT_SLURM[@]}" \
+  python3 -m dynamo.frontend --store-kv etcd --request-plane tcp --router-mode kv --kv-overlap-score-weight 1.1 --router-replica-sync --enforce-disagg \
+  --http-host 0.0.0.0 --http-port "${PORT[frontend1]}"
+start frontend2 logs/frontend2.log step "${NODES[2]}" 1 - "${DYNAMO[@]}" "${WITHOUT_SLURM[@]}" \
+  python3 -m dynamo.frontend --store-kv etcd --request-plane tcp --router-mode kv --kv-overlap-score-weight 1.1 --router-replica-sync --enforce-disagg \
+  --http-host 0.0.0.0 --http-port "${PORT[frontend2]}"
+start frontend3 logs/frontend3.log step "${NODES[3]}" 1 - "${DYNAMO[@]}" "${WITHOUT_SLURM[@]}" \
+  python3 -m dynamo.frontend --store-kv etcd --request-plane tcp --router-mode kv --kv-overlap-score-weight 1.1 --router-replica-sync --enforce-disagg \
+  --http-host 0.0.0.0 --http-port "${PORT[frontend3]}"
 
 # Ready: the orchestrator says 200, and completions have come back through every server.
 agent phase ready
@@ -225,7 +244,7 @@ client() {
   local name=$1 log=$2 part=$3
   shift 3
   start "client_$name" "$log" step "${NODES[0]}" 1 - python3 \
-    "$RUN/job/program" "$part" --run-dir "$RUN" --url "http://${NODES[0]}:${PORT[orchestrator]}" "$@"
+    "$RUN/job/program" "$part" --run-dir "$RUN" --url "http://${NODES[0]}:${PORT[frontend0]}" --url "http://${NODES[1]}:${PORT[frontend1]}" --url "http://${NODES[2]}:${PORT[frontend2]}" --url "http://${NODES[3]}:${PORT[frontend3]}" "$@"
   attend agent watch "$name"
 }
 
