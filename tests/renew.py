@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from disagg_lib.experiment.loading import load_experiment
+from disagg_lib.experiment.loading import load_experiment, read_params_file
+from disagg_lib.files import REPOSITORY
 from disagg_lib.notebook.clean import clean_text
 from disagg_lib.notebook.parameters import parameters_cell
 from disagg_lib.notebook.run_all import NOTEBOOKS
@@ -21,6 +22,13 @@ SITE = {
     "work_dir": "/work",
     "scratch_dir": "/scratch",
 }
+
+
+def of_params(name: str) -> dict:
+    """A params file's values, as given."""
+    return read_params_file(REPOSITORY / f"params/{name}.yaml", name)
+
+
 CASES = {
     "v5.1_20gpu_slurm_pyxis": SITE,
     "v5.1_20gpu_slurm_none": SITE | {"container": "none", "container_image": None, "container_mounts": None},
@@ -63,6 +71,14 @@ CASES = {
     | {"launcher": "slurm", "container": "pyxis", "container_image": "/images/python3.sqsh"}
     | {"container_mounts": "/project:/project", "mpi": "pmi2", "request_gpus": False}
     | {"sbatch_options": ["--qos=high", "--reservation=mlperf"]},
+    "v6.0_gb200_72gpu": SITE | of_params("gb200_72gpu_v6.0_published"),
+    "v6.0_gb300_72gpu": SITE
+    | {"recipe": "v6.0", "gpu_system": "gb300", "num_ctx_servers": 26, "ctx_tp_size": 2, "num_gen_servers": 5}
+    | {"server_target_qps": 29.3, "min_query_count": 33252},
+    "1.x_dynamo_rehearsal_local": REHEARSAL
+    | {"trtllm_dialect": "1.x", "orchestrator": "dynamo", "num_frontends": 2},
+    "1.x_dynamo_slurm": SITE | {"trtllm_dialect": "1.x", "orchestrator": "dynamo", "num_frontends": 2},
+    "1.x_two_orchestrators": SITE | {"trtllm_dialect": "1.x", "num_frontends": 2},
 }
 
 

@@ -42,6 +42,7 @@ TOKENIZER_CONFIG = {
     "clean_up_tokenization_spaces": True,
     "model_input_names": ["input_ids", "attention_mask"],
     "model_max_length": CONTEXT_TOKENS,
+    "chat_template": "{% for message in messages %}{{ message['content'] }}{% endfor %}",  # Dynamo wants one
 }
 
 

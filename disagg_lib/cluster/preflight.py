@@ -52,6 +52,7 @@ RULES = {
         "gen_max_num_tokens not below gen_batch_size",
         "a batch that can never fill: each request needs one token a step",
         "set gen_max_num_tokens: {batch}",
+        "warning",  # MLPerf v6.0's record has 1024 for 1280
     ),
     "max_seq_len": (
         "at least {in_} in + {out} out = {needed} tokens",
@@ -59,9 +60,9 @@ RULES = {
         "set max_seq_len: 22016",
     ),
     "transfer_buffer": (
-        "the KV transfer buffer (as long as max_seq_len) holds the longest prompt, {longest}",
+        "the KV transfer buffer (kv_buffer_tokens, or as long as max_seq_len) holds the longest prompt, {longest}",
         "transfers that stall under load",
-        "set max_seq_len: 22016",
+        "set {key}: 22016",
     ),
     "walltime": (
         "time_limit covers loading and all test modes at server_target_qps",
@@ -88,6 +89,16 @@ RULES = {
         "the checkpoint of 126 layers is readable here",
         "servers that die while loading, after the queue",
         "run 01_model_download, or set scratch_dir or model_dir (params/site.yaml)",
+    ),
+    "dynamo": (
+        "ai-dynamo {release} in dynamo_dir",
+        "front ends that cannot start",
+        "run `make test-dynamo`, which installs it into .venv-dynamo, or set dynamo_dir or dynamo_release",
+    ),
+    "dynamo_model": (
+        "a checkpoint whose tokenizer_config.json holds a chat template",
+        "front ends that never list the model",
+        "run 01_model_download, which makes a rehearsal's, or set model_dir",
     ),
     "data_set": (
         "the benchmark's data set, readable and trusted",
@@ -203,6 +214,8 @@ def experiment_checks(e: Experiment) -> list[Check]:
         checks += [*_topology(e), *_memory(e), *_lengths(e)]
         if e.engine == "trtllm":
             checks.append(_model_folder(e))
+        elif e.orchestrator == "dynamo":
+            checks += _dynamo_rehearsal(e)
     checks += _container(e)
     if e.engine != "rehearsal" and e.client == "loadgen":
         checks += [_data_set(e), *_client(e)]
@@ -251,7 +264,13 @@ def _lengths(e: Experiment) -> list[Check]:
     return [
         _rule("gen_max_num_tokens", e.gen_max_num_tokens >= batch, found, batch=batch),
         _rule("max_seq_len", length >= longest + out, f"{length} tokens", **words),
-        _rule("transfer_buffer", length >= longest, f"{length} tokens", longest=longest),
+        _rule(
+            "transfer_buffer",
+            e.buffer_tokens >= longest,
+            f"{e.buffer_tokens} tokens",
+            longest=longest,
+            key="kv_buffer_tokens" if e.kv_buffer_tokens else "max_seq_len",
+        ),
     ]
 
 
@@ -281,8 +300,9 @@ SECRET = re.compile(
 
 
 def _secrets(e: Experiment) -> Check:
-    values = e.model_dump().items()
-    holders = [name for name, value in values if isinstance(value, str) and SECRET.search(value)]
+    values = e.model_dump().items()  # a mapping as text, so that API_KEY: 123 in it is seen as well
+    texts = {name: str(value).replace("'", "") for name, value in values if isinstance(value, str | dict)}
+    holders = [name for name, text in texts.items() if SECRET.search(text)]
     return _rule(
         "secrets", not holders, f"something like a token in {', '.join(holders)}" if holders else "none"
     )
@@ -296,6 +316,18 @@ def _model_folder(e: Experiment) -> Check:
     layers = re.search(r'"num_hidden_layers":\s*(\d+)', config.read_text(errors="replace"))
     found = layers[1] if layers else "unknown"
     return _rule("model_folder", found == "126", f"{e.model_path}, {found} layers")
+
+
+def _dynamo_rehearsal(e: Experiment) -> Iterator[Check]:
+    python = Path(e.dynamo_dir) / "bin/python"
+    versions = [path.name for path in Path(e.dynamo_dir).glob("lib/python3*/site-packages/ai_dynamo-*")]
+    fits = any(name.startswith(f"ai_dynamo-{e.dynamo_release}.") for name in versions)
+    found = f"{python}, {versions[0].removesuffix('.dist-info')}" if versions else f"no ai-dynamo in {python}"
+    yield _rule("dynamo", os.access(python, os.X_OK) and fits, found, release=e.dynamo_release)
+    settings = Path(e.model_path) / "tokenizer_config.json"
+    told = "chat_template" in settings.read_text(errors="replace") if settings.is_file() else False
+    found = f"{e.model_path}, {'with' if told else 'without'} a chat template"
+    yield _rule("dynamo_model", told, found)
 
 
 def _data_set(e: Experiment) -> Check:

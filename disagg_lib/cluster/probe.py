@@ -10,6 +10,7 @@ from ..checks import Check
 from ..errors import JobError, SetupError
 from ..experiment.parameters import Experiment
 from ..files import REPOSITORY
+from ..run import dynamo
 from ..run.job_script import container_options, tensorrt_llm_path
 from .setup_job import failed_row, job_header, run_setup_job
 
@@ -27,7 +28,7 @@ def _visible(e: Experiment) -> list[str]:
 
 
 def _look_inside(e: Experiment) -> str:
-    """Lines that import TensorRT-LLM in the image, as the job's steps will: its version, or the first error."""
+    """Lines that ask TensorRT-LLM, and Dynamo, in the image, as the job's steps will: its version, or the first error."""
     if e.container == "none" or e.engine != "trtllm" or not e.container_image:
         return ""
     path = tensorrt_llm_path(e)
@@ -38,9 +39,17 @@ def _look_inside(e: Experiment) -> str:
         "env",
         *([f"PYTHONPATH={path}"] if path else []),
     ]
-    words += ["python3", "-c", "import tensorrt_llm as t; print('tensorrt_llm', t.__version__)"]
-    pick = "/^tensorrt_llm /{v = $2} /rror|ERROR/ && !e {e = $0} {l = $0} END {print v ? v : e ? e : l}"
-    return f'say tensorrt_llm "$({shlex.join(words)} 2>&1 | awk {shlex.quote(pick)})"\n'
+    asked = {"tensorrt_llm": "import tensorrt_llm as t; print('tensorrt_llm', t.__version__)"}
+    if e.orchestrator == "dynamo":
+        asked["dynamo"] = f"{dynamo.check_code(e)}; print('dynamo', found)"
+    lines = ""
+    for name, code in asked.items():
+        pick = (
+            f"/^{name} /{{v = $2}} /rror|ERROR/ && !e {{e = $0}} {{l = $0}} END {{print v ? v : e ? e : l}}"
+        )
+        command = shlex.join([*words, "python3", "-c", code])
+        lines += f'say {name} "$({command} 2>&1 | awk {shlex.quote(pick)})"\n'
+    return lines
 
 
 def probe_script(e: Experiment) -> str:
@@ -143,6 +152,15 @@ def software_rows(e: Experiment, found: Mapping[str, str]) -> list[tuple[str, st
         fix += f", or trtllm_dialect: {speaks}" if speaks != "none" else ""
         what = f"TensorRT-LLM in the container, {needed}: trtllm_dialect is {e.trtllm_dialect}"
         rows.append((what, version[:200], speaks == e.trtllm_dialect, fix))
+    if told := found.get("dynamo"):
+        fits = told.startswith(f"{e.dynamo_release}.")
+        fix = "set container_image to one with Dynamo, or orchestrator: trtllm"
+        fix = (
+            fix
+            if not re.match(r"[\d.]+$|.*Dynamo is", told)
+            else "set dynamo_release to the image's, if it is known"
+        )
+        rows.append((f"Dynamo {e.dynamo_release} and its services in the container", told[:200], fits, fix))
     return rows
 
 

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import ParameterError
-from ..files import REPOSITORY, expand
+from ..files import DATA, REPOSITORY, expand
 from .parameters import Experiment, parameter_kind, parameter_names, what_is_needed
 from .rules import check_together
 
@@ -82,6 +82,12 @@ def _of_a_run(recorded: Any, shown: str) -> dict[str, Any]:
     }
 
 
+def recipe_values(name: str, gpu_system: str) -> dict[str, Any]:
+    """What one word sets: the values of a recipe for all systems, then those for this one (data/recipes.yaml)."""
+    recipe = yaml.load((DATA / "recipes.yaml").read_text(encoding="utf-8"), _StrictLoader).get(name, {})
+    return recipe.get("parameters", {}) | recipe.get("systems", {}).get(gpu_system, {})
+
+
 def _explain(error: Mapping, provenance: Mapping[str, str]) -> str:
     name = error["loc"][0]
     found = error["input"]
@@ -99,7 +105,7 @@ def _explain(error: Mapping, provenance: Mapping[str, str]) -> str:
 
 _PATHS = (
     *("scratch_dir", "model_dir", "dataset_path", "stack", "lengths_file", "harness_dir"),
-    *("client_dir", "container_image"),
+    *("client_dir", "container_image", "dynamo_dir"),
 )
 
 
@@ -112,13 +118,22 @@ def _absolute_paths(e: Experiment, root: Path) -> dict[str, str]:
     return {name: os.path.normpath(root / expand(value)) for name, value in given.items()}
 
 
+def _recipe(sources: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """The recipe that these sources name, as the source before them; an unknown word is left to the parameter's check."""
+    said: dict[str, Any] = {}
+    for _, mapping in sources:
+        said |= {key: value for key, value in mapping.items() if value is not None}
+    name, system = (said.get(key, Experiment.model_fields[key].default) for key in ("recipe", "gpu_system"))
+    return [(f"recipe {name}", recipe_values(name, system))] if {type(name), type(system)} == {str} else []
+
+
 def load_experiment(
     params_files: Iterable[str | Path] = DEFAULT_PARAMS_FILES,
     given: Mapping[str, Any] | None = None,
     root: Path = REPOSITORY,
     origin: str | Mapping[str, str] = "given",
 ) -> Experiment:
-    """Resolve parameters: default < params files, in order < given.
+    """Resolve parameters: default < recipe < params files, in order < given.
 
     Parameters
     ----------
@@ -141,7 +156,8 @@ def load_experiment(
     by_hand = dict(given or {})
     hand = dict.fromkeys(by_hand, origin) if isinstance(origin, str) else origin
     refuse_unknown(by_hand, parameter_names(), next(iter(hand.values()), "given"))
-    for source, mapping in [*sources, (None, by_hand)]:
+    sources.append((None, by_hand))
+    for source, mapping in [*_recipe(sources), *sources]:
         for name, value in mapping.items():
             if value is not None:
                 values[name], provenance[name] = value, source or hand.get(name, "given")
@@ -153,7 +169,7 @@ def load_experiment(
         raise ParameterError("\n".join(_explain(item, provenance) for item in error.errors())) from None
     except ParameterError as error:
         where = provenance.get(str(error).split(":")[0], "default")
-        last = sources[-1][0] if sources else "given"
+        last = sources[-2][0] if len(sources) > 1 else "given"
         raise type(error)(f"{last if where == 'default' else where}: {error}") from None
     return experiment
 
@@ -182,9 +198,15 @@ def changed(experiment: Experiment, values: Mapping[str, Any]) -> Experiment:
     ParameterError, TopologyError
     """
     new = {name: value for name, value in values.items() if value != getattr(experiment, name)}
-    made = load_experiment((), {**experiment.model_dump(), **new})
-    origins = {name: "default" if value is None else "typed here" for name, value in new.items()}
-    return made.model_copy(update={"provenance": experiment.provenance | origins})
+    kept, origins = experiment.model_dump(), experiment.provenance
+    if {"recipe", "gpu_system"} & set(
+        new
+    ):  # another recipe's values take the place of this one's, and of defaults
+        kept = {name: v for name, v in kept.items() if not origins[name].startswith(("recipe ", "default"))}
+    made = load_experiment((), {**kept, **new})
+    origins = {name: origins[name] if name in kept else made.provenance[name] for name in origins}
+    origins |= {name: "default" if value is None else "typed here" for name, value in new.items()}
+    return made.model_copy(update={"provenance": origins})
 
 
 def experiment_text(experiment: Experiment) -> str:

@@ -3,12 +3,13 @@
 import re
 import types
 import typing
+import urllib.parse
 from functools import cached_property
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from .topology import Server, plan_servers
+from .topology import Part, Server, plan_servers
 
 MODEL_PATH_IN_SCRATCH = "models/Llama3.1-405B/fp4-quantized-modelopt/llama3.1-405b-instruct-hf-torch-fp4"  # the harness looks here
 SLURM_WORD = r"^[A-Za-z0-9][A-Za-z0-9_.,@+-]*$"
@@ -41,6 +42,13 @@ OUR_SBATCH_OPTIONS = [
     "wait",
     "hold",
 ]
+OUR_VARIABLES = (
+    "REHEARSAL_",
+    "SLURM_",
+    "JOB_SCRIPT_PID",
+    "CUDA_VISIBLE_DEVICES",
+    "TLLM_SPAWN_PROXY_PROCESS_IPC_ADDR",
+)
 # Without user and query: secrets stand there.
 ENDPOINT_URL = r"^https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[\w./-]*)?$"
 TIME_LIMIT = r"^(\d+-)?\d{1,3}:[0-5]\d:[0-5]\d$"
@@ -60,11 +68,16 @@ class Experiment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     # the switches
+    recipe: Literal["v5.1", "v6.0"] = _parameter("v5.1", "round whose engine settings are the defaults")
     engine: Literal["trtllm", "rehearsal", "external"] = _parameter("trtllm", "what serves")
     launcher: Literal["slurm", "local"] = _parameter("slurm", "what starts the job")
     trtllm_dialect: Literal["v5.1", "1.x"] = _parameter(
         "v5.1", "config.yaml's keys: MLPerf v5.1's release, or 1.2"
     )
+    orchestrator: Literal["trtllm", "dynamo"] = _parameter(
+        "trtllm", "what joins context and generation servers"
+    )
+    num_frontends: int = _parameter(1, "orchestrators or front ends, each on a node of its own", ge=1, le=64)
     container: Literal["pyxis", "none"] = _parameter("pyxis", "how servers are contained")
     client: Literal["loadgen", "nvidia_harness"] = _parameter("loadgen", "what measures")
     test_modes: tuple[Literal["performance", "accuracy", "test06"], ...] = _parameter(
@@ -100,6 +113,34 @@ class Experiment(BaseModel):
     max_seq_len: int = _parameter(22016, "tokens; 20000 in + 2000 out, up to a multiple of 32", ge=32)
     kv_transfer_backend: Literal["UCX", "NIXL", "MPI"] | None = _parameter(
         None, "KV cache transport; not given: MPI in v5.1 (the original's), NIXL in 1.x"
+    )
+    kv_buffer_tokens: int | None = _parameter(
+        None, "tokens that the KV transfer buffer holds; not given: max_seq_len", ge=32
+    )
+    stream_interval: int | None = _parameter(
+        None, "tokens a streamed event, after the first; not given: the release's 1", ge=1, le=1000
+    )
+    sampler_type: Literal["auto", "TorchSampler", "TRTLLMSampler"] | None = _parameter(
+        None, "which sampler (dialect 1.x); not given: the release's choice"
+    )
+    allreduce_strategy: Literal["AUTO", "MNNVL"] | None = _parameter(
+        None, "how GPUs add up (dialect 1.x); not given: MNNVL where a server spans nodes"
+    )
+    iter_perf_stats: bool = _parameter(False, "true: servers collect statistics of their steps")
+    ctx_torch_compile: bool = _parameter(
+        False, "true: context servers compile whole graphs (dialect 1.x: piecewise CUDA graphs)"
+    )
+    ctx_cuda_graphs: bool = _parameter(
+        False, "false: off on context servers (dialect 1.x); true: as the release has it"
+    )
+    gen_postprocess_workers: int | None = _parameter(
+        None, "processes of a generation server that make text of tokens; not given: none", ge=0, le=64
+    )
+    ctx_environment: dict[str, str] = _parameter(
+        {}, "variables of the context servers, name to value; replaces the recipe's"
+    )
+    gen_environment: dict[str, str] = _parameter(
+        {}, "variables of the generation servers, name to value; replaces the recipe's"
     )
     gpus_per_node: int = _parameter(4, "GPUs on one node", ge=1)
     nodes: int | None = _parameter(None, "a claim: must equal what the topology needs", ge=1)
@@ -200,18 +241,26 @@ class Experiment(BaseModel):
     load_stagger_s: int = _parameter(
         5, "seconds between the starts of servers that share a node (dialect 1.x)", ge=0, le=600
     )
+    # Dynamo
+    dynamo_release: Literal["0.8", "1.4"] = _parameter("1.4", "whose flags are written; 0.8 is MLPerf v6.0's")
+    dynamo_discovery: Literal["etcd", "file"] | None = _parameter(
+        None, "how its parts meet; not given: file on one machine with 1.4, etcd otherwise"
+    )
+    dynamo_dir: str = _parameter(".venv-dynamo", "virtual environment with ai-dynamo, for rehearsals")
     # the other ways to serve and to measure
     system_name: str | None = _parameter(None, "SYSTEM_NAME of the NVIDIA harness", pattern=r"^[\w.-]+$")
     harness_dir: str | None = _parameter(None, "path of closed/NVIDIA, for client: nvidia_harness")
-    endpoint_url: str | None = _parameter(
-        None, "http://host:port of a server that is up, for engine: external", pattern=ENDPOINT_URL
+    endpoint_url: tuple[str, ...] = _parameter(
+        (), "http://host:port of a server that is up, or a list of its front ends', for engine: external"
     )
     endpoint: Literal["/v1/completions", "/v1/chat/completions"] = _parameter(
         "/v1/completions",
         "where requests go; chat (TensorRT-LLM alone knows it so): empty messages and prompt_token_ids",
     )
-    served_model: str = _parameter(
-        "meta-llama/Llama-3.1-405B-Instruct", "the model's name in requests", pattern=r"^\S+$"
+    served_model: str | None = _parameter(
+        None,
+        "the model's name in requests; not given: Meta's, behind Dynamo the checkpoint's path",
+        pattern=r"^\S+$",
     )
 
     provenance: dict[str, str] = Field(default_factory=dict, exclude=True, repr=False)
@@ -222,6 +271,26 @@ class Experiment(BaseModel):
         if isinstance(value, str) and any(ord(c) < 32 or ord(c) == 127 for c in value):
             raise ValueError("text on one line, without control characters")
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("ctx_environment", "gen_environment", mode="before")
+    @classmethod
+    def _environment(cls, value):
+        if not isinstance(value, dict):
+            raise ValueError("a mapping of a variable's name to its value")
+        for name, text in value.items():
+            plain = type(text) in (str, int, float) and all(32 <= ord(c) != 127 for c in str(text))
+            if not re.fullmatch(r"[A-Za-z_]\w*", str(name), re.ASCII) or not plain:
+                raise ValueError(
+                    f"a variable's name and its value, text on one line (in quotes), not {name!r}: {text!r}"
+                )
+            if name.startswith(OUR_VARIABLES):
+                raise ValueError(f"none of the job script's own variables, and {name} is one. Leave it out")
+        return {name: str(text) for name, text in value.items()}
+
+    @field_validator("dynamo_release", mode="before")
+    @classmethod
+    def _release(cls, value):
+        return str(value) if type(value) is float else value
 
     @field_validator("partition", "account", mode="before")
     @classmethod
@@ -260,12 +329,23 @@ class Experiment(BaseModel):
                 )
         return value
 
+    @field_validator("endpoint_url", mode="before")
+    @classmethod
+    def _one_url(cls, value):
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("endpoint_url")
     @classmethod
-    def _port(cls, value):
-        port = re.search(r":(\d+)(/|$)", value or "")
-        if port and not 1 <= int(port[1]) <= 65535:
-            raise ValueError("a port of 1 to 65535 in http://host:port")
+    def _urls(cls, value):
+        for url in value:
+            if not re.fullmatch(ENDPOINT_URL, url):
+                raise ValueError(f"http://host:port, without user and query, not {url!r}")
+            port = re.search(r":(\d+)(/|$)", url)
+            if port and not 1 <= int(port[1]) <= 65535:
+                raise ValueError("a port of 1 to 65535 in http://host:port")
+        parts = [urllib.parse.urlsplit(url) for url in value]
+        if len({(part.scheme, part.path.rstrip("/")) for part in parts}) > 1 or len(set(value)) < len(value):
+            raise ValueError("front ends of one server: each once, all with the same scheme and path")
         return value
 
     @property
@@ -275,6 +355,10 @@ class Experiment(BaseModel):
     @property
     def serving_stack(self) -> str:
         return self.stack or {"v5.1": "v5.1", "1.x": "v6.0"}[self.trtllm_dialect]
+
+    @property
+    def buffer_tokens(self) -> int:
+        return self.kv_buffer_tokens or self.max_seq_len
 
     @property
     def model_path(self) -> str:
@@ -296,6 +380,35 @@ class Experiment(BaseModel):
         """Where find_target_qps begins, and the highest QPS it tries."""
         low, high = self.target_qps_min, self.target_qps_max
         return low or round(0.6 * self.server_target_qps, 4), high or round(1.6 * self.server_target_qps, 4)
+
+    @property
+    def model_name(self) -> str:
+        """In requests. Dynamo 0.8's front ends fetch a model whose name is no path from the hub."""
+        of_dynamo = self.orchestrator == "dynamo" and self.engine != "external"
+        return self.served_model or (self.model_path if of_dynamo else "meta-llama/Llama-3.1-405B-Instruct")
+
+    @property
+    def discovery(self) -> str:
+        # A watched folder on a network file system tells of no other node's changes.
+        one_machine = self.launcher == "local" or self.node_count == 1
+        return self.dynamo_discovery or ("file" if one_machine and self.dynamo_release == "1.4" else "etcd")
+
+    @cached_property
+    def doors(self) -> tuple[Part, ...]:
+        """What takes requests, each on a node of its own: the orchestrators, or Dynamo's front ends."""
+        word = "frontend" if self.orchestrator == "dynamo" else "orchestrator"
+        names = [word] if self.num_frontends == 1 else [f"{word}{i}" for i in range(self.num_frontends)]
+        return (
+            tuple(Part(name, i, self.server_port + i) for i, name in enumerate(names)) if self.servers else ()
+        )
+
+    @cached_property
+    def services(self) -> tuple[Part, ...]:
+        """What Dynamo's parts meet through, on the first node."""
+        names = ["etcd", "etcd_peer"] if self.orchestrator == "dynamo" and self.discovery == "etcd" else []
+        names += ["nats"] if self.orchestrator == "dynamo" and self.dynamo_release == "0.8" else []
+        first = self.server_port + self.num_frontends
+        return tuple(Part(name, 0, first + i) for i, name in enumerate(names)) if self.servers else ()
 
     @cached_property
     def servers(self) -> tuple[Server, ...]:
@@ -326,7 +439,7 @@ def parameter_kind(name: str) -> tuple[type, tuple[str, ...]]:
         return list, typing.get_args(typing.get_args(kind)[0])
     if typing.get_origin(kind) is Literal:
         return str, typing.get_args(kind)
-    return kind, ()
+    return typing.get_origin(kind) or kind, ()
 
 
 PATTERN_WORDS = {
@@ -343,6 +456,7 @@ def what_is_needed(name: str) -> str:
     limits = {type(m).__name__: m for m in field.metadata}
     words = {
         list: "a list of text",
+        dict: "a mapping of text to text",
         int: "a whole number",
         float: "a number",
         bool: "true or false",

@@ -22,18 +22,55 @@ def check_together(e: Experiment) -> None:
         _search: ParameterError,
     }
     if e.engine != "external":
-        rules |= {_divisors: TopologyError, _claims: TopologyError, _placement: ParameterError}
+        rules |= {
+            _dialect: ParameterError,
+            _divisors: TopologyError,
+            _claims: TopologyError,
+            _orchestrator: ParameterError,
+            _placement: ParameterError,
+        }
     for rule, kind in rules.items():
         for broken in rule(e):
             raise kind(broken)
 
 
 def _engine(e: Experiment) -> Iterator[str]:
-    if e.engine == "external" and e.endpoint_url is None:
+    if e.engine == "external" and not e.endpoint_url:
         yield "endpoint_url: not given, but engine: external measures the server behind it. Set endpoint_url"
     if e.trtllm_dialect == "1.x" and e.kv_transfer_backend == "MPI":
         why = "each server is a step of its own and no MPI world joins them"
         yield f"kv_transfer_backend: found 'MPI' in dialect 1.x, where {why}. Use NIXL or UCX"
+
+
+ONLY_IN_1X = ("sampler_type", "allreduce_strategy", "ctx_torch_compile", "ctx_cuda_graphs")
+
+
+def _dialect(e: Experiment) -> Iterator[str]:
+    if e.trtllm_dialect == "1.x":
+        return
+    for key in ONLY_IN_1X:
+        if getattr(e, key):
+            of = f" (of recipe {e.recipe})" if e.provenance.get(key, "").startswith("recipe") else ""
+            yield f"{key}: found {getattr(e, key)!r}{of}, which dialect v5.1 does not know. Set trtllm_dialect: 1.x, or leave it out"
+    if e.ctx_environment != e.gen_environment:
+        found = f"ctx_environment: found {e.ctx_environment}, and gen_environment {e.gen_environment}"
+        yield f"{found}; in dialect v5.1 all servers are one step with one environment. Give both the same"
+
+
+def _orchestrator(e: Experiment) -> Iterator[str]:
+    dynamo, count = e.orchestrator == "dynamo", e.num_frontends
+    if e.trtllm_dialect == "v5.1" and (dynamo or count > 1):
+        found = "orchestrator: found 'dynamo'" if dynamo else f"num_frontends: found {count}"
+        yield f"{found} in dialect v5.1, whose servers are one MPI world behind one orchestrator. Set trtllm_dialect: 1.x"
+    if count > e.node_count:
+        where = f"more than the {e.node_count} nodes of {topology_arithmetic(e)} can hold, one each"
+        yield f"num_frontends: found {count}, {where}. Set num_frontends: {e.node_count} or fewer"
+    if dynamo and e.dynamo_release == "0.8" and e.dynamo_discovery == "file":
+        yield "dynamo_discovery: found 'file' with dynamo_release: 0.8, which needs etcd. Leave it out"
+    if dynamo and e.fault != "none":
+        yield f"fault: found {e.fault!r} with orchestrator: dynamo, whose mock workers know no faults. Leave it out"
+    if e.client == "nvidia_harness" and (dynamo or count > 1):
+        yield "client: found 'nvidia_harness', which here measures one orchestrator of TensorRT-LLM. Set client: loadgen"
 
 
 # pyxis writes mounts and paths into a shell text of its own, between double quotes; of an image's name it keeps the words.
@@ -111,14 +148,17 @@ def _claims(e: Experiment) -> Iterator[str]:
 
 
 def _placement(e: Experiment) -> Iterator[str]:
-    if e.max_seq_len % 32:
-        needed = f"a multiple of 32 (tokens per KV block): {-(-e.max_seq_len // 32) * 32}"
-        yield f"max_seq_len: found {e.max_seq_len}, needed {needed}"
+    if e.buffer_tokens % 32:  # the transfer buffer holds whole blocks
+        key = "kv_buffer_tokens" if e.kv_buffer_tokens else "max_seq_len"
+        needed = f"a multiple of 32 (tokens per KV block): {-(-e.buffer_tokens // 32) * 32}"
+        yield f"{key}: found {e.buffer_tokens}, needed {needed}"
     if e.launcher == "local" and e.engine == "trtllm" and (e.node_count > 1 or e.container != "none"):
         limits = f"which works on one node with container: none only ({topology_arithmetic(e)})"
         fix = "Set launcher: slurm, or engine: rehearsal to try it without GPUs"
         yield f"launcher: found 'local' with engine: trtllm, {limits}. {fix}"
     first, last = e.worker_port, e.worker_port + len(e.servers) - 1
-    if first <= e.server_port <= last or last > 65535:
-        needed = f"must be at most 65535 and leave out server_port {e.server_port}"
+    others = [part.port for part in (*e.doors, *e.services)]
+    if first <= others[-1] and others[0] <= last or max(last, *others) > 65535:
+        to = f" to {others[-1]}" if len(others) > 1 else ""
+        needed = f"must be at most 65535 and leave out server_port {e.server_port}{to}"
         yield f"worker_port: {len(e.servers)} servers take ports {first}-{last}, which {needed}. Choose another worker_port"

@@ -37,6 +37,15 @@ class Server:
         return range(self.first_rank, self.first_rank + len(self.gpus))
 
 
+@dataclass(frozen=True)
+class Part:
+    """What serves beside the servers: an orchestrator, a front end, a service; on the node of this index."""
+
+    name: str
+    node: int
+    port: int
+
+
 def _server_sizes(e):
     yield from ((f"ctx{i}", "context", e.ctx_tp_size, e.ctx_pp_size) for i in range(e.num_ctx_servers))
     yield from ((f"gen{i}", "generation", e.gen_tp_size, 1) for i in range(e.num_gen_servers))

@@ -13,7 +13,7 @@ import subprocess
 from .causes import finish, signal_reason
 from .deaths import await_step
 from .janitor import janitor
-from .nodes import bind
+from .nodes import bind, services_up
 from .phases import Failed, admit, give_reason, phase
 from .ranks import ranks
 from .readiness import ready
@@ -24,6 +24,7 @@ COMMANDS = {
     "admit": admit,
     "bind": bind,
     "await": await_step,
+    "services": services_up,
     "ready": ready,
     "watch": watch,
     "collect": collect,

@@ -3,7 +3,9 @@
 Copied into the run folder and started on a compute node, once per test mode (LoadGen reads its built-in
 configuration only once in a process). Python 3.8+, standard library, numpy, mlperf_loadgen; uvloop where present.
 
-    python3 job/program client --run-dir RUN --test-mode performance|accuracy|test06|warmup --url http://HOST:PORT
+    python3 job/program client --run-dir RUN --test-mode performance|accuracy|test06|warmup --url http://HOST:PORT ...
+
+With several URLs, those of a server's front ends, queries go to them in turn.
 
 warmup measures nothing: see warmup.py. The others read RUN/job/settings.json (its "client" mapping) and
 RUN/user.conf, and write
@@ -30,6 +32,7 @@ import asyncio
 import functools
 import gc
 import json
+import math
 import os
 import platform
 import resource
@@ -57,10 +60,10 @@ FIRST_FAILURE_ROOM = 200  # characters
 class Run:
     """One test mode from start to result."""
 
-    def __init__(self, run_dir, mode, url, settings, progress, progress_mode):
+    def __init__(self, run_dir, mode, urls, settings, progress, progress_mode):
         import mlperf_loadgen
 
-        self.run_dir, self.mode, self.url, self.settings = run_dir, mode, url, settings
+        self.run_dir, self.mode, self.settings = run_dir, mode, settings
         self.loadgen = mlperf_loadgen
         self.out_dir = run_dir / "mlperf" / mode
         self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -74,10 +77,10 @@ class Run:
             self.audit.write_text(TEST06)
         total, few = settings["total_sample_count"], settings["accuracy_sample_count"]
         self.count = min(few, total) if mode == "accuracy" else total
-        self.target = Target(url, settings["endpoint"])
-        self.ids_way = find_way(self.target, settings) if mode in IDS_MODES else None
+        self.targets = [Target(url, settings["endpoint"]) for url in urls]
+        self.ids_way = find_way(self.targets[0], settings) if mode in IDS_MODES else None
         fields = WAYS.get(self.ids_way)
-        self.samples = prepare_samples(run_dir, settings, self.target, self.count, fields)
+        self.samples = prepare_samples(run_dir, settings, self.count, fields)
         target_qps = self.test.server_target_qps if settings["scenario"] == "Server" else None
         log = self.out_dir / "mlperf_log_detail.txt"
         self.recorder = Recorder(progress, progress_mode or mode, target_qps, log)
@@ -87,12 +90,12 @@ class Run:
     async def main(self):
         """Run LoadGen to its end; return the exit status."""
         loop = asyncio.get_running_loop()
-        parts = self.loadgen, self.target, self.settings, self.samples, self.mode, self.recorder.log
+        parts = self.loadgen, self.targets, self.settings, self.samples, self.mode, self.recorder.log
         client = Client(loop, *parts)
         offline = self.settings["scenario"] == "Offline"
         most_open = min(self.settings["max_in_flight"] or self.count, self.count) if offline else 0
         allow_open_files(most_open, ", or lower max_in_flight" if offline else "")
-        await client.open_connections(self.settings["connections"])
+        await client.open_connections(math.ceil(self.settings["connections"] / len(self.targets)))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopped, client, number)
         self.recorder.start()
@@ -111,9 +114,11 @@ class Run:
             except asyncio.TimeoutError:
                 self.recorder.lines.put(client.sweep())
                 if client.failures_in_a_row >= MOST_FAILURES_IN_A_ROW:
-                    self._leave(client, f"{client.failures_in_a_row} requests in a row failed", 1)
+                    worst = max(client.pools, key=lambda pool: pool.failures_in_a_row)
+                    where = f" at {worst.target.url}" if len(client.pools) > 1 else ""
+                    self._leave(client, f"{worst.failures_in_a_row} requests in a row failed{where}", 1)
         self.recorder.lines.put(client.sweep())
-        for connection in list(client.connections):
+        for connection in client.connections:
             connection.abort()
         return self._finish(client, "error" if self.error else "finished")
 
@@ -174,15 +179,18 @@ class Run:
         reasons = ["first failure: " + client.first_failure[:FIRST_FAILURE_ROOM]] if failed else []
         # In the order in which they first came: what follows a cause is no cause.
         reasons += ["%d requests failed: %s" % (count, kind) for kind, count in client.kinds.items()]
+        shares = [pool.counts() for pool in client.pools]
+        for share in shares if len(shares) > 1 else ():
+            if share["failed"]:
+                reasons.append("{url}: {failed} of its {issued} requests failed".format(**share))
         if status != "finished":
             reasons.append(self.error or status)
         if errors > failed:
             reasons.append("LoadGen's log holds %d errors, %d requests failed" % (errors, failed))
         late_count = int((1e3 * late_s > limit_ms).sum())
         words = {key: self.settings[key] for key in ("engine", "scenario", "model_key", "endpoint")}
-        result = dict(
-            words, mode=self.mode, url=self.url, status=status, valid_client=not reasons, reasons=reasons
-        )
+        result = dict(words, mode=self.mode, status=status, valid_client=not reasons)
+        result.update(reasons=reasons, urls=shares)
         result.update(issued=client.issued, done=client.done, failed=failed, generated=values["generated"])
         result.update(outstanding=client.issued - client.done - failed, output_tokens=client.tokens)
         result.update(kinds={kind: client.kinds[kind] for kind in KINDS}, resent=client.resent)
@@ -215,7 +223,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--test-mode", choices=(*MODES, "warmup"), required=True)
-    parser.add_argument("--url", required=True, help="http://HOST:PORT of the server")
+    parser.add_argument(
+        "--url", required=True, action="append", help="http://HOST:PORT; again for each front end"
+    )
     parser.add_argument("--progress", type=Path, help="default: RUN/job/progress.jsonl")
     parser.add_argument("--progress-mode", help="the word for mode in it")
     options = parser.parse_args(arguments)

@@ -13,8 +13,8 @@ RESEND_S = 1.0  # an end so soon after a request was written, and without a word
 class Request:
     """One LoadGen sample on its way. Times are time.perf_counter() in s."""
 
-    def __init__(self, query_id, index, issue_s):
-        self.query_id, self.index, self.issue_s = query_id, index, issue_s
+    def __init__(self, query_id, index, issue_s, pool):
+        self.query_id, self.index, self.issue_s, self.pool = query_id, index, issue_s, pool
         self.start_s = self.sent_s = self.first_s = self.seen_s = 0.0
         self.seen = 0
         self.told = False  # LoadGen has had FirstTokenComplete
@@ -25,8 +25,9 @@ class Request:
 class Connection(asyncio.Protocol):
     """One keep-alive connection; it carries one request at a time."""
 
-    def __init__(self, client):
-        self.client, self.transport, self.request, self.answer = client, None, None, None
+    def __init__(self, pool):
+        self.pool, self.client, self.head = pool, pool.client, pool.target.head
+        self.transport = self.request = self.answer = None
         self.keep = None  # the settled answer's `reads.append`
         self.delays_acks = False
         self.idle_since_s = time.perf_counter()
@@ -40,7 +41,7 @@ class Connection(asyncio.Protocol):
         self.reused, self.used = self.used, True
         self.request, self.answer = request, Answer()
         request.connection = self
-        self.transport.writelines(parts)
+        self.transport.writelines((self.head, *parts))
         request.sent_s = request.sent_s or time.perf_counter()
         self.delay_acks(False)
 
@@ -102,13 +103,13 @@ class Connection(asyncio.Protocol):
         reusable = error is None and answer.ended and not answer.close
         self.client.ended(request, answer, error)
         if reusable:
-            self.client.put_idle(self)
+            self.pool.put_idle(self)
         else:
             self.abort()
         self.client.start_queued()
 
     def connection_lost(self, exc):
-        self.client.forget(self)
+        self.pool.forget(self)
         if self.request is None:
             return
         soon = time.perf_counter() - self.request.sent_s < RESEND_S

@@ -69,8 +69,9 @@ def dead_rank(log, first_rank=0):
 
 def death(step, status):
     """A sentence about a step of servers that has ended."""
-    if step == "orchestrator":
-        return f"the orchestrator ended with status {status}: {told(RUN / 'logs/output_server.log')}"
+    part = next((p for p in settings()["doors"] + settings()["services"] if p["name"] == step), None)
+    if part is not None:
+        return f"{part_words(part)} ended with status {status}: {told(part_log(part))}"
     log = RUN / "logs/output_workers.log"
     servers = settings()["servers"]
     own = next((s for s in servers if s["name"] == step), None)
@@ -80,6 +81,17 @@ def death(step, status):
         return f"the servers' step ended with status {status}: {last_lines(log)}"
     rank = server["ranks"][0] if rank not in server["ranks"] else rank
     return f"{server_words(server, rank)} ended with status {status}: {told(log, mark=f'{rank}:')}"
+
+
+def part_words(part):
+    """'the orchestrator', or 'frontend1 (node gb02)'."""
+    node = (JOB / "nodes.txt").read_text().split()[part["node"]]
+    return "the orchestrator" if part["name"] == "orchestrator" else f"{part['name']} (node {node})"
+
+
+def part_log(part):
+    own = RUN / "logs" / (part["name"] + ".log")
+    return own if own.exists() else RUN / "logs/output_server.log"
 
 
 def server_words(server, rank):

@@ -5,6 +5,7 @@ waiting. What tells is /health, and while loading the server's log.
 """
 
 import http.client
+import json
 import re
 import ssl
 import threading
@@ -12,7 +13,7 @@ import time
 import urllib.parse
 
 from .causes import moment, outside_cause
-from .deaths import POLL_S, last_lines, refuse_dead_servers, server_words, told
+from .deaths import POLL_S, last_lines, part_log, part_words, refuse_dead_servers, server_words, told
 from .nodes import addresses
 from .phases import RUN, Failed, settings
 
@@ -24,7 +25,7 @@ ERROR = re.compile(rb"Traceback \(most recent call last\)|\[E\]|Executor worker 
 
 
 def connect(host, port, timeout_s):
-    secure = (settings()["endpoint_url"] or "").startswith("https:")
+    secure = "".join(settings()["endpoint_url"][:1]).startswith("https:")
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     return kind(host, port, timeout=timeout_s)
 
@@ -40,6 +41,28 @@ def http_status(host, port, path="/health", timeout_s=5.0):
         raise Failed(f"endpoint_url: no TLS with {host}:{port}: {error}. {fix}") from None
     except (OSError, http.client.HTTPException, ValueError):  # of a name that is none
         return None
+    finally:
+        connection.close()
+
+
+def dynamo_lacks(name, host, port):
+    """What a front end of Dynamo does not know yet, or None: it must list the model, and find every server."""
+    model, servers = settings()["client"]["model"], len(settings()["servers"])
+    listed = [entry.get("id") for entry in _json_of(host, port, "/v1/models").get("data") or ()]
+    if model not in listed:
+        return f"{name} {host}:{port} does not list the model {model}, but {listed}"
+    instances = _json_of(host, port, "/health").get("instances") or ()
+    found = len({i.get("instance_id") for i in instances if i.get("endpoint") == "generate"})
+    return f"{name} {host}:{port} has found {found} of {servers} servers" if found < servers else None
+
+
+def _json_of(host, port, path):
+    connection = connect(host, port, 5.0)
+    try:
+        connection.request("GET", path)
+        return json.loads(connection.getresponse().read())
+    except (OSError, http.client.HTTPException, ValueError):
+        return {}
     finally:
         connection.close()
 
@@ -122,8 +145,10 @@ def refuse(name):
 def silence(name):
     """A sentence about a server that was well and is silent."""
     server = next((s for s in settings()["servers"] if s["name"] == name), None)
-    who, words = "the orchestrator", last_lines(RUN / "logs/output_server.log")
-    if server is not None:
+    if server is None:
+        part = next(door for door in settings()["doors"] if door["name"] == name)
+        who, words = part_words(part), last_lines(part_log(part))
+    else:
         who = server_words(server, server["ranks"][0])
         words = told(RUN / "logs/output_workers.log", mark=tuple(f"{rank}:" for rank in server["ranks"]))
     return f"{who} was well and does not answer /health any more; its step lives on: {words}"
@@ -131,5 +156,5 @@ def silence(name):
 
 def prefix():
     """What stands before /v1 in an external endpoint's path; base URLs are given with and without /v1."""
-    path = urllib.parse.urlsplit(settings()["endpoint_url"] or "").path.rstrip("/")
+    path = urllib.parse.urlsplit("".join(settings()["endpoint_url"][:1])).path.rstrip("/")
     return path[:-3] if path.endswith("/v1") else path

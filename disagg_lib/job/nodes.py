@@ -4,9 +4,12 @@ import os
 import re
 import socket
 import subprocess
+import time
 
+from .deaths import refuse_dead_servers
 from .phases import JOB, RUN, Failed, settings
 
+SERVICES_S = 60
 PORT_STEP, PORT_TRIES = 50, 400  # a local job moves all its ports by a multiple of this
 
 
@@ -54,8 +57,7 @@ def bind():
     (JOB / "nodes.txt").write_text("".join(name + "\n" for name in names))
     if not s["servers"]:
         return
-    orchestrator = {"name": "orchestrator", "node": 0, "port": s["server_port"]}
-    everything = [orchestrator] + s["servers"]
+    everything = s["doors"] + s["servers"] + s["services"]
     offset = free_port_offset([x["port"] for x in everything]) if s["launcher"] == "local" else 0
     (JOB / "addresses.txt").write_text(
         "".join(f"{x['name']} {names[x['node']]} {x['port'] + offset}\n" for x in everything)
@@ -64,22 +66,46 @@ def bind():
     def address(match):
         return f"{names[int(match[1])]}:{int(match[2]) + offset}"
 
-    lines = []
-    # Only these three lines name nodes: a path that happens to hold NODE_1 stays as it is. Quoted, as the urls are: to YAML
-    # a node that is called 1234 or on would be a number or a boolean.
-    for line in (RUN / "config.yaml").read_text().splitlines():
-        if line.startswith("hostname: "):
-            line = f'hostname: "{names[0]}"'
-        elif line.startswith("port: "):
-            line = f"port: {s['server_port'] + offset}"
-        elif line.startswith("  urls: "):
-            line = re.sub(r"NODE_(\d+):(\d+)", address, line)
-        lines.append(line)
-    (JOB / "config.bound.yaml").write_text("\n".join(lines) + "\n")
+    text = (RUN / "config.yaml").read_text()
+    for number, door in enumerate(s["doors"] if s["orchestrator"] == "trtllm" else s["doors"][:1]):
+        lines = []
+        # Only these three lines name nodes: a path that happens to hold NODE_1 stays as it is. Quoted, as the urls are: to
+        # YAML a node that is called 1234 or on would be a number or a boolean.
+        for line in text.splitlines():
+            if line.startswith("hostname: "):
+                line = f'hostname: "{names[door["node"]]}"'
+            elif line.startswith("port: "):
+                line = f"port: {door['port'] + offset}"
+            elif line.startswith("  urls: "):
+                line = re.sub(r"NODE_(\d+):(\d+)", address, line)
+            lines.append(line)
+        # Ids of requests hold their orchestrator's number.
+        lines += [f"node_id: {number + 1}"] if len(s["doors"]) > 1 else []
+        path = JOB / (f"config.bound.{number}.yaml" if number else "config.bound.yaml")
+        path.write_text("\n".join(lines) + "\n")
     print(f"nodes: {' '.join(names)}", flush=True)
 
 
 def addresses():
-    """name -> (host, port) of the orchestrator and every server."""
+    """name -> (host, port) of what answers /health: every orchestrator or front end, and every server."""
     rows = (line.split() for line in (JOB / "addresses.txt").read_text().splitlines())
-    return {name: (host, int(port)) for name, host, port in rows}
+    silent = [service["name"] for service in settings()["services"]]
+    return {name: (host, int(port)) for name, host, port in rows if name not in silent}
+
+
+def services_up():
+    """Wait until all services take connections: what needs them ends at once where they do not."""
+    rows = (line.split() for line in (JOB / "addresses.txt").read_text().splitlines())
+    names = [service["name"] for service in settings()["services"]]
+    waiting = [(name, host, int(port)) for name, host, port in rows if name in names]
+    deadline = time.monotonic() + SERVICES_S
+    while waiting:
+        refuse_dead_servers()
+        name, host, port = waiting[0]
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            waiting.pop(0)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise Failed(f"{name} {host}:{port} does not answer after {SERVICES_S} s: {error}") from None
+            time.sleep(0.2)

@@ -37,13 +37,19 @@ class Target:
             prefix = prefix[:-3]  # base URLs are given with and without it
         self.path = prefix + endpoint
         self.netloc = parts.netloc.rpartition("@")[2]
+        self.url = f"{parts.scheme}://{self.netloc}{prefix}"
         # Of external endpoints; a secret has no place in the run folder.
         self.key = os.environ.get("OPENAI_API_KEY")
         if self.key and not (self.key.isascii() and self.key.isprintable()):
             raise ClientError(
                 "OPENAI_API_KEY: it holds what no HTTP header may, a line end, say. Set it anew"
             )
-        self.authorization = "Authorization: Bearer %s\r\n" % self.key if self.key else ""
+        authorization = "Authorization: Bearer %s\r\n" % self.key if self.key else ""
+        # What each request begins with; its Content-Length follows.
+        self.head = (
+            f"POST {self.path} HTTP/1.1\r\nHost: {self.netloc}\r\nContent-Type: application/json\r\n"
+            f"Accept: text/event-stream\r\nAccept-Encoding: identity\r\n{authorization}Content-Length: "
+        ).encode()
 
     def mask(self, text):
         """Return text without the key, also where JSON or repr() put backslashes into it."""
@@ -51,9 +57,9 @@ class Target:
 
 
 class Samples:
-    """Prepared requests: parts[index] are the pieces to write, input_tokens[index] the prompt's length."""
+    """Prepared requests: parts[index] are the pieces to write after a target's head, input_tokens[index] the prompt's length."""
 
-    def __init__(self, target, settings, fields=None):
+    def __init__(self, settings, fields=None):
         """fields: what each request says besides the prompt, the limits and the sampling of settings."""
         self.parts, self.input_tokens = {}, {}
         is_chat = settings["endpoint"].endswith("/chat/completions")
@@ -65,18 +71,13 @@ class Samples:
         )
         self.constants.update({"messages": []} if is_chat else {}, **(fields or {}))
         self.before = b'{"prompt_token_ids":[' if is_chat else b'{"prompt":['
-        self.head = (
-            f"POST {target.path} HTTP/1.1\r\nHost: {target.netloc}\r\nContent-Type: application/json\r\n"
-        )
-        self.head += "Accept: text/event-stream\r\nAccept-Encoding: identity\r\n"
-        self.head += target.authorization + "Content-Length: "
 
     def add(self, index, ids_text, input_tokens, min_tokens, max_tokens):
         """Prepare sample index; ids_text is the prompt's ids, separated by commas, as bytes or memoryview."""
         limits = {"min_tokens": min_tokens, "max_tokens": max_tokens}
         after = ("]," + json.dumps(dict(self.constants, **limits))[1:]).encode()
         length = len(self.before) + len(ids_text) + len(after)
-        self.parts[index] = ((self.head + f"{length}\r\n\r\n").encode() + self.before, ids_text, after)
+        self.parts[index] = (b"%d\r\n\r\n%s" % (length, self.before), ids_text, after)
         self.input_tokens[index] = input_tokens
 
     def add_synthetic(self, path, count):
@@ -144,9 +145,9 @@ def kind_of(data_set):
     return data_set["kind"]
 
 
-def prepare_samples(run_dir, settings, target, count, fields=None):
+def prepare_samples(run_dir, settings, count, fields=None):
     """Return the Samples of a run that uses the first count samples of its data set."""
-    samples, data_set = Samples(target, settings, fields), settings["data_set"]
+    samples, data_set = Samples(settings, fields), settings["data_set"]
     if kind_of(data_set) == "synthetic":
         samples.add_synthetic(run_dir / data_set["lengths"], count)
         return samples

@@ -9,7 +9,7 @@ import time
 import urllib.parse
 
 from .deaths import POLL_S, refuse_dead_servers, told
-from .health import LoadingErrors, connect, http_status, prefix
+from .health import LoadingErrors, connect, dynamo_lacks, http_status, prefix
 from .nodes import addresses
 from .phases import RUN, Failed, settings
 
@@ -63,41 +63,59 @@ def complete_all(host, port, count, timeout_s):
     return next((p for p in problems if p), None)
 
 
+def doors():
+    """name -> (host, port) of what takes requests: the orchestrator, the front ends, or somebody else's."""
+    if settings()["servers"]:
+        return {door["name"]: addresses()[door["name"]] for door in settings()["doors"]}
+    urls = [urllib.parse.urlsplit(url) for url in settings()["endpoint_url"]]
+    ports = [url.port or (443 if url.scheme == "https" else 80) for url in urls]
+    names = ["endpoint"] if len(urls) == 1 else [f"endpoint{i}" for i in range(len(urls))]
+    return {name: (url.hostname, port) for name, url, port in zip(names, urls, ports)}
+
+
+def unwell():
+    """What keeps completions from being tried, or None: a door or a server that does not answer /health well."""
+    external = not settings()["servers"]
+    for name, (host, port) in doors().items():
+        status = http_status(host, port)
+        # Not every endpoint knows /health, or shows it to everybody: what a completion says counts.
+        if status != 200 and not (external and status is not None and status < 500):
+            said = "nothing answers" if status is None else f"status {status}"
+            return f"{name} {host}:{port} /health: {said}"
+    deaf = [] if external else [name for name, (h, p) in addresses().items() if http_status(h, p) != 200]
+    if deaf:
+        return f"no 200 from {', '.join(deaf)}"
+    asked = doors().items() if settings()["orchestrator"] == "dynamo" and not external else ()
+    return next(filter(None, (dynamo_lacks(name, *address) for name, address in asked)), None)
+
+
 def ready():
-    """Ready: the orchestrator says 200, so does every server, and tokens came back through all of them."""
+    """Ready: every door says 200, so does every server, and tokens came back through all of them."""
     s = settings()
-    external = not s["servers"]
-    if external:
-        url = urllib.parse.urlsplit(s["endpoint_url"])
-        port = url.port or (443 if url.scheme == "https" else 80)
-        targets, waves = {"endpoint": (url.hostname, port)}, 1
-    else:
-        targets = addresses()
-        waves = max(sum(x["role"] == role for x in s["servers"]) for role in ("context", "generation"))
-    gate = next(iter(targets))
-    host, port = targets[gate]
+    roles = [server["role"] for server in s["servers"]]
+    waves = max(1, roles.count("context"), roles.count("generation"))
     errors, well_since = LoadingErrors(), None
     deadline = time.monotonic() + s["load_timeout_s"]
     problem = "nothing answers yet"
     while time.monotonic() < deadline:
         refuse_dead_servers()
         errors.refuse()
-        status = http_status(host, port)
-        deaf = [] if external else [name for name, (h, p) in targets.items() if http_status(h, p) != 200]
-        # Not every endpoint knows /health, or shows it to everybody: what a completion says counts.
-        if status != 200 and not (external and status is not None and status < 500):
-            said = "nothing answers" if status is None else f"status {status}"
-            problem = f"{gate} {host}:{port} /health: {said}"
-        elif deaf:
-            problem = f"no 200 from {', '.join(deaf)}"
-        else:
+        problem = unwell()
+        if problem is None:
             well_since = well_since or time.monotonic()
-            remaining_s = max(1.0, min(s["stall_timeout_s"], deadline - time.monotonic()))
-            problem = complete_all(host, port, waves, remaining_s)
-            if problem is None:
-                print(f"ready: {waves} completions came back through {len(targets)} servers", flush=True)
+            for name, (host, port) in doors().items():
+                remaining_s = max(1.0, min(s["stall_timeout_s"], deadline - time.monotonic()))
+                problem = complete_all(host, port, waves, remaining_s)
+                if problem is not None:
+                    refuse_hopeless(name, host, port, problem, time.monotonic() - well_since)
+                    break
+            else:
+                each = f" each of {len(doors())} front ends, and" if len(doors()) > 1 else ""
+                print(
+                    f"ready: {waves} completions came back through{each} {len(roles) or 1} servers",
+                    flush=True,
+                )
                 return
-            refuse_hopeless(gate, host, port, problem, time.monotonic() - well_since)
         time.sleep(1.0)
     raise Failed(f"not ready after load_timeout_s = {s['load_timeout_s']} s: {problem}")
 

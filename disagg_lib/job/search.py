@@ -309,7 +309,7 @@ def main(arguments):
     """Search with the servers of a job; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--url", required=True)
+    parser.add_argument("--url", required=True, action="append")
     options = parser.parse_args(arguments)
     run_dir = options.run_dir.resolve()
     for number in (SIGTERM, SIGHUP):  # run_trial ends the client then

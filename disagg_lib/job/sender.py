@@ -1,20 +1,18 @@
 """Connections kept open, requests in turn, and what became of each."""
 
 import array
-import asyncio
 import collections
+import itertools
 import resource
-import ssl
 import time
 
 from .client_settings import ClientError
-from .connections import Connection, Request
+from .connections import Request
 from .http_answer import BAD_ANSWER, DETAIL_ROOM, NO_IDS, STATUSES, AnswerError, failure_of
+from .pool import Pool
 from .token_ids import ids_of_text, load_tokenizer
 
 LAG_PERIOD_S = 0.02
-
-CONNECT_S = 30  # for each connection that is opened before the run
 
 FILES_BESIDE = 100  # open files that are no connections
 
@@ -33,90 +31,37 @@ def allow_open_files(most_open, fix=""):
 
 
 class Client:
-    """Requests between LoadGen and the endpoint; everything here runs in the event loop's thread."""
+    """Requests between LoadGen and the endpoint's URLs, in turn; everything here runs in the event loop's thread."""
 
-    def __init__(self, loop, loadgen, target, settings, samples, mode, log):
-        self.loop, self.loadgen, self.target, self.samples, self.log = loop, loadgen, target, samples, log
+    def __init__(self, loop, loadgen, targets, settings, samples, mode, log):
+        self.loop, self.loadgen, self.samples, self.log = loop, loadgen, samples, log
         self.mode, self.settings = mode, settings
         self.want_ids = mode in IDS_MODES
         self.tells_early = not self.want_ids  # the first token's id is not asked for
         self.tokenizer = settings["tokenizer"] if self.want_ids else None
         self.token_latencies = settings["scenario"] == "Server"
-        self.connections, self.idle = set(), collections.deque()
-        self.waiting, self.queued = collections.deque(), collections.deque()
+        self.pools = [Pool(self, target) for target in targets]
+        self.turns, self.queued = itertools.cycle(self.pools), collections.deque()
         self.active, self.held = {}, []
         self.rows, self.lags = array.array("d"), array.array("f")  # seven numbers a query; s
         self.kinds, self.first_failure = collections.Counter(), ""
-        self.failures_in_a_row = 0
-        self.issued = self.done = self.tokens = self.opening = self.reported_tokens = self.resent = 0
+        self.issued = self.done = self.tokens = self.reported_tokens = self.resent = 0
         self.flushed = False
-        self.total, self.tasks = None, set()
+        self.total = None
 
     async def open_connections(self, count):
-        """Open count idle connections before the run; ClientError if the endpoint refuses."""
-        for _ in range(count):
-            try:
-                connection = await asyncio.wait_for(self._connect(), CONNECT_S)
-            except (OSError, asyncio.TimeoutError) as error:
-                where, why = f"{self.target.host}:{self.target.port}", str(error) or f"none in {CONNECT_S} s"
-                fix = "SSL_CERT_FILE names a file of certificates to trust"
-                fix = fix if isinstance(error, ssl.SSLError) else "Is the server up?"
-                raise ClientError(f"{where} does not accept connections: {why}. {fix}") from None
-            self.target.address = connection.transport.get_extra_info("peername")[0]  # one name look-up a run
-            self.put_idle(connection)
+        """Open that many connections to each URL before the run; ClientError if one refuses."""
+        for pool in self.pools:
+            await pool.open_connections(count)
 
-    async def _connect(self):
-        target = self.target
-        name = target.host if target.ssl else None
-        _, connection = await self.loop.create_connection(
-            lambda: Connection(self), target.address, target.port, ssl=target.ssl, server_hostname=name
-        )
-        self.connections.add(connection)
-        return connection
+    @property
+    def connections(self):
+        return [connection for pool in self.pools for connection in pool.connections]
 
-    def _open_one_more(self):
-        self.opening += 1
-        task = self.loop.create_task(self._open())
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-
-    async def _open(self):
-        try:
-            connection = await self._connect()
-        except OSError as error:
-            connection, refused = None, AnswerError("refused", str(error))
-        self.opening -= 1
-        if connection is not None:
-            self.put_idle(connection)
-        elif len(self.waiting) > self.opening:
-            self.ended(self.waiting.popleft(), None, refused)
-            self.start_queued()
-
-    def put_idle(self, connection):
-        """A connection is free: the oldest request that waits for one takes it."""
-        if self.waiting:
-            request = self.waiting.popleft()
-            connection.send(request, self.samples.parts[request.index])
-        else:
-            connection.idle_since_s = time.perf_counter()
-            self.idle.append(connection)
-
-    def forget(self, connection):
-        """A connection is closed."""
-        self.connections.discard(connection)
-        if connection in self.idle:
-            self.idle.remove(connection)
-
-    def _take_idle(self, now_s):
-        """Return a free connection or None. One that idled long may be closing at the server's side right now."""
-        while self.idle:
-            # Unused ones first, the oldest: a server may keep a thread for each, and look at no more than it has threads.
-            connection = self.idle.pop() if self.idle[-1].used else self.idle.popleft()
-            fresh = not connection.used or now_s - connection.idle_since_s < self.settings["keep_alive_s"]
-            if fresh and not connection.is_closing():
-                return connection
-            connection.abort()
-        return None
+    @property
+    def failures_in_a_row(self):
+        """Of the URL that has the most."""
+        return max(pool.failures_in_a_row for pool in self.pools)
 
     def issue(self, samples):
         """LoadGen's callback, in its thread: must return at once and must not raise."""
@@ -135,7 +80,7 @@ class Client:
         """Start requests, or queue them while max_in_flight are open (Offline)."""
         self.issued += len(samples)
         for query_id, index in samples:
-            self.queued.append(Request(query_id, index, issue_s))
+            self.queued.append(Request(query_id, index, issue_s, next(self.turns)))
         self.start_queued()
 
     def start_queued(self):
@@ -145,22 +90,18 @@ class Client:
             request = self.queued.popleft()
             request.start_s = request.issue_s if self.token_latencies else time.perf_counter()
             self.active[request.query_id] = request
-            connection = self._take_idle(time.perf_counter())
-            if connection is not None:
-                connection.send(request, self.samples.parts[request.index])
-            else:
-                self.waiting.append(request)
-                self._open_one_more()
-        # Keep spare connections open ahead of need, so that a request seldom pays for its handshake.
-        if len(self.idle) + self.opening < self.settings["connections"] // 4 and not self.flushed:
-            self._open_one_more()
+            request.pool.issued += 1
+            request.pool.send(request)
+        if not self.flushed:
+            for pool in self.pools:
+                pool.keep_spare()
 
     def resend(self, request):
         """Send a request again over another connection."""
         request.resent, request.connection = True, None
         self.resent += 1
-        self.waiting.append(request)
-        self._open_one_more()
+        request.pool.waiting.append(request)
+        request.pool.open_one_more()
 
     def first_content(self, request, ids):
         """The first content came: LoadGen takes its TTFT here."""
@@ -213,7 +154,8 @@ class Client:
         self._tell(self.loadgen.QuerySamplesComplete, request, ids, count)
         self.done += 1
         self.tokens += count
-        self.failures_in_a_row = 0
+        request.pool.done += 1
+        request.pool.failures_in_a_row = 0
         self._record(request, count, "ok")
 
     def _fail(self, request, error):
@@ -221,12 +163,15 @@ class Client:
         # the 0 tokens then leave exactly one error in LoadGen's log for each failed request.
         self._tell_first(request, None)
         self._tell(self.loadgen.QuerySamplesComplete, request, None, 1 if error.kind == "short" else 0)
+        pool = request.pool
         self.kinds[error.kind] += 1
-        self.failures_in_a_row += 1
+        pool.kinds[error.kind] += 1
+        pool.failures_in_a_row += 1
         if self.kinds[error.kind] <= 10:
             # Some servers echo the key: masked whole, before the text is cut.
-            detail = self.target.mask(error.detail)[:DETAIL_ROOM]
-            said = "sample %d: %s: %s" % (request.index, error.kind, detail)
+            detail = pool.target.mask(error.detail)[:DETAIL_ROOM]
+            where = f" at {pool.target.url}" if len(self.pools) > 1 else ""
+            said = f"sample {request.index}{where}: {error.kind}: {detail}"
             self.log("request failed: " + said)
             self.first_failure = self.first_failure or said
         self._record(request, 0, error.kind)
@@ -287,7 +232,7 @@ class Client:
         if request.connection is not None:
             request.connection._end(error)
         else:
-            self.waiting.remove(request)
+            request.pool.waiting.remove(request)
             self.ended(request, None, error)
             self.start_queued()
 

@@ -59,7 +59,7 @@ def ask(target, parts, timeout_s):
     answer = Answer()
     with socket.create_connection((target.host, target.port), timeout_s) as plain:
         wire = target.ssl.wrap_socket(plain, server_hostname=target.host) if target.ssl else plain
-        wire.sendall(b"".join(parts))
+        wire.sendall(target.head + b"".join(parts))
         while not answer.ended:
             data = wire.recv(1 << 16)
             if not data:
@@ -72,7 +72,7 @@ def ask(target, parts, timeout_s):
 
 def sends_ids(target, settings, fields):
     """Return whether answers to requests with these fields hold ids; AnswerError for a request that failed."""
-    samples = Samples(target, settings, fields)
+    samples = Samples(settings, fields)
     samples.add(0, b",".join(b"%d" % i for i in PROBE_IDS), len(PROBE_IDS), PROBE_TOKENS, PROBE_TOKENS)
     for attempt in range(1, ATTEMPTS + 1):
         try:

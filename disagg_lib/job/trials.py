@@ -42,10 +42,10 @@ def accepts_connections(url):
     return True
 
 
-def read_trial(folder, url):
+def read_trial(folder, urls):
     """Return the row of a finished trial; SearchError if the servers are gone, which says nothing about the QPS."""
     result = json.loads((folder / "job" / "client_performance.json").read_text())
-    gone = result["kinds"]["refused"] and not accepts_connections(url)
+    gone = result["kinds"]["refused"] and not all(map(accepts_connections, urls))
     if result["status"] != "finished" or gone or not result["done"]:
         raise SearchError(f"{folder}: {'; '.join(result['reasons'])}: are the servers up and well?")
     with open(folder / "job" / "queries_performance.csv", newline="") as file:
@@ -67,7 +67,7 @@ def read_trial(folder, url):
     }
 
 
-def run_trial(run_dir, client, url, qps, queries, full_s=0.0):
+def run_trial(run_dir, client, urls, qps, queries, full_s=0.0):
     """Run the measuring client once, in a folder of its own below job/trials, and return its row."""
     trials = run_dir / "job" / "trials"
     numbers = [int(path.name) for path in trials.glob("*") if path.name.isdecimal()]
@@ -76,7 +76,9 @@ def run_trial(run_dir, client, url, qps, queries, full_s=0.0):
     folder = trials / f"{1 + max(numbers):02d}"
     write_trial(run_dir, folder, client, qps, queries, full_s)
     command = [sys.executable, str(Path(__file__).parent), "client", "--run-dir", str(folder)]
-    command += ["--test-mode", "performance", "--url", url, "--progress-mode", "find_target_qps"]
+    command += ["--test-mode", "performance", "--progress-mode", "find_target_qps"]
+    for url in urls:
+        command += ["--url", url]
     command += ["--progress", str(run_dir / "job" / "progress.jsonl")]
     process = subprocess.Popen(command)
     try:
@@ -87,4 +89,4 @@ def run_trial(run_dir, client, url, qps, queries, full_s=0.0):
             process.wait()
     if code not in (0, 1):
         raise SearchError(f"{folder}: the client ended with status {code}; its message is above")
-    return read_trial(folder, url)
+    return read_trial(folder, urls)

@@ -75,7 +75,7 @@ def will_be_open(settings, test, latency_s):
 
 
 class Waves:
-    """Requests to one endpoint, many at once."""
+    """Requests to the endpoint, many at once."""
 
     def __init__(self, client, recorder):
         self.client, self.recorder = client, recorder
@@ -144,28 +144,32 @@ async def until_alike(waves, smallest, wanted):
     return False, sent
 
 
-def prepare_warm_up(run_dir, settings, target):
+def prepare_warm_up(run_dir, settings):
     """Return Samples of made-up prompts, more than any wave needs at once."""
-    samples, lengths = Samples(target, settings), lengths_of(run_dir, settings, MOST_OPEN)
+    samples, lengths = Samples(settings), lengths_of(run_dir, settings, MOST_OPEN)
     for index, ids_text in enumerate(made_up_ids(WARMUP_SEED, [inputs for inputs, _ in lengths])):
         samples.add(index, ids_text, *lengths[index], lengths[index][1])
     return samples
 
 
-async def warm_up(run_dir, url, settings, progress):
+async def warm_up(run_dir, urls, settings, progress):
     """Warm the servers up; return the exit status."""
     import mlperf_loadgen
 
-    target, begin_s = Target(url, settings["endpoint"]), time.perf_counter()
+    targets, begin_s = [Target(url, settings["endpoint"]) for url in urls], time.perf_counter()
     needs_ids = any(mode in IDS_MODES for mode in settings["test_modes"])
-    result = {"mode": "warmup", "url": url, "ids": find_way(target, settings) if needs_ids else None}
+    result = {
+        "mode": "warmup",
+        "urls": list(urls),
+        "ids": find_way(targets[0], settings) if needs_ids else None,
+    }
     test = configure(mlperf_loadgen, run_dir, settings, "performance")
     allow_open_files(MOST_OPEN)
-    samples, recorder = prepare_warm_up(run_dir, settings, target), Recorder(progress, "warmup", None, None)
-    client = Client(asyncio.get_running_loop(), NoLoadGen, target, settings, samples, "warmup", recorder.log)
+    samples, recorder = prepare_warm_up(run_dir, settings), Recorder(progress, "warmup", None, None)
+    client = Client(asyncio.get_running_loop(), NoLoadGen, targets, settings, samples, "warmup", recorder.log)
     await client.open_connections(settings["connections"])
     recorder.start()
-    smallest = max(FEWEST_OPEN, 2 * pairs_of_servers(run_dir))
+    smallest = max(FEWEST_OPEN, 2 * pairs_of_servers(run_dir) * len(urls))  # each front end, to each pair
     wanted = functools.partial(will_be_open, settings, test)
     stable, waves = await until_alike(Waves(client, recorder), smallest, wanted)
     said = "warm" if stable else "not yet steady when the limit was reached"
@@ -174,7 +178,7 @@ async def warm_up(run_dir, url, settings, progress):
     result.update(stable=stable, said=said, seconds=round(time.perf_counter() - begin_s, 3), waves=waves)
     (run_dir / "job/client_warmup.json").write_text(json.dumps(result, indent=1) + "\n")
     recorder.log("%s, after %d waves and %s s" % (said, len(waves), result["seconds"]))
-    for connection in list(client.connections):
+    for connection in client.connections:
         connection.abort()
     recorder.stop()
     return int(waves[-1]["failed"] == waves[-1]["requests"])

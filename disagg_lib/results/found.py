@@ -174,8 +174,10 @@ def asserted_source(files: RunFiles, source: str | None) -> tuple[str, str]:
 
 def network_host(settings: Mapping) -> str:
     """The host of `engine: external` that LoadGen reaches over a network; "" for one on its own machine, or none."""
-    host = urllib.parse.urlsplit(str(settings.get("endpoint_url") or "")).hostname or ""
-    return "" if settings.get("engine") != "external" or host in ("127.0.0.1", "localhost", "::1") else host
+    urls = settings.get("endpoint_url") or []
+    hosts = [urllib.parse.urlsplit(url).hostname for url in ([urls] if isinstance(urls, str) else urls)]
+    far = [host for host in hosts if host not in ("127.0.0.1", "localhost", "::1")]
+    return far[0] if far and settings.get("engine") == "external" else ""
 
 
 def folder_source(run_dir: Path | str) -> str:

@@ -31,20 +31,40 @@ def _engine_arguments(e: Experiment, role: str) -> dict[str, Any]:
         "max_num_tokens": getattr(e, f"{short}_max_num_tokens"),
         "max_seq_len": e.max_seq_len,
         "print_iter_log": True,
+        **_speed(e, role),
         **_kv_cache(e, role, getattr(e, f"{short}_gpu_memory_fraction")),
         **(_context(e) if role == "context" else _generation(e)),
     }
+
+
+def _speed(e: Experiment, role: str) -> dict[str, Any]:
+    """What v6.0's record added to the original's keys; nothing of what is not given."""
+    compile_whole = {
+        "enable_fullgraph": True,
+        "enable_piecewise_cuda_graph": True,
+        "enable_userbuffers": False,
+    }
+    is_context = role == "context"
+    keys = {
+        "stream_interval": e.stream_interval,
+        "sampler_type": e.sampler_type,
+        "enable_iter_perf_stats": e.iter_perf_stats or None,
+        "torch_compile_config": compile_whole if e.ctx_torch_compile and is_context else None,
+        "num_postprocess_workers": None if is_context else e.gen_postprocess_workers,
+    }
+    return {key: value for key, value in keys.items() if value is not None}
 
 
 def _kv_cache(e: Experiment, role: str, fraction: float) -> dict[str, Any]:
     # The fraction belongs inside kv_cache_config in every release: beside it, it is lost (up to 1.1) or refused.
     cache = {"free_gpu_memory_fraction": fraction, "enable_block_reuse": False}
     if e.trtllm_dialect == "v5.1":
-        transfer = {"max_num_tokens": e.max_seq_len}
+        transfer = {"max_num_tokens": e.buffer_tokens}
         return {"kv_cache_dtype": "fp8", "kv_cache_config": cache, "cache_transceiver_config": transfer}
-    transfer = {"backend": e.transfer_backend, "max_tokens_in_buffer": e.max_seq_len}
+    transfer = {"backend": e.transfer_backend, "max_tokens_in_buffer": e.buffer_tokens}
     spans_nodes = any(len(s.nodes) > 1 for s in e.servers if s.role == role)
-    reduce = {"allreduce_strategy": "MNNVL"} if spans_nodes else {}
+    strategy = e.allreduce_strategy or ("MNNVL" if spans_nodes else "AUTO")
+    reduce = {} if strategy == "AUTO" else {"allreduce_strategy": strategy}  # AUTO is the default
     return {"kv_cache_config": cache | {"dtype": "fp8"}, "cache_transceiver_config": transfer, **reduce}
 
 
@@ -52,31 +72,33 @@ def _context(e: Experiment) -> dict[str, Any]:
     return {
         "disable_overlap_scheduler": True,
         "enable_chunked_prefill": True,
-        "scheduler_config": {
-            "capacity_scheduler_policy": e.ctx_capacity_policy,
-            "context_chunking_policy": "FIRST_COME_FIRST_SERVED",
-        },
+        "scheduler_config": _scheduler(e.ctx_capacity_policy),
         # From 1.0 CUDA graphs are on by default, for context servers, too.
-        **({} if e.trtllm_dialect == "v5.1" else {"cuda_graph_config": None}),
+        **({} if e.trtllm_dialect == "v5.1" or e.ctx_cuda_graphs else {"cuda_graph_config": None}),
+    }
+
+
+def _scheduler(policy: str) -> dict[str, str]:
+    return {
+        "capacity_scheduler_policy": policy,
+        "context_chunking_policy": "FIRST_COME_FIRST_SERVED",
     }
 
 
 def _generation(e: Experiment) -> dict[str, Any]:
-    scheduler = {}
-    if (
-        e.gen_capacity_policy != "GUARANTEED_NO_EVICT"
-    ):  # every release's own, which the original leaves unsaid
-        scheduler["scheduler_config"] = {"capacity_scheduler_policy": e.gen_capacity_policy}
     sizes = cuda_graph_sizes(e.gen_batch_size, e.gen_cuda_graphs)
+    # GUARANTEED_NO_EVICT is every release's default.
+    policy = e.gen_capacity_policy
+    scheduler = {} if policy == "GUARANTEED_NO_EVICT" else {"scheduler_config": _scheduler(policy)}
     if e.trtllm_dialect == "v5.1":
         graphs = {
             "use_cuda_graph": True,
             "cuda_graph_padding_enabled": True,
             "cuda_graph_batch_sizes": sizes,
         }
-        return scheduler | graphs | {"moe_backend": "TRTLLM"}
+        return graphs | {"moe_backend": "TRTLLM"} | scheduler
     graphs = {"enable_padding": True, "batch_sizes": sizes}
-    return scheduler | {"cuda_graph_config": graphs, "moe_config": {"backend": "TRTLLM"}}
+    return {"cuda_graph_config": graphs, "moe_config": {"backend": "TRTLLM"}} | scheduler
 
 
 _ROUTERS = {"round_robin": {}, "least_tokens": {"router": {"type": "load_balancing", "use_tokens": True}}}

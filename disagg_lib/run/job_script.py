@@ -9,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..experiment.parameters import Experiment
 from ..experiment.topology import Server, topology_arithmetic
+from . import dynamo
 
 
 def _variables(e: Experiment) -> dict[str, str]:
@@ -73,6 +74,8 @@ _HARNESS_CONSTANTS = {
 
 def serve_check(e: Experiment, python: str) -> str:
     """The command that shows, where the servers will run, that what serves is there."""
+    if e.orchestrator == "dynamo":
+        return f"{dynamo.python_of(e)} -c '{dynamo.check_code(e)}'"
     if e.engine == "rehearsal":
         return f"{shlex.quote(python)} -c 'import disagg_lib.rehearsal'"
     if e.trtllm_dialect == "v5.1":
@@ -123,7 +126,9 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
 
     return environment.get_template("job.sh.j2").render(
         e=e,
-        arithmetic=topology_arithmetic(e) if e.servers else f"no servers: measures {e.endpoint_url}",
+        arithmetic=topology_arithmetic(e)
+        if e.servers
+        else f"no servers: measures {', '.join(e.endpoint_url)}",
         variables=_variables(e),
         harness_variables={
             "SYSTEM_NAME": e.system_name or "",
@@ -136,5 +141,7 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
         tasks_per_node=min(e.gpus_per_node, e.gpu_count),
         waves=start_waves(e.servers),
         gpus=gpus,
-        url=shlex.quote(e.endpoint_url) if e.endpoint_url else '"http://${NODES[0]}:${PORT[orchestrator]}"',
+        urls=[shlex.quote(url) for url in e.endpoint_url]
+        or [f'"http://${{NODES[{door.node}]}}:${{PORT[{door.name}]}}"' for door in e.doors],
+        dynamo=dynamo if e.orchestrator == "dynamo" and e.servers else None,
     )

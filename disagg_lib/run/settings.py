@@ -1,5 +1,7 @@
 """job/settings.json and user.conf: what the job and LoadGen are told, as plain values."""
 
+from dataclasses import asdict
+
 from ..experiment.parameters import Experiment
 from ..serving import lengths
 from ..serving.lengths import SAMPLE_COUNT
@@ -37,13 +39,15 @@ def settings_of(e: Experiment) -> dict:
         data_set = {"kind": "synthetic", "lengths": "job/lengths.csv"}
     full_queries, full_s = performance_run(e)
     # Servers that send text alone: the client makes ids of it after an accuracy or TEST06 run.
-    has_model = e.engine == "trtllm" or e.model_dir
+    has_model = e.engine == "trtllm" or e.orchestrator == "dynamo" or e.model_dir
     return {
         "engine": e.engine,
         "launcher": e.launcher,
         "node_count": e.node_count,
         "gpus_per_node": e.gpus_per_node,
-        "server_port": e.server_port,
+        "orchestrator": e.orchestrator,
+        "doors": [asdict(door) for door in e.doors],
+        "services": [asdict(service) for service in e.services],
         "endpoint_url": e.endpoint_url,
         "time_limit_s": e.time_limit_s,
         "load_timeout_s": e.load_timeout_s,
@@ -62,7 +66,7 @@ def settings_of(e: Experiment) -> dict:
         "client": {
             "kind": e.client,
             "endpoint": e.endpoint,
-            "model": e.served_model,
+            "model": e.model_name,
             "model_key": "llama3_1-405b" + "-interactive" * (e.scenario == "Interactive"),
             "scenario": loadgen_scenario(e),
             "max_in_flight": e.max_in_flight if e.scenario == "Offline" else None,

@@ -50,7 +50,7 @@ def test_it_tells_how_many_mean_requests_fit(site):
         ({"ctx_tp_size": 8}, "tp_over_nodes", "warning"),
         ({"gen_tp_size": 1, "num_gen_servers": 4}, "generation_memory", "error"),
         ({"ctx_tp_size": 1}, "context_memory", "error"),
-        ({"gen_batch_size": 513}, "gen_max_num_tokens", "error"),
+        ({"gen_batch_size": 513}, "gen_max_num_tokens", "warning"),
         ({"max_seq_len": 20000}, "max_seq_len", "error"),
         ({"max_seq_len": 16384}, "transfer_buffer", "error"),
         ({"time_limit": "1:00:00"}, "walltime", "error"),
@@ -207,3 +207,22 @@ def test_a_controller_that_is_silent_is_a_row_of_the_machines_table(site, tmp_pa
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     found = {check.rule: check for check in machine.machine_checks(load_experiment((), site))}
     assert not found["slurm"].ok and "DNS SRV lookup failed" in found["slurm"].found
+
+
+def test_a_rehearsal_behind_dynamo_wants_its_release_and_a_checkpoint_that_front_ends_take(tmp_path):
+    given = {"engine": "rehearsal", "launcher": "local", "container": "none", "trtllm_dialect": "1.x"}
+    given |= {
+        "orchestrator": "dynamo",
+        "dynamo_dir": str(tmp_path / "dynamo"),
+        "model_dir": str(tmp_path / "model"),
+    }
+    found = unmet(load_experiment([], given))
+    assert found["dynamo"].requirement == "ai-dynamo 1.4 in dynamo_dir"
+    assert found["dynamo_model"].found.endswith("model, without a chat template")
+    synthetic.make_rehearsal_checkpoint(tmp_path / "model")
+    (tmp_path / "dynamo/lib/python3.11/site-packages/ai_dynamo-0.8.1.dist-info").mkdir(parents=True)
+    (tmp_path / "dynamo/bin").mkdir()
+    (tmp_path / "dynamo/bin/python").symlink_to("/usr/bin/env")
+    found = unmet(load_experiment([], given))
+    assert "dynamo_model" not in found and found["dynamo"].found.endswith("ai_dynamo-0.8.1")
+    assert "dynamo" not in unmet(load_experiment([], given | {"dynamo_release": "0.8"}))

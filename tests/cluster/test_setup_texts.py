@@ -471,3 +471,23 @@ def test_site_yaml_is_readable_by_the_owners_group_as_others_files_are(tmp_path)
     assert stat.S_IMODE((tmp_path / "site.yaml").stat().st_mode) == stat.S_IMODE(
         (tmp_path / "other").stat().st_mode
     )
+
+
+@pytest.mark.parametrize(
+    ("told", "ok"),
+    [
+        ("0.8.1", True),
+        ("1.4.0", False),
+        ("AssertionError: not there: ['dynamo.trtllm', 'etcd']", False),
+        ("importlib.metadata.PackageNotFoundError: No package metadata was found for ai-dynamo", False),
+    ],
+)
+def test_an_image_without_dynamo_or_with_another_release_is_found_by_the_probe(told, ok):
+    given = {"orchestrator": "dynamo", "trtllm_dialect": "1.x", "dynamo_release": "0.8"}
+    given |= {"container_image": "/images/x.sqsh"}
+    e = load_experiment([], given)
+    assert "ai-dynamo" in probe._look_inside(e) and "ai-dynamo" not in probe._look_inside(
+        load_experiment([], given | {"orchestrator": "trtllm"})
+    )
+    rows = probe.software_rows(e, {"mpi": "pmix", "dynamo": told})
+    assert [(found, fits) for what, found, fits, _ in rows if "Dynamo" in what] == [(told, ok)]

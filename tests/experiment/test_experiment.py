@@ -112,6 +112,8 @@ def test_a_server_of_eight_takes_two_whole_nodes(experiment):
         ({"endpoint_url": "http://h:x"}, ["endpoint_url", "http://host:port"]),
         ({"endpoint_url": "http://[::1"}, ["endpoint_url", "http://host:port"]),
         ({"endpoint_url": "http://h/v1?key=x"}, ["endpoint_url", "http://host:port"]),
+        ({"endpoint_url": ["http://h:1", "https://h:2"]}, ["endpoint_url", "the same scheme and path"]),
+        ({"endpoint_url": ["http://h:1", "http://h:1"]}, ["endpoint_url", "each once"]),
         ({"scenario": "Offline", "find_target_qps": True}, ["find_target_qps", "has no limits"]),
         (
             {"engine": "rehearsal", "container": "none", "rehearsal_queries": 200, "find_target_qps": True},
@@ -131,7 +133,7 @@ def test_a_bad_value_is_refused_in_words(experiment, given, words):
 
 @pytest.mark.parametrize("url", ["http://[::1]:8000", "https://gb01.site/openai/v1", "http://10.0.0.7:8000"])
 def test_an_endpoint_has_a_host_a_port_or_not_and_a_prefix_or_not(experiment, url):
-    assert experiment(engine="external", launcher="local", endpoint_url=url).endpoint_url == url
+    assert experiment(engine="external", launcher="local", endpoint_url=url).endpoint_url == (url,)
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest(experiment):

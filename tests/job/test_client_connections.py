@@ -15,15 +15,15 @@ from endpoint import Server
 from disagg_lib.job import client_settings, prompts, sender
 
 
-async def client_here(url):
+async def client_here(*urls):
     """The client in this process, with a stub in LoadGen's place; it opens no spare connections."""
     endpoint = "/v1/completions"
     options = {**client_settings.DEFAULTS, "endpoint": endpoint, "model": "m", "connections": 0}
-    target = prompts.Target(url, endpoint)
-    samples = prompts.Samples(target, options)
+    targets = [prompts.Target(url, endpoint) for url in urls]
+    samples = prompts.Samples(options)
     samples.add(0, b"1,2", 2, 10, 10)
     loop = asyncio.get_running_loop()
-    return sender.Client(loop, MagicMock(), target, options, samples, "performance", print)
+    return sender.Client(loop, MagicMock(), targets, options, samples, "performance", print)
 
 
 async def send_in_turn(client, count):
@@ -58,7 +58,7 @@ def test_oldest_unused_connection_is_taken_first_and_a_used_one_before_it():
     async def main(url):
         client = await client_here(url)
         await client.open_connections(3)
-        oldest = client.idle[0]
+        oldest = client.pools[0].idle[0]
         return await send_in_turn(client, 2) == [oldest, oldest]
 
     with Server() as server:

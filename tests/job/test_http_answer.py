@@ -1,6 +1,7 @@
 """Answers as bytes: every way a network can cut them gives the same tokens and the same moment of first content."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -85,6 +86,7 @@ class Heard:
     def __init__(self, tells_early=False):
         self.first, self.end, self.fed = None, None, 0
         self.tells_early = tells_early
+        self.client, self.target = self, SimpleNamespace(head=b"")  # it stands in the pool's place, too
 
     def first_content(self, request, ids):
         assert self.first is None or self.tells_early
@@ -116,7 +118,7 @@ def hear(stream: bytes, cuts, want_ids):
     heard = Heard(tells_early=not want_ids)
     connection = connections.Connection(heard)
     connection.connection_made(Pipe())
-    connection.send(connections.Request(1, 0, 0.0), ())
+    connection.send(connections.Request(1, 0, 0.0, heard), ())
     places = sorted({0, *cuts, len(stream)})
     for start, end in zip(places, places[1:], strict=False):
         heard.fed = end
@@ -284,7 +286,7 @@ def test_a_long_first_read_is_not_searched_from_its_beginning():
     heard, looked = Heard(tells_early=True), []
     connection = connections.Connection(heard)
     connection.connection_made(Pipe())
-    connection.send(connections.Request(1, 0, 0.0), ())
+    connection.send(connections.Request(1, 0, 0.0, heard), ())
     search = connections.HAS_CONTENT
     connections.HAS_CONTENT = lambda data, start: looked.append(len(data) - start) or search(data, start)
     try:
@@ -345,7 +347,7 @@ def test_connection_is_kept_only_after_a_whole_answer():
         heard = Heard()
         connection = connections.Connection(heard)
         connection.connection_made(Pipe())
-        connection.send(connections.Request(1, 0, 0.0), ())
+        connection.send(connections.Request(1, 0, 0.0, heard), ())
         connection.data_received(stream)
         assert hasattr(heard, "kept") == (name != "until the connection closes")
 
@@ -355,7 +357,7 @@ def test_long_prompts_of_the_whole_data_set_take_little_memory_and_time(tmp_path
     import tracemalloc
 
     options = {**client_settings.DEFAULTS, "endpoint": "/v1/completions", "model": "m"}
-    samples = prompts.Samples(prompts.Target("http://127.0.0.1:1", "/v1/completions"), options)
+    samples = prompts.Samples(options)
     lengths = tmp_path / "lengths.csv"
     lengths.write_text("input_tokens,output_tokens\n" + "9400,650\n" * 8313)
     tracemalloc.start()

@@ -119,7 +119,7 @@ def test_search_runs_real_trials_keeps_their_rows_and_resumes(job):
 def test_failed_requests_make_a_trial_invalid(job):
     with Server(lambda n: "500" if n % 50 == 0 else "ok", step_s=0.001) as server:
         row = trials.run_trial(
-            job, json.loads((job / "job/settings.json").read_text())["client"], server.url, 300, 459
+            job, json.loads((job / "job/settings.json").read_text())["client"], [server.url], 300, 459
         )
     assert not row["valid"] and row["ttft_share"] is None and row["failed"] == 10
 
@@ -127,24 +127,24 @@ def test_failed_requests_make_a_trial_invalid(job):
 def test_one_failed_request_leaves_the_shares_of_the_others(job):
     client = json.loads((job / "job/settings.json").read_text())["client"]
     with Server(lambda n: "500" if n == 7 else "ok", step_s=0.001) as server:
-        row = trials.run_trial(job, client, server.url, 300, 459)
+        row = trials.run_trial(job, client, [server.url], 300, 459)
     assert (row["failed"], row["valid"]) == (1, False) and 0 < row["ttft_share"] < 1
 
 
 def test_refused_connections_make_a_trial_invalid_and_end_the_search_if_the_server_is_gone(job):
     client = json.loads((job / "job/settings.json").read_text())["client"]
     with Server(step_s=0.001) as server:
-        trials.run_trial(job, client, server.url, 300, 459)
+        trials.run_trial(job, client, [server.url], 300, 459)
     folder = job / "job/trials/01"
     result = json.loads((folder / "job/client_performance.json").read_text())
     result["kinds"]["refused"], result["failed"], result["valid_client"] = 1, 1, False
     (folder / "job/client_performance.json").write_text(json.dumps(result))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = "http://{}:{}".format(*listening.getsockname())
-        row = trials.read_trial(folder, url)
+        row = trials.read_trial(folder, [url])
     assert not row["valid"] and 0 < row["ttft_share"] < 1 and row["failed"] == 1
     with pytest.raises(margins.SearchError, match="are the servers up"):
-        trials.read_trial(folder, url)
+        trials.read_trial(folder, [url])
 
 
 def test_server_that_serves_nothing_ends_the_search_and_leaves_no_row(job):
@@ -163,7 +163,7 @@ def test_trials_that_go_on_with_an_earlier_jobs_rows_have_numbers_of_their_own(j
     (job / "job/find_target_qps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     client = json.loads((job / "job/settings.json").read_text())["client"]
     with Server(step_s=0.001) as server:
-        assert trials.run_trial(job, client, server.url, 300, 459)["folder"] == "03"
+        assert trials.run_trial(job, client, [server.url], 300, 459)["folder"] == "03"
 
 
 def test_servers_that_are_gone_end_the_search_and_leave_no_row(job):
