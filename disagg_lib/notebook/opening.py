@@ -38,7 +38,7 @@ def headline(e: Experiment) -> str:
     nodes = f"{e.node_count} node{'s' * (e.node_count > 1)}"
     partition = f"partition {e.partition}" if e.partition else "its default partition"
     if e.engine == "external":
-        return f"REAL: the server at {e.endpoint_url}, measured from here"
+        return f"REAL: the server at {', '.join(e.endpoint_url)}, measured from here"
     if e.engine == "rehearsal":
         where = "on this machine" if e.launcher == "local" else f"under Slurm, {nodes} of {partition}"
         return f"REHEARSAL {where}, no GPU"

@@ -15,7 +15,7 @@ from .opening import choose_preset, choose_run, one_line_errors, show_headline
 
 OF_A_NOTEBOOK = ("params_files", "run_dir", "submit_beside")  # about the notebook, not the experiment
 GROUPS = {  # first parameter of each group of the cell -> what the group is about
-    "engine": "what runs",
+    "recipe": "what runs",
     "num_ctx_servers": "topology",
     "find_target_qps": "search and plan",
     "server_target_qps": "load",

@@ -127,7 +127,7 @@ def test_the_manifest_has_the_digest_of_every_log(chain):
     for mode in ("performance", "accuracy"):
         assert f"mlperf/{mode}/mlperf_log_detail.txt" in manifest["sha256"]
     assert manifest["versions"]["mlcommons-loadgen"] == "5.1.2"
-    assert manifest["made_with"]["checkpoint"]["files"] == 6 and manifest["made_with"]["checkpoint"]["digest"]
+    assert manifest["made_with"]["checkpoint"]["files"] == 8 and manifest["made_with"]["checkpoint"]["digest"]
 
 
 def test_a_run_dir_that_is_there_is_refused(chain):
