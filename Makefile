@@ -66,8 +66,8 @@ test-browser: $(VENV)/.installed
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromium >/dev/null; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; fi
 	@if command -v chromium >/dev/null; then \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check "$$($(BIN)/python -c \
-	    'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["browser"])')"; fi
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c \
+	    'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["browser"])'); fi
 	$(BIN)/python -m pytest tests/browser
 
 SLURM_PACKAGES := slurmctld slurmd slurm-client slurm-wlm-basic-plugins slurm-wlm-mysql-plugin slurmdbd mariadb-server munge libpmix2 libpmix-dev squashfs-tools

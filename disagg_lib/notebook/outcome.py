@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import DisaggError
+from ..run.tables import orchestrator_table
 from ..sharing.report import report_html, report_line, report_text
 from .elements import lines_html
 
@@ -15,12 +16,22 @@ def _told(say: Callable[[Path], str], run: Path, without: Callable[[str], str] =
         return without(f"no result: {error}")
 
 
+def orchestrator_words(run: Path) -> str:
+    """Says when the orchestrator was the limit; "" when it was not."""
+    busy = orchestrator_table(run).query("note != ''")
+    return "\n".join(
+        f"The orchestrator, {row.cores_max:g} of a core in {row.mode}, was {row.note}."
+        for row in busy.itertuples()
+    )
+
+
 def outcome_text(run: Path) -> str:
-    return _told(report_text, run)
+    return "\n\n".join(filter(None, (_told(report_text, run), orchestrator_words(run))))
 
 
 def outcome_html(run: Path) -> str:
-    return _told(report_html, run, lines_html)
+    words = orchestrator_words(run)
+    return _told(report_html, run, lines_html) + (lines_html(words) if words else "")
 
 
 def outcome_line(run: Path) -> str:

@@ -199,6 +199,9 @@ def claim_of(
     models = (found for name in (model_key, *parts) if (found := model_of(name)))
     named = next(models, "")
     model = named or _model_by_samples(run)
+    served = str(files.settings.get("client", {}).get("model") or "")
+    if files.settings.get("engine") == "external" and served and "405b" not in served.lower():
+        model = ""  # LoadGen's model key is ours to send, the model behind the endpoint is not
     divided = parts[0] in ("closed", "open", "network")
     found = re.search(_RESULTS, files.origin.get("repository", ""))
     source, source_from = asserted_source(files, source)

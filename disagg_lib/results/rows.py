@@ -100,8 +100,10 @@ def result_row(result: RunResult) -> dict:
     claim, system = verdict.claim, files.system
     path = files.origin.get("path", "").split("/")  # division/submitter/results/system/benchmark/scenario/...
     known = path if len(path) > 5 and path[2] == "results" else [""] * 6
-    nodes = _whole(system.get("number_of_nodes", files.settings.get("node_count")))
-    gpus = nodes * _whole(system.get("accelerators_per_node", files.settings.get("gpus_per_node")))
+    # Of somebody else's server the parameters do not tell.
+    ours = {} if files.settings.get("engine") == "external" else files.settings
+    nodes = _whole(system.get("number_of_nodes", ours.get("node_count")))
+    gpus = nodes * _whole(system.get("accelerators_per_node", ours.get("gpus_per_node")))
     limits = limits_ms(claim.model, claim.scenario) or (run.ttft_limit_ms, run.tpot_limit_ms)
     return {
         **empty_row(files.folder),

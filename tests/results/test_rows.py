@@ -353,3 +353,14 @@ def test_the_timeline_of_a_failed_job_shows_no_node_of_its_reason(tmp_path):
     (run / "job/phases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in phases))
     texts = [text.get_text() for text in figures.figure_timeline(run).axes[0].texts]
     assert texts == ["bind", "failed"]
+
+
+@pytest.mark.parametrize(("served", "model"), [("meta-llama/Llama-3.1-405B-Instruct", "llama3.1-405b"), ("an-8b", "")])
+def test_of_an_endpoint_only_what_its_owner_states_is_told(tmp_path, served, model):
+    run = make_run(tmp_path / "run", engine="external")
+    path = run / "job/settings.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"client": settings["client"] | {"model": served}}))
+    row = rows.run_row(run)
+    assert math.isnan(row["accelerators_total"]) and math.isnan(row["nodes"])
+    assert row["model"] == model
