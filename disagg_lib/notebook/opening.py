@@ -54,6 +54,13 @@ def show_headline(e: Experiment, name: str = "") -> None:
     )
 
 
+def show_run(namespace: MutableMapping[str, Any], run: Path, e: Experiment) -> None:
+    """The line that says what a run is; live, and where no `run_dir` is given, a list of the others."""
+    show_headline(e, run.name)
+    if not namespace.get("run_dir"):
+        choose_run(namespace, run)
+
+
 def presets() -> list[str]:
     """Params files that describe an experiment, not a site or a system."""
     names = (f"params/{path.name}" for path in sorted((REPOSITORY / "params").glob("*.yaml")))

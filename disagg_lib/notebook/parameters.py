@@ -11,7 +11,7 @@ from ..cluster.runs import run_for
 from ..experiment.loading import experiment_from, load_recorded, refuse_contradiction, refuse_unknown
 from ..experiment.parameters import Experiment, parameter_kind, parameter_names
 from ..run.folder import find_run
-from .opening import choose_preset, choose_run, one_line_errors, show_headline
+from .opening import choose_preset, one_line_errors, show_headline, show_run
 
 OF_A_NOTEBOOK = ("params_files", "run_dir", "submit_beside")  # about the notebook, not the experiment
 GROUPS = {  # first parameter of each group of the cell -> what the group is about
@@ -141,7 +141,8 @@ def notebook_run(namespace: dict[str, Any], purpose: str = "read") -> tuple[Path
 
     Parameters
     ----------
-    purpose : launch (04) or read (05): which run is meant where `run_dir` is empty; see `cluster.runs`.
+    purpose : launch (04) or read (05): which run is meant where `run_dir` is empty; see `cluster.runs`. 05 calls `show_run`
+        itself, below its verdict.
 
     Raises
     ------
@@ -155,7 +156,6 @@ def notebook_run(namespace: dict[str, Any], purpose: str = "read") -> tuple[Path
     run = find_run(wanted) if wanted else run_for(purpose)
     experiment = load_recorded(run)
     refuse_contradiction(experiment, values.get("params_files") or (), given, run)
-    show_headline(experiment, run.name)
-    if not values.get("run_dir"):
-        choose_run(namespace, run)
+    if purpose == "launch":  # 05 begins with its verdict
+        show_run(namespace, run, experiment)
     return run, experiment
