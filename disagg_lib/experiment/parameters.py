@@ -107,8 +107,9 @@ class Experiment(BaseModel):
     gen_cuda_graphs: Literal["original", "powers_of_two"] = _parameter(
         "original", "batch sizes captured as CUDA graphs: the original's list, or powers of two (v6.0)"
     )
-    routing: Literal["round_robin", "least_tokens"] = _parameter(
-        "round_robin", "who gets a request: servers in turn, or the one with the fewest tokens to do"
+    routing: Literal["round_robin", "least_tokens"] | None = _parameter(
+        None,
+        "who gets a request: servers in turn, or the one with the fewest tokens to do; not given: in turn, behind Dynamo the latter",
     )
     max_seq_len: int = _parameter(22016, "tokens; 20000 in + 2000 out, up to a multiple of 32", ge=32)
     kv_transfer_backend: Literal["UCX", "NIXL", "MPI"] | None = _parameter(
@@ -351,6 +352,10 @@ class Experiment(BaseModel):
     @property
     def transfer_backend(self) -> str:
         return self.kv_transfer_backend or {"v5.1": "MPI", "1.x": "NIXL"}[self.trtllm_dialect]
+
+    @property
+    def router(self) -> str:
+        return self.routing or {"trtllm": "round_robin", "dynamo": "least_tokens"}[self.orchestrator]
 
     @property
     def serving_stack(self) -> str:

@@ -109,7 +109,7 @@ def _group(e: Experiment, role: str) -> dict[str, Any]:
     return {
         "num_instances": len(servers),
         "urls": [f"{node_placeholder(s.node)}:{s.port}" for s in servers],
-        **_ROUTERS[e.routing],
+        **_ROUTERS[e.routing or "round_robin"],
         **_engine_arguments(e, role),
     }
 

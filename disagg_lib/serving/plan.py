@@ -130,11 +130,11 @@ def deployment_of(e: Experiment) -> Deployment:
     stack.check_system(e.gpu_system)
     context = ServerGroup(
         e.num_ctx_servers, e.ctx_tp_size, e.ctx_pp_size, e.ctx_batch_size, e.ctx_max_num_tokens,
-        kv_fraction=e.ctx_gpu_memory_fraction, router=e.routing, chunks_overlap=e.trtllm_dialect != "v5.1",
+        kv_fraction=e.ctx_gpu_memory_fraction, router=e.router, chunks_overlap=e.trtllm_dialect != "v5.1",
     )  # fmt: skip
     batch = min(e.gen_batch_size, e.gen_max_num_tokens)  # each request of a step needs one token of it
     generation = ServerGroup(
-        e.num_gen_servers, e.gen_tp_size, 1, batch, e.gen_max_num_tokens, tuple(cuda_graph_sizes(e.gen_batch_size, e.gen_cuda_graphs)), kv_fraction=e.gen_gpu_memory_fraction, router=e.routing,
+        e.num_gen_servers, e.gen_tp_size, 1, batch, e.gen_max_num_tokens, tuple(cuda_graph_sizes(e.gen_batch_size, e.gen_cuda_graphs)), kv_fraction=e.gen_gpu_memory_fraction, router=e.router,
         capacity_policy=e.gen_capacity_policy,
     )  # fmt: skip
     # With the synthetic data set a request's max_tokens is its own length; with MLPerf's it is the cap.

@@ -128,7 +128,7 @@ def budget_of(e: Experiment, gpus: int | None = None, draws: int = DRAWS) -> scr
     """`gpus` (or plan_gpus, or what the parameters need), with the parameters' system, round, lengths, stack and scheduling."""
     return screen.Budget(
         gpus or e.plan_gpus or e.gpu_count, e.gpu_system, e.gpus_per_node, spreads(e, draws)[0][1], plan.limits_of(e), stack=read_stack(e.serving_stack),
-        chunks_overlap=e.trtllm_dialect != "v5.1", routing=e.routing, gen_capacity_policy=e.gen_capacity_policy, loads=loads_of(e),
+        chunks_overlap=e.trtllm_dialect != "v5.1", routing=e.router, gen_capacity_policy=e.gen_capacity_policy, loads=loads_of(e),
     )  # fmt: skip
 
 
@@ -157,8 +157,9 @@ def _stack_notes(e: Experiment) -> list[str]:
     fitted = "; ".join(stack.fitted_on) or "nothing: the latency table as it is"
     notes = [f"Stack {stack.name}, fitted on {fitted}"]
     for key, used in (("routing", stack.router), ("gen_capacity_policy", stack.gen_capacity_policy)):
-        if stack.fitted_on and getattr(e, key) != used:
-            notes.append(f"  it was fitted with {key}: {used}; here it is {getattr(e, key)}")
+        has = e.router if key == "routing" else getattr(e, key)
+        if stack.fitted_on and has != used:
+            notes.append(f"  it was fitted with {key}: {used}; here it is {has}")
     if not e.lengths_file and e.prompt_mean_tokens != stack.mean_input_tokens:
         notes.append(
             f"  its constants hold at prompts of {stack.mean_input_tokens:g} tokens on average, not {e.prompt_mean_tokens}"

@@ -224,3 +224,9 @@ def test_every_description_fits_a_papermill_help_line():
 
     for name in parameter_names():
         assert "=" not in Experiment.model_fields[name].description, name
+
+
+def test_routing_follows_the_orchestrator_unless_it_is_given(experiment):
+    dynamo = {"trtllm_dialect": "1.x", "orchestrator": "dynamo"}
+    assert (experiment().router, experiment(**dynamo).router) == ("round_robin", "least_tokens")
+    assert experiment(**dynamo, routing="round_robin").router == "round_robin"
