@@ -62,4 +62,5 @@ def ranks(count, first, command):
                 end_all()
         if not alive(job_script):  # nobody else will end the servers
             end_all()
-    return status or max(abs(process.wait()) for process in processes)
+    ends = [process.wait() for process in processes]
+    return status or max(end if end >= 0 else 128 - end for end in ends)

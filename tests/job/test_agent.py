@@ -133,4 +133,4 @@ def test_the_orchestrators_cpu_time_is_sampled_from_proc(room, tmp_path):
         process.kill()
         process.wait()
     lines = [json.loads(line) for line in (here.run / "job/orchestrator.jsonl").read_text().splitlines()]
-    assert len(lines) == 3 and lines[-1]["cpu_s"] > lines[0]["cpu_s"] > 0
+    assert len(lines) == 3 and lines[-1]["cpu_s"] > lines[0]["cpu_s"] >= 0
