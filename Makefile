@@ -1,5 +1,5 @@
 # make demo   the whole chain on this machine, without a GPU     make lab     step through it in JupyterLab
-# make test   all tests that need neither Slurm nor a browser    make check   format, lint, shell scripts, notebooks
+# make test   all tests but those below that name their need     make check   format, lint, rooms, shell scripts, notebooks
 # make bench  what measures speed, with the tables it prints     make renew   golden files and parameter cells anew
 # make example   the rehearsal kept in results/, run anew   make pictures   README's pictures and output, from it
 

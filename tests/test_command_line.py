@@ -174,6 +174,24 @@ def test_the_plan_is_written_as_a_complete_params_file_and_never_over_one(tmp_pa
     assert again.returncode == 1 and "nothing is overwritten" in again.stderr
 
 
+def test_a_written_plan_keeps_what_it_rests_on(tmp_path):
+    preset, path = "params/gb300_72gpu_v6.0.yaml", tmp_path / "my8.yaml"
+    done = command("plan", preset, "--gpus", 8, "--draws", 1, "--write", path)
+    assert done.returncode == 0, done.stderr
+    written, planned_from = load_experiment([path]), load_experiment([preset])
+    kept = (
+        "recipe",
+        "round",
+        "orchestrator",
+        "dynamo_release",
+        "router",
+        "gen_capacity_policy",
+        "gpu_system",
+    )
+    assert [getattr(written, name) for name in kept] == [getattr(planned_from, name) for name in kept]
+    assert written.num_frontends == written.node_count == 2
+
+
 def test_thirty_runs_fit_eighty_columns(tmp_path):
     whole = sorted(p.parent for p in (REPOSITORY / "tests/data").rglob("mlperf_log_detail.txt"))[0]
     for number in range(30):

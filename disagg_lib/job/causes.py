@@ -7,6 +7,9 @@ import time
 from .digests import write_digests
 from .phases import JOB, RUN, give_reason, phase, phases, reason, settings
 
+TEARDOWN_S = 120  # how long before the time limit Slurm sends TERM: job.sh's --signal=B:TERM@120
+EARLY_S = 60  # as much earlier it may send it (man sbatch, --signal)
+
 
 def slurm_says(*command):
     """Words of a Slurm command, or none: in an ending job it has little time to answer."""
@@ -54,10 +57,11 @@ def signal_reason(name):
     if (
         cause is None
         and "SLURM_JOB_ID" in os.environ
-        and elapsed_s > limit_s - 180
+        and elapsed_s > limit_s - TEARDOWN_S - EARLY_S
         and not (JOB / "cancelled").exists()
     ):
-        return f"time limit {when}: time_limit is {limit_s} s, and teardown begins 120 s before. Raise time_limit"
+        begins = f"teardown begins {TEARDOWN_S} s before"
+        return f"time limit {when}: time_limit is {limit_s} s, and {begins}. Raise time_limit"
     return cause or f"cancelled (signal {name}) {when}"
 
 

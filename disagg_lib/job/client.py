@@ -32,7 +32,6 @@ import asyncio
 import functools
 import gc
 import json
-import math
 import os
 import platform
 import resource
@@ -47,9 +46,10 @@ import numpy as np
 from .client_settings import ClientError, read_settings
 from .http_answer import KINDS
 from .loadgen import MODES, TEST06, configure, read_log
-from .prompts import Target, prepare_samples
+from .prompts import prepare_samples
 from .recorder import Recorder, lateness_s, percentile_ms, write_queries
 from .sender import IDS_MODES, Client, allow_open_files
+from .target import Target
 from .token_ids import WAYS, find_way
 from .warmup import warm_up
 
@@ -95,7 +95,7 @@ class Run:
         offline = self.settings["scenario"] == "Offline"
         most_open = min(self.settings["max_in_flight"] or self.count, self.count) if offline else 0
         allow_open_files(most_open, ", or lower max_in_flight" if offline else "")
-        await client.open_connections(math.ceil(self.settings["connections"] / len(self.targets)))
+        await client.open_connections(self.settings["connections"])
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopped, client, number)
         self.recorder.start()
@@ -113,8 +113,8 @@ class Run:
                 await asyncio.wait_for(finished.wait(), 1.0)
             except asyncio.TimeoutError:
                 self.recorder.lines.put(client.sweep())
-                if client.failures_in_a_row >= MOST_FAILURES_IN_A_ROW:
-                    worst = max(client.pools, key=lambda pool: pool.failures_in_a_row)
+                worst = max(client.pools, key=lambda pool: pool.failures_in_a_row)
+                if worst.failures_in_a_row >= MOST_FAILURES_IN_A_ROW:
                     where = f" at {worst.target.url}" if len(client.pools) > 1 else ""
                     self._leave(client, f"{worst.failures_in_a_row} requests in a row failed{where}", 1)
         self.recorder.lines.put(client.sweep())

@@ -22,7 +22,7 @@ REQUIRED = ("endpoint", "model", "model_key", "user_conf", "total_sample_count",
 
 
 def read_settings(run_dir):
-    """Return the "client" mapping of RUN/job/settings.json with defaults filled in, and the engine."""
+    """Return the "client" mapping of RUN/job/settings.json with defaults filled in, the engine and the servers."""
     path = run_dir / "job" / "settings.json"
     try:
         told = json.loads(path.read_text())
@@ -32,4 +32,4 @@ def read_settings(run_dir):
     missing = [key for key in REQUIRED if key not in given]
     if missing:
         raise ClientError("%s: client lacks %s" % (path, ", ".join(missing)))
-    return dict(DEFAULTS, engine=told.get("engine"), **given)
+    return dict(DEFAULTS, engine=told.get("engine"), servers=told.get("servers", ()), **given)

@@ -14,6 +14,10 @@ TELLING = re.compile(
 )
 
 LAUNCHER = re.compile(r"\s*(?:\d+: )?job_agent: |.*[Ee]xited with exit code")  # a task ended, not why
+DEAD_RANK = re.compile(
+    r"(?:srun: error: \S+: tasks? (\d+)|job_agent: rank (\d+))"
+    r".*?(?:[Ee]xited|ended|[Kk]illed|[Tt]erminated|[Aa]borted|dumped|fault)"
+)
 
 
 def exit_status(name):
@@ -34,8 +38,11 @@ def last_lines(path, count=3):
 
 
 def told(path, mark=None, otherwise=None):
-    """What a log, or some ranks in it (their labels in `mark`), say of a failure: the first two lines that tell why, then the
-    last; where none tells why, `otherwise`, or the last three."""
+    """What a log says of a failure: the first two lines that tell why, then the last.
+
+    mark : a rank's label, or a tuple of several: of their lines alone. otherwise : where none tells why, instead of the
+    last three.
+    """
     telling, last = [], []
     if path.exists():
         with path.open(errors="replace") as file:
@@ -55,13 +62,10 @@ def _joined(lines):
 
 def dead_rank(log, first_rank=0):
     """The first rank that a launcher reported as ended with an error, or None."""
-    pattern = re.compile(
-        r"(?:srun: error: \S+: tasks? (\d+)|job_agent: rank (\d+)).*?(?:[Ee]xited|ended|[Kk]illed|[Tt]erminated|[Aa]borted|dumped|fault)"
-    )
     if log.exists():
         with log.open(errors="replace") as file:
             for line in file:
-                match = pattern.search(line)
+                match = DEAD_RANK.search(line)
                 if match:
                     return int(match[1]) + first_rank if match[1] else int(match[2])
     return None
@@ -69,18 +73,27 @@ def dead_rank(log, first_rank=0):
 
 def death(step, status):
     """A sentence about a step of servers that has ended."""
-    part = next((p for p in settings()["doors"] + settings()["services"] if p["name"] == step), None)
+    s = settings()
+    part = named(s["doors"] + s["services"], step)
     if part is not None:
         return f"{part_words(part)} ended with status {status}: {told(part_log(part))}"
     log = RUN / "logs/output_workers.log"
-    servers = settings()["servers"]
-    own = next((s for s in servers if s["name"] == step), None)
+    own = named(s["servers"], step)
     rank = dead_rank(log, own["ranks"][0] if own else 0)
-    server = own or next((s for s in servers if rank in s["ranks"]), None)
+    server = own or server_of(rank)
     if server is None:
         return f"the servers' step ended with status {status}: {last_lines(log)}"
     rank = server["ranks"][0] if rank not in server["ranks"] else rank
     return f"{server_words(server, rank)} ended with status {status}: {told(log, mark=f'{rank}:')}"
+
+
+def named(parts, name):
+    """The mapping of settings.json that has this name, or None."""
+    return next((part for part in parts if part["name"] == name), None)
+
+
+def server_of(rank):
+    return next((server for server in settings()["servers"] if rank in server["ranks"]), None)
 
 
 def part_words(part):
@@ -90,6 +103,7 @@ def part_words(part):
 
 
 def part_log(part):
+    """Its own log; an orchestrator of TensorRT-LLM, and each of several, writes NVIDIA's output_server.log."""
     own = RUN / "logs" / (part["name"] + ".log")
     return own if own.exists() else RUN / "logs/output_server.log"
 

@@ -4,16 +4,26 @@ Its launchers start the server beside themselves and read no exit status: a fail
 waiting. What tells is /health, and while loading the server's log.
 """
 
+import contextlib
 import http.client
 import json
 import re
 import ssl
 import threading
 import time
-import urllib.parse
 
 from .causes import moment, outside_cause
-from .deaths import POLL_S, last_lines, part_log, part_words, refuse_dead_servers, server_words, told
+from .deaths import (
+    POLL_S,
+    last_lines,
+    named,
+    part_log,
+    part_words,
+    refuse_dead_servers,
+    server_of,
+    server_words,
+    told,
+)
 from .nodes import addresses
 from .phases import RUN, Failed, settings
 
@@ -24,57 +34,52 @@ MISSES = 2  # in a row, of a server that was well: it is dead
 ERROR = re.compile(rb"Traceback \(most recent call last\)|\[E\]|Executor worker returned error|RuntimeError")
 
 
-def connect(host, port, timeout_s):
-    secure = "".join(settings()["endpoint_url"][:1]).startswith("https:")
-    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    return kind(host, port, timeout=timeout_s)
+def connect(host, port, timeout_s, tls=None):
+    """A connection that closes with its `with`; tls: an ssl context, of an external endpoint."""
+    if tls:
+        return contextlib.closing(http.client.HTTPSConnection(host, port, timeout=timeout_s, context=tls))
+    return contextlib.closing(http.client.HTTPConnection(host, port, timeout=timeout_s))
 
 
-def http_status(host, port, path="/health", timeout_s=5.0):
-    """Status of a GET, or None when nothing answers; Failed if TLS does not come about."""
-    connection = connect(host, port, timeout_s)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status
-    except ssl.SSLError as error:
-        fix = "Needed: a certificate that this machine trusts; SSL_CERT_FILE names a file of those to trust"
-        raise Failed(f"endpoint_url: no TLS with {host}:{port}: {error}. {fix}") from None
-    except (OSError, http.client.HTTPException, ValueError):  # of a name that is none
-        return None
-    finally:
-        connection.close()
+def get(host, port, path, read, timeout_s=5.0, tls=None):
+    """What `read` makes of the answer, or None when none comes; Failed if TLS does not come about."""
+    with connect(host, port, timeout_s, tls) as connection:
+        try:
+            connection.request("GET", path)
+            return read(connection.getresponse())
+        except ssl.SSLError as error:
+            fix = (
+                "Needed: a certificate that this machine trusts; SSL_CERT_FILE names a file of those to trust"
+            )
+            raise Failed(f"endpoint_url: no TLS with {host}:{port}: {error}. {fix}") from None
+        except (OSError, http.client.HTTPException, ValueError):  # of a name that is none; of what is no JSON
+            return None
+
+
+def http_status(host, port, **how):
+    """Status of /health, or None when nothing answers."""
+    return get(host, port, "/health", lambda answer: answer.status, **how)
 
 
 def dynamo_lacks(name, host, port):
     """What a front end of Dynamo does not know yet, or None: it must list the model, and find every server."""
     model, servers = settings()["client"]["model"], len(settings()["servers"])
-    listed = [entry.get("id") for entry in _json_of(host, port, "/v1/models").get("data") or ()]
+    models = get(host, port, "/v1/models", json.load) or {}
+    listed = [entry.get("id") for entry in models.get("data") or ()]
     if model not in listed:
         return f"{name} {host}:{port} does not list the model {model}, but {listed}"
-    instances = _json_of(host, port, "/health").get("instances") or ()
+    health = get(host, port, "/health", json.load) or {}
+    instances = health.get("instances") or ()
     found = len({i.get("instance_id") for i in instances if i.get("endpoint") == "generate"})
     return f"{name} {host}:{port} has found {found} of {servers} servers" if found < servers else None
-
-
-def _json_of(host, port, path):
-    connection = connect(host, port, 5.0)
-    try:
-        connection.request("GET", path)
-        return json.loads(connection.getresponse().read())
-    except (OSError, http.client.HTTPException, ValueError):
-        return {}
-    finally:
-        connection.close()
 
 
 class LoadingErrors:
     """The servers' log as it grows: ranks that wrote an error, and when they wrote last."""
 
     def __init__(self):
-        self.place, self.silent_since = (
-            0,
-            {},
-        )  # byte of the log; rank -> time of its last line since its error
+        self.place = 0  # byte of the log
+        self.silent_since = {}  # rank -> time of its last line since its error
 
     def read(self):
         path = RUN / "logs/output_workers.log"
@@ -94,11 +99,11 @@ class LoadingErrors:
         self.read()
         limit_s = settings()["error_grace_s"]
         for rank, since in self.silent_since.items():
-            server = next((s for s in settings()["servers"] if rank in s["ranks"]), None)
+            server = server_of(rank)
             if server is None or time.monotonic() - since < limit_s:
                 continue
             if http_status(*addresses()[server["name"]]) != 200:
-                words = told(RUN / "logs/output_workers.log", mark=(f"{rank}:",))
+                words = told(RUN / "logs/output_workers.log", mark=f"{rank}:")
                 raise Failed(
                     f"{server_words(server, rank)} wrote an error, then nothing for {limit_s} s, and does not "
                     f"answer /health: {words}"
@@ -144,17 +149,11 @@ def refuse(name):
 
 def silence(name):
     """A sentence about a server that was well and is silent."""
-    server = next((s for s in settings()["servers"] if s["name"] == name), None)
+    server = named(settings()["servers"], name)
     if server is None:
-        part = next(door for door in settings()["doors"] if door["name"] == name)
+        part = named(settings()["doors"], name)
         who, words = part_words(part), last_lines(part_log(part))
     else:
         who = server_words(server, server["ranks"][0])
         words = told(RUN / "logs/output_workers.log", mark=tuple(f"{rank}:" for rank in server["ranks"]))
     return f"{who} was well and does not answer /health any more; its step lives on: {words}"
-
-
-def prefix():
-    """What stands before /v1 in an external endpoint's path; base URLs are given with and without /v1."""
-    path = urllib.parse.urlsplit("".join(settings()["endpoint_url"][:1])).path.rstrip("/")
-    return path[:-3] if path.endswith("/v1") else path

@@ -86,18 +86,22 @@ def bind():
     print(f"nodes: {' '.join(names)}", flush=True)
 
 
+def places():
+    """name -> (host, port) of all that listens: addresses.txt."""
+    rows = (line.split() for line in (JOB / "addresses.txt").read_text().splitlines())
+    return {name: (host, int(port)) for name, host, port in rows}
+
+
 def addresses():
     """name -> (host, port) of what answers /health: every orchestrator or front end, and every server."""
-    rows = (line.split() for line in (JOB / "addresses.txt").read_text().splitlines())
     silent = [service["name"] for service in settings()["services"]]
-    return {name: (host, int(port)) for name, host, port in rows if name not in silent}
+    return {name: place for name, place in places().items() if name not in silent}
 
 
 def services_up():
     """Wait until all services take connections: what needs them ends at once where they do not."""
-    rows = (line.split() for line in (JOB / "addresses.txt").read_text().splitlines())
-    names = [service["name"] for service in settings()["services"]]
-    waiting = [(name, host, int(port)) for name, host, port in rows if name in names]
+    listening = places()
+    waiting = [(service["name"], *listening[service["name"]]) for service in settings()["services"]]
     deadline = time.monotonic() + SERVICES_S
     while waiting:
         refuse_dead_servers()

@@ -12,7 +12,10 @@ SAMPLE_S = 1.0
 
 
 def find_orchestrator():
-    """Its process on this node, the job's first, or None: a Python that serves this run's bound configuration."""
+    """Its process on this node, the job's first, or None: a Python that serves this run's bound configuration.
+
+    Of several it is the first: they share the load. Dynamo's front ends are not looked for.
+    """
     config = str(JOB / "config.bound.yaml")
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):

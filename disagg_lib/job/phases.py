@@ -1,5 +1,6 @@
 """A job's phases and the reason of its failure, as lines of job/phases.jsonl."""
 
+import functools
 import json
 import os
 import time
@@ -15,7 +16,9 @@ class Failed(Exception):
     """The job cannot go on; the message is the reason."""
 
 
+@functools.lru_cache(maxsize=None)
 def settings():
+    """job/settings.json, which nothing changes while the job runs."""
     return json.loads((JOB / "settings.json").read_text())
 
 

@@ -17,6 +17,11 @@ def alive(pid):
     return True
 
 
+def shell_status(code):
+    """A process's return code as the shell says it: 128 + the signal that ended it."""
+    return code if code >= 0 else 128 - code
+
+
 def ranks(count, first, command):
     """Run `count` copies of a command here, as srun would: rank in SLURM_PROCID, labelled lines, all end with one."""
     label = first != "-"
@@ -56,11 +61,11 @@ def ranks(count, first, command):
             output.flush()
         for rank, process in enumerate(processes):
             if process.poll() and not status:
-                status = process.returncode if process.returncode > 0 else 128 - process.returncode
+                status = shell_status(process.returncode)
                 output.write(b"job_agent: rank %d ended with status %d\n" % (rank + offset, status))
                 output.flush()
                 end_all()
         if not alive(job_script):  # nobody else will end the servers
             end_all()
-    ends = [process.wait() for process in processes]
-    return status or max(end if end >= 0 else 128 - end for end in ends)
+    ends = [shell_status(process.wait()) for process in processes]
+    return status or max(ends)

@@ -1,42 +1,36 @@
-"""Ready: the orchestrator says 200, and completions have come back through every server."""
+"""Ready: every orchestrator or front end says 200, and completions have come back through every server."""
 
 import http.client
 import json
-import os
 import re
 import threading
 import time
-import urllib.parse
 
+from .client_settings import ClientError
 from .deaths import POLL_S, refuse_dead_servers, told
-from .health import LoadingErrors, connect, dynamo_lacks, http_status, prefix
+from .health import LoadingErrors, connect, dynamo_lacks, http_status
 from .nodes import addresses
 from .phases import RUN, Failed, settings
+from .target import PROBE_IDS, PROBE_TOKENS, Target
 
 
-def complete(host, port, timeout_s):
+def complete(target, timeout_s):
     """One short completion; returns None, or what was wrong with it."""
-    client, ids = settings()["client"], list(range(1000, 1032))
-    body = {"model": client["model"], "max_tokens": 4, "min_tokens": 4, "stream": True}
+    client, ids = settings()["client"], list(PROBE_IDS)
+    body = {"model": client["model"], "stream": True, "max_tokens": PROBE_TOKENS, "min_tokens": PROBE_TOKENS}
     body.update(
         {"messages": [], "prompt_token_ids": ids} if "chat" in client["endpoint"] else {"prompt": ids}
     )
     headers = {"Content-Type": "application/json"}
-    key = os.environ.get("OPENAI_API_KEY")  # as the client does: external endpoints
-    if key and not (key.isascii() and key.isprintable()):
-        return "OPENAI_API_KEY holds what no HTTP header may, a line end, say"
-    if key:
-        headers["Authorization"] = "Bearer " + key
-    connection = connect(host, port, timeout_s)
+    if target.key:
+        headers["Authorization"] = "Bearer " + target.key
     try:
-        connection.request("POST", prefix() + client["endpoint"], json.dumps(body), headers)
-        answer = connection.getresponse()
-        text = answer.read().decode(errors="replace")
-        text = re.sub(r"\\*".join(map(re.escape, key)), "***", text) if key else text  # some echo it
+        with connect(target.host, target.port, timeout_s, target.ssl) as connection:
+            connection.request("POST", target.path, json.dumps(body), headers)
+            answer = connection.getresponse()
+            text = target.mask(answer.read().decode(errors="replace"))  # some echo the key
     except (OSError, http.client.HTTPException, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    finally:
-        connection.close()
     if answer.status != 200:
         return f"status {answer.status}: {text[:200]!r}"
     if '"choices"' not in text or "[DONE]" not in text:
@@ -44,12 +38,12 @@ def complete(host, port, timeout_s):
     return None
 
 
-def complete_all(host, port, count, timeout_s):
+def complete_all(target, count, timeout_s):
     """`count` completions at once: an orchestrator that takes its servers in turn reaches each of them."""
     problems = ["no answer"] * count
 
     def one(i):
-        problems[i] = complete(host, port, timeout_s)
+        problems[i] = complete(target, timeout_s)
 
     threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(count)]
     for thread in threads:
@@ -64,34 +58,42 @@ def complete_all(host, port, count, timeout_s):
 
 
 def doors():
-    """name -> (host, port) of what takes requests: the orchestrator, the front ends, or somebody else's."""
-    if settings()["servers"]:
-        return {door["name"]: addresses()[door["name"]] for door in settings()["doors"]}
-    urls = [urllib.parse.urlsplit(url) for url in settings()["endpoint_url"]]
-    ports = [url.port or (443 if url.scheme == "https" else 80) for url in urls]
-    names = ["endpoint"] if len(urls) == 1 else [f"endpoint{i}" for i in range(len(urls))]
-    return {name: (url.hostname, port) for name, url, port in zip(names, urls, ports)}
+    """name -> Target of what takes requests: the orchestrators, the front ends, or somebody else's endpoints."""
+    s = settings()
+    if s["servers"]:
+        places = addresses()
+        urls = {door["name"]: "http://%s:%d" % places[door["name"]] for door in s["doors"]}
+    else:
+        given = s["endpoint_url"]
+        urls = {"endpoint" + str(i) * (len(given) > 1): url for i, url in enumerate(given)}
+    try:
+        return {name: Target(url, s["client"]["endpoint"]) for name, url in urls.items()}
+    except ClientError as error:
+        raise Failed(str(error)) from None
 
 
-def unwell():
+def unwell(targets):
     """What keeps completions from being tried, or None: a door or a server that does not answer /health well."""
     external = not settings()["servers"]
-    for name, (host, port) in doors().items():
-        status = http_status(host, port)
+    for name, target in targets.items():
+        status = http_status(target.host, target.port, tls=target.ssl)
         # Not every endpoint knows /health, or shows it to everybody: what a completion says counts.
         if status != 200 and not (external and status is not None and status < 500):
             said = "nothing answers" if status is None else f"status {status}"
-            return f"{name} {host}:{port} /health: {said}"
-    deaf = [] if external else [name for name, (h, p) in addresses().items() if http_status(h, p) != 200]
+            return f"{name} {target.host}:{target.port} /health: {said}"
+    if external:
+        return None
+    servers = (item for item in addresses().items() if item[0] not in targets)
+    deaf = [name for name, address in servers if http_status(*address) != 200]
     if deaf:
         return f"no 200 from {', '.join(deaf)}"
-    asked = doors().items() if settings()["orchestrator"] == "dynamo" and not external else ()
-    return next(filter(None, (dynamo_lacks(name, *address) for name, address in asked)), None)
+    asked = targets.items() if settings()["orchestrator"] == "dynamo" else ()
+    return next(filter(None, (dynamo_lacks(name, door.host, door.port) for name, door in asked)), None)
 
 
 def ready():
     """Ready: every door says 200, so does every server, and tokens came back through all of them."""
-    s = settings()
+    s, targets = settings(), doors()
     roles = [server["role"] for server in s["servers"]]
     waves = max(1, roles.count("context"), roles.count("generation"))
     errors, well_since = LoadingErrors(), None
@@ -100,17 +102,17 @@ def ready():
     while time.monotonic() < deadline:
         refuse_dead_servers()
         errors.refuse()
-        problem = unwell()
+        problem = unwell(targets)
         if problem is None:
             well_since = well_since or time.monotonic()
-            for name, (host, port) in doors().items():
+            for name, target in targets.items():
                 remaining_s = max(1.0, min(s["stall_timeout_s"], deadline - time.monotonic()))
-                problem = complete_all(host, port, waves, remaining_s)
+                problem = complete_all(target, waves, remaining_s)
                 if problem is not None:
-                    refuse_hopeless(name, host, port, problem, time.monotonic() - well_since)
+                    refuse_hopeless(name, target, problem, time.monotonic() - well_since)
                     break
             else:
-                each = f" each of {len(doors())} front ends, and" if len(doors()) > 1 else ""
+                each = f" each of {len(targets)} front ends, and" if len(targets) > 1 else ""
                 print(
                     f"ready: {waves} completions came back through{each} {len(roles) or 1} servers",
                     flush=True,
@@ -120,14 +122,14 @@ def ready():
     raise Failed(f"not ready after load_timeout_s = {s['load_timeout_s']} s: {problem}")
 
 
-def refuse_hopeless(gate, host, port, problem, well_s):
+def refuse_hopeless(name, target, problem, well_s):
     """Failed: what the completions meet will not come right by waiting, which is for servers that load."""
     s = settings()
-    if not s["servers"] and re.match(r"OPENAI_API_KEY|status 4(?!08|25|29)", problem):
+    if not s["servers"] and re.match("status 4(?!08|25|29)", problem):
         fix = "Check endpoint_url, endpoint and served_model"
-        if problem[:10] in ("status 401", "status 403", "OPENAI_API"):
+        if problem[:10] in ("status 401", "status 403"):
             fix = "Set OPENAI_API_KEY to a key that it accepts"
-        raise Failed(f"{gate} {host}:{port}: {problem}. {fix}")
+        raise Failed(f"{name} {target.host}:{target.port}: {problem}. {fix}")
     if s["servers"] and well_s > 2 * s["stall_timeout_s"]:
         why = told(RUN / "logs/output_workers.log", otherwise="no error in it")
         raise Failed(

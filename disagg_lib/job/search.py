@@ -134,10 +134,8 @@ class Search:
 
     def run(self):
         """Go through the stages, from short trials to those of full length; after a repeated trial, once more."""
-        self.seen, self.saw_valid = (
-            [],
-            False,
-        )  # in this search: what an earlier one ran later must not change the way
+        # in this search: what an earlier one ran later must not change the way
+        self.seen, self.saw_valid = [], False
         self.edge_qps, self.steepness = self.low_qps, STEEPNESS
         self.least, self.most = 0.0, math.inf  # where shorter trials' verdicts leave the edge
         for queries, stage in stages(self.full_queries, self.resolution):

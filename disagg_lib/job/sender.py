@@ -3,6 +3,7 @@
 import array
 import collections
 import itertools
+import math
 import resource
 import time
 
@@ -50,18 +51,13 @@ class Client:
         self.total = None
 
     async def open_connections(self, count):
-        """Open that many connections to each URL before the run; ClientError if one refuses."""
+        """Open that many connections before the run, shared out over the URLs; ClientError if one refuses."""
         for pool in self.pools:
-            await pool.open_connections(count)
+            await pool.open_connections(math.ceil(count / len(self.pools)))
 
     @property
     def connections(self):
         return [connection for pool in self.pools for connection in pool.connections]
-
-    @property
-    def failures_in_a_row(self):
-        """Of the URL that has the most."""
-        return max(pool.failures_in_a_row for pool in self.pools)
 
     def issue(self, samples):
         """LoadGen's callback, in its thread: must return at once and must not raise."""
@@ -189,13 +185,11 @@ class Client:
         for request, read in held:
             ids = encode and ids_of_text(read, encode, end_id)
             if ids:
-                self._serve(
-                    request, ids, read.count
-                )  # usage's count: the text's ids may be others than the model's
+                # usage's count: the text's ids may be others than the model's
+                self._serve(request, ids, read.count)
             else:
-                self._fail(
-                    request, AnswerError("no_ids", f"the server sends text, and {why or 'it has no id'}")
-                )
+                said = f"the server sends text, and {why or 'it has no id'}"
+                self._fail(request, AnswerError("no_ids", said))
 
     def sweep(self):
         """Once a second: end requests that took too long; return the counts for progress.jsonl."""

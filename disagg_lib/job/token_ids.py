@@ -9,12 +9,12 @@ from pathlib import Path
 from .client_settings import ClientError
 from .http_answer import BAD_ANSWER, Answer, AnswerError, failure_of
 from .prompts import Samples
+from .target import PROBE_IDS, PROBE_TOKENS
 
 # What a request says to get ids. TensorRT-LLM sends ids in place of text (serve/openai_protocol.py, its pull request
 # 5382), vLLM sends both. Neither knows the other's field; TensorRT-LLM refuses what it does not know, and all on chat.
 WAYS = {"detokenize": {"detokenize": False}, "return_token_ids": {"return_token_ids": True}, "unasked": {}}
 TEXT = "text"
-PROBE_IDS, PROBE_TOKENS = range(1000, 1032), 4
 ATTEMPTS, AGAIN_AFTER_S = 3, 1.0
 
 

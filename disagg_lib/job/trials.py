@@ -5,12 +5,12 @@ import json
 import socket
 import subprocess
 import sys
-import urllib.parse
 from pathlib import Path
 
 import numpy as np
 
 from .margins import SearchError, share_of_limit
+from .target import Target
 
 MOST_FAILED = 0.01  # share of a trial's requests: if more failed, the others' latencies tell of another load
 
@@ -33,10 +33,9 @@ def write_trial(run_dir, folder, client, qps, queries, full_s):
 
 def accepts_connections(url):
     """Return whether something listens at a URL."""
-    parts = urllib.parse.urlsplit(url)
+    target = Target(url, "")
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((parts.hostname, port), timeout=10).close()
+        socket.create_connection((target.host, target.port), timeout=10).close()
     except OSError:
         return False
     return True

@@ -22,9 +22,10 @@ import time
 import numpy as np
 
 from .loadgen import configure
-from .prompts import WARMUP_SEED, Samples, Target, kind_of, made_up_ids, read_lengths, read_prompts
+from .prompts import WARMUP_SEED, Samples, kind_of, made_up_ids, read_lengths, read_prompts
 from .recorder import Recorder, percentile_ms
 from .sender import IDS_MODES, Client, allow_open_files
+from .target import Target
 from .token_ids import find_way
 
 LIMIT_S = 300.0  # no wave begins that would end later, were it like the one before
@@ -58,12 +59,9 @@ def lengths_of(run_dir, settings, count):
     return [lengths[place * total // count % total] for place in range(count)]
 
 
-def pairs_of_servers(run_dir):
+def pairs_of_servers(settings):
     """Return how many pairs of a context and a generation server there are; 1 behind an external endpoint."""
-    roles = [
-        server["role"]
-        for server in json.loads((run_dir / "job/settings.json").read_text()).get("servers", ())
-    ]
+    roles = [server["role"] for server in settings["servers"]]
     return max(1, roles.count("context") * roles.count("generation"))
 
 
@@ -169,7 +167,7 @@ async def warm_up(run_dir, urls, settings, progress):
     client = Client(asyncio.get_running_loop(), NoLoadGen, targets, settings, samples, "warmup", recorder.log)
     await client.open_connections(settings["connections"])
     recorder.start()
-    smallest = max(FEWEST_OPEN, 2 * pairs_of_servers(run_dir) * len(urls))  # each front end, to each pair
+    smallest = max(FEWEST_OPEN, 2 * pairs_of_servers(settings) * len(urls))  # each front end, to each pair
     wanted = functools.partial(will_be_open, settings, test)
     stable, waves = await until_alike(Waves(client, recorder), smallest, wanted)
     said = "warm" if stable else "not yet steady when the limit was reached"

@@ -10,9 +10,6 @@ from .health import Pulse, refuse_silent
 from .orchestrator_cpu import OrchestratorCpu
 from .phases import JOB, RUN, Failed, settings
 
-FAILURES_IN_A_ROW = (
-    50  # with none served between them: the run is INVALID, and nothing says that it will go on
-)
 HARNESS_QUIET_S = 1200  # NVIDIA's harness loads its data set and retries for minutes before its first query
 
 
@@ -59,9 +56,8 @@ class Movement:
     """Whether the newest line of progress differs from the one before, and since when it does not."""
 
     def __init__(self, mode):
-        self.s, self.mode = settings(), mode
-        self.ours = self.s["client"]["kind"] == "loadgen"
-        stall_s = self.s["stall_timeout_s"]
+        self.mode, self.ours = mode, settings()["client"]["kind"] == "loadgen"
+        stall_s = settings()["stall_timeout_s"]
         self.stall_s = stall_s if self.ours else max(stall_s, HARNESS_QUIET_S)
         self.moved, self.seen, self.line = time.monotonic(), None, None
 

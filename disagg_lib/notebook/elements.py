@@ -32,9 +32,9 @@ MARKS = {  # what a line says -> sign, colour, role; only a problem is read out 
 }
 
 
-def message_html(text: str, good: bool = False, kind: str = "") -> str:
+def message_html(text: str, kind: str = "problem") -> str:
     """A sentence with its mark, in the theme's own ink: colour alone says nothing. `kind`: one of MARKS."""
-    mark, colour, role = MARKS[kind or ("good" if good else "problem")]
+    mark, colour, role = MARKS[kind]
     return f'<div{role} style="line-height:1.4"><b style="color:{colour}">{mark}</b> {escape(text)}</div>'
 
 

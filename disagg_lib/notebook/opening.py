@@ -18,7 +18,7 @@ from ..run.folder import newest_runs
 from .elements import WIDE, html_box, show
 from .live import front_end_is_live
 
-MOST_RUNS = 40  # in a list; `run_dir` takes any
+MOST_RUNS = 40  # in a list; `run_dir` and `python -m disagg_lib results` take any
 
 
 def one_line_errors() -> None:
@@ -106,10 +106,14 @@ def choose_preset(namespace: MutableMapping[str, Any]) -> None:
     )
 
 
+def runs_to_pick(run: Path) -> list[Path]:
+    """This run, then the others in results/, newest first."""
+    return list(dict.fromkeys(path.resolve() for path in (run, *newest_runs())))[:MOST_RUNS]
+
+
 def choose_run(namespace: MutableMapping[str, Any], run: Path) -> None:
     """Live: a list of the runs, this one chosen; another one is taken when the cells are run again."""
     if not front_end_is_live():
         return
-    runs = list(dict.fromkeys([run, *newest_runs()]))[:MOST_RUNS]
-    options = [(run_label(path), str(path)) for path in runs]
-    _chooser("run", options, str(run), lambda path: namespace.update(chosen_run=path), run_label(run))
+    options = [(run_label(path), str(path)) for path in runs_to_pick(run)]
+    _chooser("run", options, options[0][1], lambda path: namespace.update(chosen_run=path), run_label(run))

@@ -20,7 +20,9 @@ GROUPS = {  # first parameter of each group of the cell -> what the group is abo
     "find_target_qps": "search and plan",
     "server_target_qps": "load",
     "rehearsal_queries": "rehearsal",
-    "scratch_dir": "site: model, cluster, other servers",
+    "scratch_dir": "site: model, cluster",
+    "dynamo_release": "Dynamo",
+    "system_name": "other ways: NVIDIA's harness, a server that is up",
 }
 
 

@@ -12,19 +12,10 @@ from ..errors import DisaggError
 from ..results.figures import figure_interactivity, figure_latency_distributions
 from ..results.published import beside_published
 from ..results.rows import format_table, runs_table, table_cells
-from ..run.folder import newest_runs
 from ..serving.figures import as_image
 from .elements import MUTED, WIDE, Latest, html_box, lines_html, message_html, show
 from .live import front_end_is_live
-
-MOST_RUNS = 40  # ticks; `python -m disagg_lib results` takes any number
-
-
-def runs_to_pick(run: Path) -> list[Path]:
-    """The runs in results/, newest first, this one among them."""
-    run = run.resolve()
-    others = (other.resolve() for other in newest_runs())
-    return [run, *(other for other in others if other != run)][:MOST_RUNS]
+from .opening import runs_to_pick
 
 
 def _table_html(cells: Sequence[Sequence[str]]) -> str:

@@ -91,6 +91,7 @@ def _nodes_in_full(e: Experiment, shown: int, holder: Holder) -> tuple[list[str]
     height = 24 + -(-drawn_gpus // columns) * CELL_HEIGHT + 4
     in_row = max(1, PICTURE_WIDTH // (width + 8))
     body: list[str] = []
+    doors = {door.node for door in e.doors}
     for node in range(shown):
         x0, y0 = 8 + node % in_row * (width + 8), 10 + node // in_row * (height + 10)
         frame = f'<rect x="{x0}" y="{y0}" width="{width}" height="{height}" rx="4" fill="{MID}" fill-opacity="0.1" stroke="{MID}"/>'
@@ -99,8 +100,10 @@ def _nodes_in_full(e: Experiment, shown: int, holder: Holder) -> tuple[list[str]
             svg_text(x0 + 6, y0 + 16, f"node {node}"),
             *_domain(e, node, x0, y0, width, in_row, shown),
         ]
-        if node == 0:
-            body += [_tag(x0 + width - 42, y0 + 4, "O"), _tag(x0 + width - 22, y0 + 4, "L")]
+        letters = "O" * (node in doors) + "L" * (node == 0)
+        body += [
+            _tag(x0 + width - 2 - 20 * (len(letters) - k), y0 + 4, letter) for k, letter in enumerate(letters)
+        ]
         for gpu in range(drawn_gpus):
             x, y = x0 + 6 + gpu % columns * CELL_WIDTH, y0 + 24 + gpu // columns * CELL_HEIGHT
             body.append(_cell(x, y, (node, gpu), holder))
@@ -175,7 +178,9 @@ def _legend(e: Experiment, y: float) -> tuple[list[str], float]:
                 )
             )
     rows.append((_idle_box(8, 0), f"idle GPUs: {idle}"))
-    rows.append((_tag(20, 4, "O"), "orchestrator"))
+    if e.doors:
+        word, count = {"trtllm": "orchestrator", "dynamo": "Dynamo front end"}[e.orchestrator], len(e.doors)
+        rows.append((_tag(20, 4, "O"), f"{count} {word}s" if count > 1 else word))
     rows.append((_tag(20, 4, "L"), "client (LoadGen)"))
     body, x = [], 0
     for drawn, words in rows:

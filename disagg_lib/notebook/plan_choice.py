@@ -16,17 +16,27 @@ from .elements import WIDE, html_box, message_html, show
 from .live import front_end_is_live
 from .predicted import predict
 
+# What a plan rests on besides its topology, or is served with; written where the parameters give it.
+PLANNED_ON = (
+    *("recipe", "round", "scenario", "orchestrator", "num_frontends", "dynamo_release", "routing"),
+    *("gen_capacity_policy", "stack", "prompt_mean_tokens", "lengths_file", "min_query_count"),
+)
+
 
 def choice_values(e: Experiment, row: PlanRow) -> dict[str, object]:
-    """Every key that makes this row a real run: also what the experiment says of system, dialect and node.
+    """Every key that makes this row a real run: also what the experiment says of system, dialect and node, and what
+    the plan rests on (`PLANNED_ON`).
 
     A plan is for GPUs: planned from a rehearsal's parameters it still is what TensorRT-LLM would serve under Slurm.
     """
     real = {"engine": "trtllm", "launcher": "slurm", "container": "pyxis"}
     if e.engine == "trtllm":
         real |= {"launcher": e.launcher, "container": e.container}
-    kept = ("trtllm_dialect", "gpu_system", "gpus_per_node", "stack", "lengths_file")
-    return real | {name: value for name in kept if (value := getattr(e, name)) is not None} | row.params()
+    stated = {name: getattr(e, name) for name in ("trtllm_dialect", "gpu_system", "gpus_per_node")}
+    given = {n: getattr(e, n) for n in PLANNED_ON if not e.provenance[n].startswith(("default", "recipe "))}
+    if "num_frontends" in given:  # each on a node of its own
+        given["num_frontends"] = max(1, min(e.num_frontends, row.gpus // e.gpus_per_node))
+    return real | stated | given | {"gen_cuda_graphs": "original"} | row.params()
 
 
 def choice_text(e: Experiment, row: PlanRow) -> str:
@@ -114,7 +124,7 @@ def use_a_row(e: Experiment, ranked: Sequence[PlanRow]) -> None:
             said.value = message_html(str(error))
             return
         name = path.relative_to(REPOSITORY).as_posix()
-        said.value = message_html(f"{name} is written. Open 03_configuration and start from it.", good=True)
+        said.value = message_html(f"{name} is written. Open 03_configuration and start from it.", kind="good")
 
     button.on_click(pressed)
     line = ipw.HBox([choice, button], layout=ipw.Layout(flex_flow="row wrap"))

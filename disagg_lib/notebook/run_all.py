@@ -176,9 +176,7 @@ def run_chain(
     for name in CHAIN[:-2]:
         if name != "02_plan" or with_plan:
             chain.execute(name, executed)
-    for (
-        path
-    ) in executed.iterdir():  # the run folder is this chain's own: another's would have stopped it in 03
+    for path in executed.iterdir():  # the run folder is our own: another's would have stopped the chain in 03
         path.rename(run / "notebooks" / path.name)
     executed.rmdir()
     _to_the_report(chain, out)

@@ -106,7 +106,7 @@ class SiteForm:
             return
         words = f"{self._path.parent.name}/{self._path.name} is written."
         self.outcome.value = message_html(
-            words + (f" The former one is {kept.name}" if kept else ""), good=True
+            words + (f" The former one is {kept.name}" if kept else ""), kind="good"
         )
 
 

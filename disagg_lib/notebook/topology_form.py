@@ -159,7 +159,7 @@ class TopologyForm:
                 else "Writes a new run folder for this topology; nothing is overwritten"
             )
         self.outcome.value = (
-            message_html(f"{self._written[1].name} is written. Next: 04_launch", good=True)
+            message_html(f"{self._written[1].name} is written. Next: 04_launch", kind="good")
             if written
             else lines_html(NOT_WRITTEN)
         )

@@ -34,6 +34,7 @@ class Engine:
 
     def __init__(self, args: EngineArgs, table: LatencyTable, seconds_per_ms: float, log=None):
         self.args, self.table, self.scale = args, table, seconds_per_ms
+        self.kv_capacity = table.kv_capacity_tokens(args.kv_fraction, args.max_num_tokens)
         self.stage_free = [0.0] * args.pp
         self.waiting: deque[Sequence] = deque()
         self.wake = asyncio.Event()
@@ -111,7 +112,6 @@ class GenerationEngine(Engine):
 
     def __init__(self, args: EngineArgs, table: LatencyTable, seconds_per_ms: float, log=None):
         super().__init__(args, table, seconds_per_ms, log)
-        self.kv_capacity = table.kv_capacity_tokens(args.kv_fraction, args.max_num_tokens)
         self.grows = args.capacity_policy == "MAX_UTILIZATION"
         self.slowdown = 1.0
         self.admitted = 0

@@ -18,9 +18,8 @@ from .engine import ContextEngine, GenerationEngine, Sequence
 from .knobs import Knobs, log
 
 LOAD_S = 1.5
-SHORT_EVERY = (
-    32  # of answers whose length is free, one is a token and the end token, as question answering has them
-)
+# Of so many answers whose length is free, one is a token and the end token, as question answering has them.
+SHORT_EVERY = 32
 
 
 class Worker:
@@ -36,7 +35,6 @@ class Worker:
         self.served = 0
         engine = ContextEngine if role == "context" else GenerationEngine
         self.engine = engine(args, self.table, knobs.time_scale / 1000, partial(log, name))
-        self.kv_capacity = self.table.kv_capacity_tokens(args.kv_fraction, args.max_num_tokens)
         if knobs.fault == "slow_tokens":
             self.engine.slowdown = 20.0  # of generation steps only
 
@@ -50,7 +48,7 @@ class Worker:
             log(self.name, f"loading weights: {part}/3")
             if part == 2:
                 self._crash_if("crash_loading", "CUDA out of memory while loading weights")
-        log(self.name, f"KV cache: {self.kv_capacity} tokens at {a.kv_fraction} of free memory;"
+        log(self.name, f"KV cache: {self.engine.kv_capacity} tokens at {a.kv_fraction} of free memory;"
             f" CUDA graphs: {list(a.graph_sizes) or 'off'}")  # fmt: skip
 
     def _crash_if(self, fault: str, reason: str) -> None:
@@ -122,8 +120,8 @@ class Worker:
     ) -> web.StreamResponse:
         sequence = Sequence(len(tokens), self._length(asked, checksum, most))
         kv_need = self.engine.kv_asked(sequence)
-        fits = kv_need <= self.kv_capacity
-        need(fits, f"the request needs {kv_need} KV-cache tokens; there are {self.kv_capacity}", 500)
+        there = self.engine.kv_capacity
+        need(kv_need <= there, f"the request needs {kv_need} KV-cache tokens; there are {there}", 500)
         gpus = self.args.tp * self.args.pp
         moved_ms = rules.transfer_ms(len(tokens), int(params.encoded_opaque_state or gpus), gpus)
         sequence.transfer_s = self.knobs.time_scale * moved_ms / 1000

@@ -49,6 +49,18 @@ def field(notebook, name):
     return notebook.page.get_by_label(name, exact=True)
 
 
+def wait_for_words(notebook, words):
+    """The form says these words; a timeout shows what it says instead."""
+    form = notebook.page.locator(".disagg-topology")
+    try:
+        form.get_by_text(words).wait_for()
+    except (
+        Exception
+    ) as error:  # playwright's TimeoutError; the package may be absent, the tests are then skipped
+        typed = {name: field(notebook, name).input_value() for name in ("num_ctx_servers", "num_gen_servers")}
+        raise AssertionError(f"needed {words!r}, fields {typed}, found:\n{form.inner_text()}") from error
+
+
 def test_03_runs_and_every_input_has_a_label(configuration):
     configuration.refuse_ugliness()
     labels = configuration.page.evaluate(
@@ -97,9 +109,10 @@ def test_03_redraws_within_200_ms(configuration, capsys):
 @pytest.mark.parametrize(("context", "generation", "gpus"), [("14", "4", 72), ("28", "8", 144)])
 def test_03_draws_racks_readably(configuration, context, generation, gpus):
     page = configuration.page
-    field(configuration, "num_ctx_servers").fill(context)
-    field(configuration, "num_gen_servers").fill(generation)
-    page.locator(".disagg-topology").get_by_text(f"= {gpus} GPUs on {gpus // 4} nodes").wait_for()
+    for name, text in (("num_ctx_servers", context), ("num_gen_servers", generation)):
+        field(configuration, name).fill(text)
+        field(configuration, name).press("Tab")
+    wait_for_words(configuration, f"= {gpus} GPUs on {gpus // 4} nodes")
     picture = page.locator(".disagg-topology svg")
     picture.scroll_into_view_if_needed()
     configuration.screenshots(f"{gpus}gpus", ".disagg-topology svg")

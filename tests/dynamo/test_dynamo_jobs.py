@@ -8,21 +8,17 @@ import time
 
 import psutil
 import pytest
+from test_job import wait
 
 from disagg_lib.cluster import launch
 from disagg_lib.files import read_json_lines
-from disagg_lib.job import deaths
 
 OF_DYNAMO = ("dynamo.frontend", "dynamo.mocker", "etcd", "nats-server")
 
 
 def until(run, condition, timeout_s=180):
     """Poll the job's state until condition(state); these tests' watchdog."""
-    deadline = time.monotonic() + timeout_s
-    while not condition(state := launch.job_state(run)):
-        assert time.monotonic() < deadline, f"{state}: {deaths.last_lines(run / launch.SCRIPT_LOG, 20)}"
-        time.sleep(0.2)
-    return state
+    return wait(run, timeout_s, condition)
 
 
 def finish(run, timeout_s=180):

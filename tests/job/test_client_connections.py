@@ -12,14 +12,14 @@ import pytest
 from client_runs import OFFLINE_CONF, command, error_lines, make_run, run_client, value
 from endpoint import Server
 
-from disagg_lib.job import client_settings, prompts, sender
+from disagg_lib.job import client_settings, prompts, sender, target
 
 
 async def client_here(*urls):
     """The client in this process, with a stub in LoadGen's place; it opens no spare connections."""
     endpoint = "/v1/completions"
     options = {**client_settings.DEFAULTS, "endpoint": endpoint, "model": "m", "connections": 0}
-    targets = [prompts.Target(url, endpoint) for url in urls]
+    targets = [target.Target(url, endpoint) for url in urls]
     samples = prompts.Samples(options)
     samples.add(0, b"1,2", 2, 10, 10)
     loop = asyncio.get_running_loop()
@@ -189,8 +189,8 @@ def test_key_that_no_header_can_hold_is_refused_and_not_said(tmp_path, key):
 )
 def test_key_is_masked_as_json_and_python_write_it(monkeypatch, echo):
     monkeypatch.setenv("OPENAI_API_KEY", 'se/cr"et\\key')
-    target = prompts.Target("http://h", "/v1/completions")
-    assert "***" in target.mask(echo(target.key)) and "et" not in target.mask(echo(target.key))
+    here = target.Target("http://h", "/v1/completions")
+    assert "***" in here.mask(echo(here.key)) and "et" not in here.mask(echo(here.key))
 
 
 def test_fewer_open_files_than_requests_in_flight_are_refused(tmp_path):

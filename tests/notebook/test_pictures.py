@@ -68,6 +68,15 @@ def test_an_nvlink_domain_is_a_bracket_over_its_nodes():
     assert "NVLink" not in pictures.topology_svg(load_experiment())
 
 
+def test_each_front_end_is_drawn_on_its_own_node():
+    svg = pictures.topology_svg(load_experiment(["params/gb300_72gpu_v6.0.yaml"]))
+    assert "8 Dynamo front ends" in svg and svg.count(">O</text>") == 8 + 1  # and the legend's
+    external = pictures.topology_svg(
+        load_experiment(given={"engine": "external", "endpoint_url": "http://localhost:8000"})
+    )
+    assert ">O</text>" not in external and ">L</text>" in external
+
+
 def test_every_server_colour_bears_its_text():
     for colour in (*style.CONTEXT_COLOURS, *style.GENERATION_COLOURS):
         contrast = (luminance(colour) + 0.05) / (luminance(style.INK) + 0.05)

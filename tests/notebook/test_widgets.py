@@ -17,7 +17,7 @@ from disagg_lib.files import GrowingLines
 from disagg_lib.notebook import comparison, picker, progress, topology_form
 from disagg_lib.notebook import monitor as monitors
 from disagg_lib.notebook.live import front_end_is_live
-from disagg_lib.notebook.opening import presets
+from disagg_lib.notebook.opening import presets, runs_to_pick
 from disagg_lib.notebook.predicted import predict
 from disagg_lib.run.writing import create_run
 from disagg_lib.serving import prediction
@@ -346,7 +346,7 @@ def test_the_newest_runs_can_be_picked_and_this_one_always(results_dir, tmp_path
     mine = create_run(load_experiment(given=SMALL), tmp_path / "mine")
     old, new = (create_run(load_experiment(given=SMALL)) for _ in range(2))
     os.utime(old / "experiment.yaml", (1, 1))
-    assert picker.runs_to_pick(mine) == [mine.resolve(), new.resolve(), old.resolve()]
+    assert runs_to_pick(mine) == [mine.resolve(), new.resolve(), old.resolve()]
 
 
 def test_a_run_without_logs_is_a_line_in_the_picked_table(tmp_path):
