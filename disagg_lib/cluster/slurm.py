@@ -83,10 +83,16 @@ def slurm(
             continue
         if done.returncode == 0:
             return done.stdout
-        problem = " ".join(done.stderr.split()) or f"status {done.returncode}"
-        if not _is_silence(problem):
+        problem = _reason(done.stderr) or f"status {done.returncode}"
+        if not _is_silence(done.stderr):
             raise JobError(f"{command[0]}: {problem}")
     raise NoAnswer(f"{command[0]}: {problem}")
+
+
+def _reason(said: str) -> str:
+    """What a Slurm command said, as one line: of a fatal end the last words alone, as those before only lead there."""
+    lines = [re.sub(r"^\w+: (error|fatal): ", "", line.strip()) for line in said.splitlines() if line.strip()]
+    return lines[-1] if ": fatal: " in said else "; ".join(lines)
 
 
 @dataclass(frozen=True)

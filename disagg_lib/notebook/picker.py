@@ -1,6 +1,7 @@
 """05's picker of runs to compare."""
 
 import contextlib
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -17,20 +18,60 @@ from .elements import MUTED, WIDE, Latest, html_box, lines_html, message_html, s
 from .live import front_end_is_live
 from .opening import runs_to_pick
 
+CELL = "white-space:normal;min-width:110px;vertical-align:top;padding:2px 14px 2px 0;line-height:1.4"
+LIMIT_OF = {"TTFT p99 ms": "TTFT limit ms", "TPOT p99 ms": "TPOT limit ms"}  # headings of table_cells
+
+
+def _number(text: str) -> float:
+    """What a cell holds; nan for words."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def with_difference(cells: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The table of two runs with a column of how far the second lies from the first, in percent of the first."""
+    heading, *lines = cells
+    if len(heading) != 3:
+        return [list(line) for line in cells]
+    told = [[*heading, "second against first"]]
+    for name, *figures in lines:
+        first, second = map(_number, figures)
+        compared = name not in LIMIT_OF.values() and first and math.isfinite(first + second)
+        share = f"{100 * (second / first - 1):+.1f} %" if compared else ""
+        told.append([name, *figures, share])
+    return told
+
+
+def over_limit(cells: Sequence[Sequence[str]]) -> set[tuple[str, int]]:
+    """The cells (heading, column) whose figure is above its limit."""
+    lines = {line[0]: line[1:] for line in cells}
+    return {
+        (name, column)
+        for name, limit in LIMIT_OF.items()
+        for column, (figure, most) in enumerate(
+            zip(lines.get(name, ()), lines.get(limit, ()), strict=False), 1
+        )
+        if _number(figure) > _number(most)
+    }
+
 
 def _table_html(cells: Sequence[Sequence[str]]) -> str:
-    """Text cells as a table whose headings are its first line and column."""
-    style = 'style="text-align:left;white-space:normal;min-width:110px;vertical-align:top;padding:2px 14px 2px 0;line-height:1.4"'
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<{'td' if x and y else 'th'} {style}>{escape(c)}</{'td' if x and y else 'th'}>"
-            for x, c in enumerate(row)
-        )
-        + "</tr>"
-        for y, row in enumerate(cells)
-    )
-    return f'<div style="overflow-x:auto"><table>{rows}</table></div>'
+    """Text cells as a table whose headings are its first line and column; numbers to the right, over-limit ones marked."""
+    over = over_limit(cells)
+    lines = []
+    for y, row in enumerate(with_difference(cells)):
+        line = ""
+        for x, cell in enumerate(row):
+            tag = "td" if x and y else "th"
+            side = "right" if x and cell[-1:] in "0123456789%" else "left"
+            style = f"{CELL};text-align:{side}"
+            if (row[0], x) in over:
+                style, cell = f"{style};font-weight:bold", f"{cell} over its limit"
+            line += f'<{tag} style="{style}">{escape(cell)}</{tag}>'
+        lines.append(f"<tr>{line}</tr>")
+    return f'<div style="overflow-x:auto"><table>{"".join(lines)}</table></div>'
 
 
 def picked_html(runs: Sequence[Path]) -> str:

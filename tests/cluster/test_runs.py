@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from disagg_lib.cluster import launch, runs
+from disagg_lib.cluster.slurm import slurm
 from disagg_lib.errors import JobError, RunFolderError
 from disagg_lib.experiment.loading import load_experiment
 from disagg_lib.run.folder import find_run, newest_runs
@@ -155,3 +156,25 @@ def test_a_label_tells_runs_apart(new_run, start):
         "performance",
         "VALID",
     ]
+
+
+FATAL = """sinfo: error: resolve_ctls_from_dns_srv: res_nsearch error: Unknown host
+sinfo: error: fetch_config: DNS SRV lookup failed
+sinfo: fatal: Could not establish a configuration source"""
+REFUSED = """sbatch: error: invalid partition specified: fast
+sbatch: error: Batch job submission failed: Invalid partition name specified"""
+
+
+@pytest.mark.parametrize(("said", "line"), [
+    (FATAL, "tool: Could not establish a configuration source"),
+    (REFUSED, "tool: invalid partition specified: fast; Batch job submission failed: Invalid partition name specified"),
+    ("", "tool: status 1"),
+])  # fmt: skip
+def test_what_slurm_says_is_one_line(said, line, tmp_path, monkeypatch):
+    tool = tmp_path / "tool"
+    tool.write_text(f"#!/bin/sh\ncat >&2 <<'END'\n{said}\nEND\nexit 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(JobError) as caught:
+        slurm("tool", tries=1)
+    assert str(caught.value) == line

@@ -355,6 +355,19 @@ def test_a_run_without_logs_is_a_line_in_the_picked_table(tmp_path):
     assert "has not measured yet" in page
 
 
+def test_two_picked_runs_are_set_against_each_other():
+    cells = [["run", "a", "b"], ["source", "rehearsed", "rehearsed"], ["tokens/s", "200.0", "190.0"], ["TPOT mean ms", "-", "3.1"]]  # fmt: skip
+    assert [line[3] for line in picker.with_difference(cells)] == ["second against first", "", "-5.0 %", ""]
+    three = [[*line, line[2]] for line in cells]
+    assert picker.with_difference(three) == three
+
+
+def test_a_figure_over_its_limit_is_marked_in_the_picked_table():
+    cells = [["run", "a", "b"], ["TPOT p99 ms", "79.99", "80.01"], ["TPOT limit ms", "80", "80"]]
+    assert picker.over_limit(cells) == {("TPOT p99 ms", 2)}
+    assert picker._table_html(cells).count("over its limit") == 1
+
+
 def test_changed_values_are_checked_together():
     with pytest.raises(DisaggError, match="nodes: found 18, needed 19"):
         changed(changed(NVL72, {"nodes": 18}), {"num_gen_servers": 5})
