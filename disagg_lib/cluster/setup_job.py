@@ -5,6 +5,7 @@ what it found. The texts are pure functions of the Experiment; `run_setup_job` s
 or runs a job raises SetupError, and JobError where Slurm refuses it.
 """
 
+import contextlib
 import datetime
 import os
 import signal
@@ -112,9 +113,13 @@ def _start_local(folder: Path, output: Path) -> tuple[Callable, Callable]:
         )  # fmt: skip
 
     def cancel():
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
+        # A child that bash has forked and not yet replaced takes the signal as bash does and forgets it: so, again.
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            if process.poll() is not None:
+                return
+            os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
 
     return lambda: (False, "running") if process.poll() is None else (True, ENDED_WELL), cancel
 

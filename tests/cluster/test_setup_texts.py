@@ -172,14 +172,21 @@ def test_the_client_check_refuses_modules_from_elsewhere(tmp_path):
     assert done.returncode == 1 and f"not from {tmp_path}" in done.stderr and not (tmp_path / "logs").exists()
 
 
-def test_an_interrupt_ends_a_local_job_and_what_it_started(tmp_path):
+DEAF_ONCE = (
+    "import os, signal, time; signal.signal(15, lambda *_: signal.signal(15, signal.SIG_DFL)); "
+    "print('asleep', os.getpid(), flush=True); time.sleep(300)"
+)
+
+
+@pytest.mark.parametrize("commands", ["sleep 300 &\necho asleep $!\nsleep 300\n", f"{sys.executable} -c \"{DEAF_ONCE}\""])  # fmt: skip
+def test_an_interrupt_ends_a_local_job_and_what_it_started(commands, tmp_path):
     e = load_experiment((), {**LOCAL, "scratch_dir": str(tmp_path)})
 
     def interrupt(line):
         if "asleep" in line:
             raise KeyboardInterrupt
 
-    script = setup_job.job_header(e, "x", "0:01:00") + "sleep 300 &\necho asleep $!\nsleep 300\n"
+    script = setup_job.job_header(e, "x", "0:01:00") + commands
     with pytest.raises(KeyboardInterrupt):
         setup_job.run_setup_job(e, "x", script, out=interrupt, poll_s=0.1)
     (output,) = tmp_path.glob("setup/*/output.txt")
