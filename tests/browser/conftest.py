@@ -47,17 +47,29 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def wait_for_answer(url: str, process: subprocess.Popen, log: Path) -> None:
+    """Until a server answers; its log if it ended before, or takes more than a minute."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.3)
 
 
 class Lab:
     """The server: its tree, its address, and its token."""
 
     def __init__(self, tree: Path):
-        self.tree, self.token, self.port = tree, secrets.token_hex(16), _free_port()
+        self.tree, self.token, self.port = tree, secrets.token_hex(16), free_port()
         environment = {k: v for k, v in os.environ.items() if k != "DISAGG_LIVE"} | {
             "PYTHONPATH": str(tree),  # the copy's library, whose results go to the copy's results/
             "JUPYTER_CONFIG_DIR": str(tree.parent / "jupyter/config"),
@@ -83,16 +95,7 @@ class Lab:
         )
 
     def wait(self) -> None:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                assert self.process.poll() is None and time.monotonic() < deadline, Path(
-                    self.log.name
-                ).read_text()
-                time.sleep(0.3)
+        wait_for_answer(f"http://127.0.0.1:{self.port}/api", self.process, Path(self.log.name))
 
     def url(self, path: str, workspace: str) -> str:
         return f"http://127.0.0.1:{self.port}/lab/workspaces/{workspace}/tree/{path}?token={self.token}&reset"

@@ -7,7 +7,7 @@ import sys
 
 import psutil
 import pytest
-from conftest import SMALL
+from conftest import SMALL, axe_violations
 
 MAKE = """
 import json, sys
@@ -61,6 +61,7 @@ def test_04_shows_the_job_live_and_finds_it_again_after_a_reload(notebook, run):
     opened.page.locator('.disagg-monitor li[data-state="now"]', has_text="performance").wait_for()
     opened.page.wait_for_timeout(4000)
     opened.screenshots("monitor", ".disagg-monitor")
+    assert axe_violations(opened.page, ".disagg-monitor") == []
     opened.page.get_by_role("tab", name="workers").click()
     opened.page.locator(".disagg-monitor").get_by_text("logs/output_workers.log").wait_for()
     opened.page.get_by_role("link", name="Open run folder").click()
@@ -101,6 +102,8 @@ def test_05_compares_the_runs_that_are_ticked(notebook, tree):
     heads = picker.locator("tr").first.text_content()
     assert heads.count("rehearsal") == 2, heads
     opened.page.wait_for_timeout(500)
+    assert "second against first" in heads
+    assert axe_violations(opened.page, ".disagg-picker") == []
     opened.screenshots("two_runs", ".disagg-picker")
     opened.close()
 
