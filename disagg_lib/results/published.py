@@ -150,6 +150,9 @@ def _noise(figure: str, scenario: str, difference: float, obstacle: str) -> tupl
     return band, obstacle or ("beyond the noise" if size > band else "inside the noise")
 
 
+#: sources whose figures no machine has shown
+MODELLED = ("rehearsed", "simulated")
+
 #: what a person compares, from COLUMNS, and what `figure_interactivity` draws
 BESIDE = ("source", "round", "scenario", "submitter", "system", "accelerators_total", "target_qps", "completed_tokens_per_s",
           "completed_tokens_per_s_per_gpu", "ttft_p99_ms", "tpot_p50_ms", "tpot_p99_ms", "valid")  # fmt: skip
@@ -178,9 +181,11 @@ def beside_published(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     said = [_spread(published[published["round"] == name], name, scenario) for name in ROUNDS]
     rate = published["completed_tokens_per_s_per_gpu"]
     for run in ours.itertuples():
-        own = run.completed_tokens_per_s_per_gpu
-        place = f"{own:.1f} tokens/s/GPU, above {(rate < own).sum()} of {len(rate)}" if own > 0 else "GPUs unknown"
-        said.append(f"{Path(str(run.folder)).name}: {run.source}, {place}.{_closest(run, published)}{_caution(run)}")
+        own, obstacles = run.completed_tokens_per_s_per_gpu, _why_not_compared(run)
+        figure = f"{own:.1f} tokens/s/GPU" if own > 0 else "tokens/s/GPU unknown"
+        place = f"not compared: {'; '.join(obstacles)}" if obstacles else f"above {(rate < own).sum()} of {len(rate)}"
+        closest = "" if run.source in MODELLED else _closest(run, published)
+        said.append(f"{Path(str(run.folder)).name}: {run.source}, {figure}, {place}.{closest}")
     bands = {name: noise_band(name, scenario) for name in COMPARED if _has_band(name, scenario)}
     widths = ", ".join(
         f"{name} {band.pairs_95_percent:.1f} %" for name, band in bands.items() if "p50" not in name
@@ -221,14 +226,14 @@ def _closest(run, published: pd.DataFrame) -> str:
     )
 
 
-def _caution(run) -> str:
-    """Why a run's place among the published ones is not a comparison; "" if it is one."""
-    modelled = run.source in ("rehearsed", "simulated")
-    reasons = [f"it is {run.source}, so a model's word"] if modelled else []
-    reasons += [f"it is shortened ({run.shortened})"] if run.shortened else []
+def _why_not_compared(run) -> list[str]:
+    """Why a run has no place among the published ones; empty if it has."""
+    reasons = ["a model's word"] if run.source in MODELLED else []
+    reasons += [f"shortened ({run.shortened})"] if run.shortened else []
     reasons += ["nobody states its source"] if run.source == "unstated" else []
-    reasons += ["it is not valid"] if pd.isna(run.valid) or not run.valid else []
-    return f" No comparison: {'; '.join(reasons)}." if reasons else ""
+    reasons += ["not valid"] if pd.isna(run.valid) or not run.valid else []
+    reasons += [] if run.completed_tokens_per_s_per_gpu > 0 else ["its GPUs are unknown"]
+    return reasons
 
 
 def _has_band(figure: str, scenario: str) -> bool:
