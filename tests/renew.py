@@ -98,9 +98,8 @@ def renew_parameters_cell(path: Path) -> str:
     cell = next(c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
     source = parameters_cell(makes_runs=path.name[:2] not in ("04", "05"))
     cell["source"] = source.splitlines(keepends=True)
-    cell["metadata"]["jupyter"] = {
-        "source_hidden": True
-    }  # a line for every key, of which few readers need one
+    # Folded: a line for every key, of which few readers need one.
+    cell["metadata"]["jupyter"] = {"source_hidden": True}
     return clean_text(json.dumps(notebook))
 
 
