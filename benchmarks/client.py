@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from disagg_lib.job import client, client_settings, prompts, sender
+from disagg_lib.job import client, client_settings, prompts, sender, target
 
 HERE = Path(__file__).parent
 SINK_CORE, CLIENT_CORE = 1, 0
@@ -145,7 +145,7 @@ def run_ours(load, mode="performance", urls=1):
         loop, finished = asyncio.get_running_loop(), asyncio.Event()
         settings = {"endpoint": "/v1/completions", "model": "m", "connections": 64, "total_sample_count": 0}
         settings = {**client_settings.DEFAULTS, **settings}
-        targets = [prompts.Target(f"http://127.0.0.1:{load.port}", settings["endpoint"])] * urls
+        targets = [target.Target(f"http://127.0.0.1:{load.port}", settings["endpoint"])] * urls
         samples = prompts.Samples(settings)
         ids = memoryview(load.ids)
         for number in range(len(load.at_s)):

@@ -252,7 +252,7 @@ def results(
     import pandas as pd
 
     from .results.listing import json_rows, list_runs
-    from .results.published import published_table
+    from .results.published import best_share, published_table
     from .results.rows import format_table, runs_table
 
     runs, asides = _result_folders(folders)
@@ -269,6 +269,8 @@ def results(
         )
     else:
         text = (json_rows if as_json else format_table if wide else list_runs)(readable)
+        if not as_json and (line := best_share(readable)):
+            click.echo(line)
     click.echo(text)
     errors = [row.error if row.error.startswith(row.folder) else f"{row.folder}: {row.error}" for row in table.itertuples() if isinstance(row.error, str) and row.error]  # fmt: skip
     for line in [*asides, *errors]:
@@ -356,7 +358,7 @@ def evaluate(run_dir, dataset, tokenizer, trust_dataset):
         click.echo(f"{name}: {value}")
 
 
-@main.command(short_help="Share a run: pages, crate, submission.")
+@main.command(short_help="Share a run: pages, crate, submission, another launcher's file.")
 @run_argument
 @click.option(
     "--html", type=click.Path(), metavar="DEST", help="Self-contained pages and an index, redacted."
@@ -374,21 +376,32 @@ def evaluate(run_dir, dataset, tokenizer, trust_dataset):
     show_default=True,
     help="The system description, for --submission.",
 )
-def export(run_dir, html, crate, submission, system):
-    """Share a run: as pages, as a crate, or as a submission."""
+@click.option(
+    "--as",
+    "launcher",
+    type=click.Choice(["sflow", "srt-slurm"]),
+    help="The run's servers for sites that launch with these; not redacted, written to RUN/launchers/.",
+)
+def export(run_dir, html, crate, submission, system, launcher):
+    """Share a run: as pages, as a crate, as a submission, or its servers as the file of another launcher."""
     from .sharing.crate import export_crate
+    from .sharing.launchers import export_launcher
     from .sharing.pages import export_html
     from .sharing.submission import export_submission
 
     folder = run_folder(run_dir)
-    if not (html or crate or submission):
-        raise click.UsageError("say what to export: --html DEST, --crate DEST or --submission DEST")
+    if not (html or crate or submission or launcher):
+        raise click.UsageError(
+            "say what to export: --html DEST, --crate DEST, --submission DEST or --as LAUNCHER"
+        )
     if html:
         click.echo(export_html(folder, html).text())
     if crate:
         click.echo(export_crate(folder, crate).text())
     if submission:
         click.echo(export_submission(folder, submission, REPOSITORY / system).text())
+    if launcher:
+        click.echo(f"Wrote {export_launcher(folder, launcher)}")
 
 
 @main.command(short_help="Follow a job to its end.")

@@ -11,8 +11,10 @@ from disagg_lib.notebook.run_all import NOTEBOOKS
 from disagg_lib.run.config import config_files
 from disagg_lib.run.job_script import make_job_script
 from disagg_lib.run.settings import user_conf_text
+from disagg_lib.sharing.launchers import launcher_file
 
 GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_LAUNCHERS = Path(__file__).parent / "golden_launchers"
 REHEARSAL = {"engine": "rehearsal", "launcher": "local", "container": "none"}
 SITE = {
     "partition": "batch",
@@ -81,6 +83,20 @@ CASES = {
     "1.x_two_orchestrators": SITE | {"trtllm_dialect": "1.x", "num_frontends": 2},
 }
 
+# Which of them go to which other launcher: `export --as`.
+LAUNCHER_CASES = {
+    "v5.1_20gpu_slurm_pyxis": ["sflow"],
+    "1.x_shared_node": ["sflow"],
+    "1.x_least_tokens": ["sflow", "srt-slurm"],
+    "v6.0_gb200_72gpu": ["sflow", "srt-slurm"],
+}
+
+
+def launcher_texts(case: str) -> dict[str, str]:
+    """File name -> text of what other launchers get of a case."""
+    e = load_experiment([], CASES[case], root=Path("/project"))
+    return {f"{case}.{launcher}.yaml": launcher_file(e, launcher) for launcher in LAUNCHER_CASES[case]}
+
 
 def texts(given: dict) -> dict[str, str]:
     """File name -> text of all that a run folder of these parameters has, for a project at /project."""
@@ -111,5 +127,8 @@ if __name__ == "__main__":
             old.unlink()
         for name, text in texts(given).items():
             (folder / name).write_text(text)
+    for case in LAUNCHER_CASES:
+        for name, text in launcher_texts(case).items():
+            (GOLDEN_LAUNCHERS / name).write_text(text)
     for path in NOTEBOOKS.glob("*.ipynb"):
         path.write_text(renew_parameters_cell(path), encoding="utf-8")

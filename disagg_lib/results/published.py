@@ -52,6 +52,49 @@ def published_table(scenario: str | None = None) -> pd.DataFrame:
     return chosen.reset_index(drop=True).copy()
 
 
+def published_in(scenario: str, round_: str) -> pd.DataFrame:
+    """The published rows of a scenario in a round; of v5.1 where none of that round are here."""
+    table = published_table(scenario)
+    chosen = table[table["round"] == round_]
+    return chosen if len(chosen) else table[table["round"] == "v5.1"]
+
+
+def share_of_published(run) -> tuple[float, str] | None:
+    """Tokens/s of a row of `runs_table`, as a share of the best published result on as many GPUs, of the same GPU if there is one.
+
+    Returns
+    -------
+    The share (1.0: equal) and `the published result on 72 GPUs (NVIDIA GB200, v6.0: 22.2 queries/s)`; None where nothing
+    is published on that many.
+    """
+    rows = published_in(run.scenario, run.round)
+    rows = _of_gpu(rows[rows["accelerators_total"] == run.accelerators_total], run.accelerator)
+    if not len(rows):
+        return None
+    best = rows.loc[rows["completed_tokens_per_s"].idxmax()]
+    load = f"{best['target_qps']:g} queries/s" if run.scenario != "Offline" else f"{best['completed_tokens_per_s']:,.0f} tokens/s"
+    gpu = best["accelerator"] if best["submitter"] in best["accelerator"] else f"{best['submitter']} {best['accelerator']}"
+    which = "best published" if len(rows) > 1 else "published"
+    words = f"the {which} result on {run.accelerators_total} GPUs ({gpu}, {best['round']}: {load})"
+    return run.completed_tokens_per_s / best["completed_tokens_per_s"], words
+
+
+def best_share(table: pd.DataFrame) -> str:
+    """The run of `runs_table` that comes nearest to a published result on as many GPUs, in a line; "" if none may be compared."""
+    ours = [run for run in table.itertuples() if run.source != "published" and not _why_not_compared(run)]
+    shares = [(found, run) for run in ours if (found := share_of_published(run))]
+    if not shares:
+        return ""
+    (share, words), run = max(shares, key=lambda pair: pair[0][0])
+    return f"{Path(str(run.folder)).name}: {100 * share:.0f} % of {words}"
+
+
+def _of_gpu(rows: pd.DataFrame, accelerator: str) -> pd.DataFrame:
+    """The rows of this GPU, or all of them where it has none."""
+    same = rows["accelerator"].str.contains(rf"\b{re.escape(accelerator)}\b") if accelerator else rows["valid"].isna()
+    return rows[same] if same.any() else rows
+
+
 @dataclass(frozen=True)
 class NoiseBand:
     """How far two runs of one kind differ: 19 of 20 pairs by less than `pairs_95_percent`, none by more than `widest_percent`."""
@@ -183,7 +226,9 @@ def beside_published(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     for run in ours.itertuples():
         own, obstacles = run.completed_tokens_per_s_per_gpu, _why_not_compared(run)
         figure = f"{own:.1f} tokens/s/GPU" if own > 0 else "tokens/s/GPU unknown"
+        share = None if obstacles else share_of_published(run)
         place = f"not compared: {'; '.join(obstacles)}" if obstacles else f"above {(rate < own).sum()} of {len(rate)}"
+        place += f"; tokens/s are {100 * share[0]:.0f} % of {share[1]}" if share else ""
         closest = "" if run.source in MODELLED else _closest(run, published)
         said.append(f"{Path(str(run.folder)).name}: {run.source}, {figure}, {place}.{closest}")
     bands = {name: noise_band(name, scenario) for name in COMPARED if _has_band(name, scenario)}
@@ -216,8 +261,7 @@ def _closest(run, published: pd.DataFrame) -> str:
     """The official score that MLCommons wants stated beside an unverified one: of the same GPU, the nearest in their number."""
     if not run.accelerators_total > 0:
         return ""
-    same = published["accelerator"].str.contains(rf"\b{re.escape(run.accelerator)}\b")
-    published = published[same] if same.any() else published
+    published = _of_gpu(published, run.accelerator)
     apart = (published["accelerators_total"].astype(float) / run.accelerators_total).map(math.log).abs()
     near = published[apart == apart.min()].sort_values("completed_tokens_per_s_per_gpu").iloc[-1]
     return (

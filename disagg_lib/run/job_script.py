@@ -12,7 +12,7 @@ from ..experiment.topology import Server, topology_arithmetic
 from . import dynamo
 
 
-def _variables(e: Experiment) -> dict[str, str]:
+def variables(e: Experiment) -> dict[str, str]:
     """What the servers are told through the environment; TensorRT-LLM, facts of the v5.1 runs."""
     own_python = {"PYTHONNOUSERSITE": "1"}  # the home folder's packages would come before the image's
     if e.engine == "external":
@@ -61,6 +61,26 @@ def container_options(e: Experiment) -> list[str]:
     ]
 
 
+# What would redirect servers or harness.
+UNSET_VARIABLES = [
+    "UCX_TLS",
+    "LOG_DIR",
+    "MODEL_DIR",
+    "DATA_DIR",
+    "PREPROCESSED_DATA_DIR",
+    "BUILD_DIR",
+    "CONFIG_DIR",
+    "ARTIFACTS_DIR",
+]
+
+# Bash: a rank's caches in a folder of its own, or ranks of one node write over each other's.
+OWN_CACHES = """\
+  own=/tmp/disagg_405B_${USER-}/${SLURM_JOB_ID-}.${SLURM_STEP_ID-}.${SLURM_PROCID-}
+  for name in XDG_CACHE_HOME TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR FLASHINFER_WORKSPACE_BASE CUDA_CACHE_PATH; do
+    mkdir -p "$own/$name" && export "$name=$own/$name"
+  done
+"""
+
 _HARNESS_CONSTANTS = {
     "ENV": "dev",
     "BUILD_CONTEXT": "aarch64-Grace",
@@ -70,6 +90,24 @@ _HARNESS_CONSTANTS = {
     "INSTALL_TRTLLM": "",
     "INSTALL_LOADGEN": "",
 }
+
+
+def serving_command(e: Experiment) -> str:
+    """TensorRT-LLM's own command, by dialect."""
+    return {"v5.1": "python3 -m tensorrt_llm.commands.serve", "1.x": "trtllm-serve"}[e.trtllm_dialect]
+
+
+def serving_flags(e: Experiment, role: str) -> str:
+    """What dialect 1.x tells each server of a role, in lines for the shell."""
+    short = {"context": "ctx", "generation": "gen"}[role]
+    tp_size, batch, tokens = (
+        getattr(e, f"{short}_{name}") for name in ("tp_size", "batch_size", "max_num_tokens")
+    )
+    return (
+        f"  --tp_size {tp_size} --pp_size {e.ctx_pp_size if short == 'ctx' else 1}\n"
+        f"  --max_batch_size {batch} --max_num_tokens {tokens} --max_seq_len {e.max_seq_len}\n"
+        f'  --backend pytorch --extra_llm_api_options "$RUN/config.{short}.yaml" --server_role {role} --log_level info\n'
+    )
 
 
 def serve_check(e: Experiment, python: str) -> str:
@@ -118,7 +156,6 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
         f"'{text}'" if "," in text and "'" not in text else shlex.quote(text)
     )
     python = python if e.engine == "rehearsal" or e.launcher == "local" else "python3"
-    serve = {"v5.1": "python3 -m tensorrt_llm.commands.serve", "1.x": "trtllm-serve"}[e.trtllm_dialect]
 
     def gpus(server: Server) -> str:
         shared = len(server.nodes) == 1 and len(server.gpus) < e.gpus_per_node
@@ -129,14 +166,17 @@ def make_job_script(e: Experiment, python: str = sys.executable) -> str:
         arithmetic=topology_arithmetic(e)
         if e.servers
         else f"no servers: measures {', '.join(e.endpoint_url)}",
-        variables=_variables(e),
+        variables=variables(e),
         harness_variables={
             "SYSTEM_NAME": e.system_name or "",
             "MLPERF_SCRATCH_PATH": e.scratch_dir,
             **_HARNESS_CONSTANTS,
         },
         python=python,
-        serve='"$PYTHON" -m disagg_lib.rehearsal' if e.engine == "rehearsal" else serve,
+        serve='"$PYTHON" -m disagg_lib.rehearsal' if e.engine == "rehearsal" else serving_command(e),
+        serving_flags=serving_flags,
+        unset_variables=UNSET_VARIABLES,
+        own_caches=OWN_CACHES,
         serve_check=serve_check(e, python),
         tasks_per_node=min(e.gpus_per_node, e.gpu_count),
         waves=start_waves(e.servers),

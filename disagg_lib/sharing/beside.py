@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from ..errors import DisaggError
-from ..results.published import compare
+from ..results.published import compare, published_in
 from ..results.rows import as_table, read_result, result_row
-from .findings import published_in, short
+from .findings import short
 
 MOST_BESIDE = 3  # other runs in the card
 

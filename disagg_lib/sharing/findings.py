@@ -6,14 +6,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
+from types import SimpleNamespace
 
 from ..errors import DisaggError
 from ..files import read_json, read_json_lines
 from ..results.criteria import FAIL, PASS, SHORTENED
 from ..results.outputs import verdict_word
-from ..results.published import KEPT_ASIDE, published_table
+from ..results.published import KEPT_ASIDE, published_in, share_of_published
 from ..results.rounds import load_rules
 from ..results.rows import RunResult
 from ..results.verdict import suggested_qps, worst_latency
@@ -169,12 +168,12 @@ def tiles_of(result: RunResult, row: dict) -> Iterable[tuple[str, str, str]]:
         yield f"{gpus:.0f}", f"GPUs{on}", topology_words(result)
     else:
         yield "?", "GPUs", "the folder does not say how many"
-    yield _compared(result, per_gpu)
+    yield _compared(result, row)
 
 
-def _compared(result: RunResult, per_gpu: float) -> tuple[str, str, str]:
-    """Tokens/s/GPU as a share of the best published one, or why there is none."""
-    claim = result.verdict.claim
+def _compared(result: RunResult, row: dict) -> tuple[str, str, str]:
+    """Tokens/s as a share of the published result on as many GPUs, else of the best one per GPU, or why there is none."""
+    claim, per_gpu = result.verdict.claim, row["completed_tokens_per_s_per_gpu"]
     rates = published_in(claim.scenario, claim.round)
     best = rates["completed_tokens_per_s_per_gpu"].max()
     reasons = [claim.source] if claim.source in ("rehearsed", "simulated", "unstated") else []
@@ -187,18 +186,11 @@ def _compared(result: RunResult, per_gpu: float) -> tuple[str, str, str]:
         return "not compared", "with published results:", "; ".join(reasons)
     aside = KEPT_ASIDE.get((rates["round"].iloc[0], claim.scenario), 0)
     invalid = "" if result.verdict.valid else "; but this run is INVALID"
-    return (
-        f"{100 * per_gpu / best:.0f} %",
-        "of the best published tokens/s/GPU",
-        f"{best:.1f} in {claim.scenario}, {rates['round'].iloc[0]}, {len(rates)} of {len(rates) + aside} runs{invalid}",
-    )
-
-
-def published_in(scenario: str, round_: str) -> pd.DataFrame:
-    """The published rows of a scenario in a round; of v5.1 where none of that round are here."""
-    table = published_table(scenario)
-    chosen = table[table["round"] == round_]
-    return chosen if len(chosen) else table[table["round"] == "v5.1"]
+    of_best = f"{best:.1f} in {claim.scenario}, {rates['round'].iloc[0]}, {len(rates)} of {len(rates) + aside} runs{invalid}"
+    share = f"{100 * per_gpu / best:.0f} %"
+    if alike := share_of_published(SimpleNamespace(**row)):
+        return f"{100 * alike[0]:.0f} %", f"of {alike[1]}", f"{share} of the best tokens/s/GPU: {of_best}"
+    return share, "of the best published tokens/s/GPU", of_best
 
 
 def topology_words(result: RunResult, joint: str = " + ", spelled: bool = True) -> str:

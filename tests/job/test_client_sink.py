@@ -3,6 +3,7 @@
 import csv
 import shutil
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -61,3 +62,14 @@ def test_loadgens_times_are_what_the_server_sent(tmp_path, sink):
         if (np.abs(added_ms) < [1.0, 0.1]).all():
             return
     pytest.fail(f"TTFT p50, TPOT mean differ by {added_ms} ms in the last of {ATTEMPTS} attempts")
+
+
+def test_the_benchmark_still_runs_the_client():
+    """`make bench` alone calls it, and so it once lay broken unseen."""
+    if not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
+        pytest.skip("no C compiler: apt install gcc")
+    command = [sys.executable, SOURCE.with_name("client.py"), "--only", "ours", "--only", "ours, two URLs"]
+    short = ["--rounds", "1", "--seconds", "0.5", "--events-per-s", "4000", "--tokens", "40"]
+    done = subprocess.run([*command, *short], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "| ours, two URLs | " in done.stdout

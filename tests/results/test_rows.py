@@ -277,6 +277,34 @@ def test_a_valid_measured_run_stands_among_the_published_without_a_caution():
     assert "Closest official score: " in words and "tokens/s on 8 GPUs." in words
 
 
+@pytest.mark.parametrize(
+    ("gpus", "gpu", "round_", "share", "said"),
+    [
+        (72, "GB200", "v5.1", 0.9, "the published result on 72 GPUs (NVIDIA GB200, v5.1: 15.2 queries/s)"),
+        (72, "GB200", "v6.0", 0.9, "the published result on 72 GPUs (NVIDIA GB200, v6.0: 22.2 queries/s)"),
+        (72, "GB300", "v6.0", 1.1, "the published result on 72 GPUs (NVIDIA GB300, v6.0: 29.3 queries/s)"),
+        (8, "B200", "v5.1", 0.5, "the best published result on 8 GPUs (Nebius NVIDIA B200-SXM-180GB, v5.1: 1.18 queries/s)"),
+    ],
+)  # fmt: skip
+def test_a_run_is_a_share_of_the_published_result_on_as_many_gpus(gpus, gpu, round_, share, said):
+    table = published.published_table("Interactive")
+    same = (table["accelerators_total"] == gpus) & (table["round"] == round_) & table["accelerator"].str.contains(rf"\b{gpu}\b")
+    best = table[same].nlargest(1, "completed_tokens_per_s")
+    ours = best.assign(accelerator=gpu, source="measured", folder="results/ours", shortened="")
+    ours["completed_tokens_per_s"] *= share
+    found = published.share_of_published(next(ours.itertuples()))
+    assert found == (pytest.approx(share), said)
+    assert published.best_share(ours) == f"ours: {100 * share:.0f} % of {said}"
+    assert said.removeprefix("the ") in published.beside_published(ours.assign(loadgen_scenario="Server"))[1]
+    assert published.share_of_published(next(ours.assign(accelerators_total=20).itertuples())) is None
+
+
+@pytest.mark.parametrize("change", [{"source": "rehearsed"}, {"shortened": "60 s"}, {"valid": False}, {"source": "published"}])
+def test_what_may_not_be_compared_has_no_share(change):
+    ours = published.published_table("Interactive").assign(**{"source": "measured", "shortened": ""} | change)
+    assert published.best_share(ours) == ""
+
+
 def test_nothing_is_published_beside_a_single_stream_run():
     with pytest.raises(DisaggError, match="found SingleStream; needed a run of Interactive, Offline"):
         published.beside_published(rows.runs_table([DATA / "logs_resnet50_single_stream"]))

@@ -12,6 +12,7 @@ from test_rows import SHARED, make_run
 
 from disagg_lib.results import outputs, rows
 from disagg_lib.results.logs import LogError
+from disagg_lib.sharing import findings
 from disagg_lib.sharing.pages import export_html, notebook_page
 from disagg_lib.sharing.report import make_report, report_html, report_line, report_text
 
@@ -94,6 +95,21 @@ def test_a_measured_run_is_set_beside_the_best_published_one(tmp_path):
     best = float(re.match(r"[\d.]+", more)[0])
     assert what == "of the best published tokens/s/GPU"
     assert figure == f"{100 * per_gpu / best:.0f} %"
+
+
+def test_a_run_on_as_many_gpus_as_a_published_one_is_set_beside_that_one(tmp_path):
+    result = rows.read_result(make_measured(tmp_path)[0])
+    row = rows.result_row(result) | {
+        "accelerators_total": 72,
+        "accelerator": "GB200",
+        "completed_tokens_per_s": 9921.02 / 2,
+    }
+    figure, what, more = list(findings.tiles_of(result, row))[3]
+    assert (figure, what) == (
+        "50 %",
+        "of the published result on 72 GPUs (NVIDIA GB200, v5.1: 15.2 queries/s)",
+    )
+    assert "of the best tokens/s/GPU" in more
 
 
 def test_a_run_without_a_result_gets_a_card_that_says_why(tmp_path):
