@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,13 +81,13 @@ def share_of_published(run) -> tuple[float, str] | None:
 
 
 def best_share(table: pd.DataFrame) -> str:
-    """The run of `runs_table` that comes nearest to a published result on as many GPUs, in a line; "" if none may be compared."""
+    """The run of `runs_table` with the largest share of a published result on as many GPUs; "" if none may be compared."""
     ours = [run for run in table.itertuples() if run.source != "published" and not _why_not_compared(run)]
     shares = [(found, run) for run in ours if (found := share_of_published(run))]
     if not shares:
         return ""
     (share, words), run = max(shares, key=lambda pair: pair[0][0])
-    return f"{Path(str(run.folder)).name}: {100 * share:.0f} % of {words}"
+    return textwrap.fill(f"{Path(str(run.folder)).name}: {100 * share:.0f} % of {words}", 80, subsequent_indent="  ")
 
 
 def _of_gpu(rows: pd.DataFrame, accelerator: str) -> pd.DataFrame:

@@ -114,6 +114,25 @@ def test_front_ends_that_never_list_the_model_are_named(make_run, checkpoint, tm
     assert f"does not list the model {lacking}, but []" in state.reason
 
 
+def test_workers_of_which_none_gets_ready_are_named(make_run):
+    """All hang while they load: they live and answer nothing, and a stopped process takes no TERM."""
+    run = make_run(load_timeout_s=30)
+    launch.submit(run)
+    stopped = set()
+
+    def hang_what_began(state):
+        for process, environment in processes():
+            if "DYN_SYSTEM_PORT" in environment and process.pid not in stopped:
+                process.suspend()
+                stopped.add(process.pid)
+        return state.ended
+
+    state = until(run, hang_what_began)
+    assert state.state == "failed" and len(stopped) == 4
+    assert state.reason == "not ready after load_timeout_s = 30 s: no 200 from ctx0, ctx1, gen0, gen1"
+    assert nothing_runs()
+
+
 def test_a_cancelled_job_leaves_nothing(make_run):
     run = make_run(rehearsal_queries=600, test_modes=["performance"])
     launch.submit(run)

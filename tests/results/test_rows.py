@@ -294,7 +294,8 @@ def test_a_run_is_a_share_of_the_published_result_on_as_many_gpus(gpus, gpu, rou
     ours["completed_tokens_per_s"] *= share
     found = published.share_of_published(next(ours.itertuples()))
     assert found == (pytest.approx(share), said)
-    assert published.best_share(ours) == f"ours: {100 * share:.0f} % of {said}"
+    line = published.best_share(ours)
+    assert " ".join(line.split()) == f"ours: {100 * share:.0f} % of {said}" and max(map(len, line.splitlines())) <= 80
     assert said.removeprefix("the ") in published.beside_published(ours.assign(loadgen_scenario="Server"))[1]
     assert published.share_of_published(next(ours.assign(accelerators_total=20).itertuples())) is None
 
