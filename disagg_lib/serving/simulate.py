@@ -12,16 +12,7 @@ import numpy as np
 
 from ..errors import SimulationError
 from . import rules
-from .engines import (
-    TRACE_BINS,
-    Limits,
-    Queries,
-    Served,
-    run_aggregated,
-    run_context,
-    run_generation,
-    tabulate_generation,
-)
+from .engines import TRACE_BINS, Limits, Queries, Served, Tables, serve, tabulate_generation
 from .latency import read_table
 from .lengths import MAX_OUTPUT_TOKENS
 from .loadgen_rules import Load, percentile, worst_allowed
@@ -178,15 +169,17 @@ def simulate(deployment: Deployment, load: Load, lengths: np.ndarray) -> Simulat
     bin_s = max(float(load.arrivals_s[-1]) * 1.1, 1.0) / TRACE_BINS
     served = _unfilled(g, count)
     if c is None:
-        run_aggregated(asked, _limits(g, capacity, bin_s), _tables(d.system, g.tp, g.pp, d.stack)[:2], served)
+        tables = Tables(*_tables(d.system, g.tp, g.pp, d.stack)[:2])
+        serve(asked, _limits(g, capacity, bin_s), tables, served)
         prompts = served._replace(end=served.first)
     else:
         prompts = _unfilled(c, count)
-        run_context(asked, _limits(c, 0, bin_s), _tables(d.system, c.tp, c.pp, d.stack)[0], prompts)
+        tables = Tables(_tables(d.system, c.tp, c.pp, d.stack)[0])
+        serve(asked, _limits(c, 0, bin_s), tables, prompts)
         moved = 1e-3 * rules.transfer_ms(inputs, c.tp * c.pp, g.tp * g.pp)
         handed = asked._replace(arrivals=prompts.end, transfer=moved)
-        steps, order = _generation_steps(d.system, g, d.stack), np.argsort(prompts.end, kind="stable")
-        run_generation(order, handed, _limits(g, capacity, bin_s), steps, served)
+        tables = Tables(steps=_generation_steps(d.system, g, d.stack))
+        serve(handed, _limits(g, capacity, bin_s), tables, served, np.argsort(prompts.end, kind="stable"))
     return SimulatedRun(
         load, inputs, outputs, prompts.server, prompts.end, served.server, served.first, served.end, bin_s,
         prompts.busy / bin_s, served.busy / bin_s, *served.blocked.tolist(),
