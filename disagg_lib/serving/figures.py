@@ -15,7 +15,7 @@ from ..results.style import BLUE, INK, MID, ORANGE, new_figure, set_title
 from . import rules
 from .latency import LatencyTable, read_table, server_shapes
 from .lengths import length_draws
-from .loadgen_rules import OfficialLoads
+from .loadgen_rules import Loads
 from .plan import qps_over_draws
 from .simulate import Deployment, SimulatedRun, queue_lengths
 
@@ -87,7 +87,7 @@ def figure_queues(run: SimulatedRun) -> Figure:
     return figure
 
 
-def heat_map(best: Deployment, gpus: int, lengths: np.ndarray, loads: OfficialLoads) -> pd.DataFrame:
+def heat_map(best: Deployment, gpus: int, lengths: np.ndarray, loads: Loads) -> pd.DataFrame:
     """Highest VALID queries/s over (context servers, generation servers) of the best topology's server sizes; NaN: too many GPUs.
 
     Half the choice's context servers and more; up to twice its generation servers and two.
@@ -139,7 +139,7 @@ def figure_heat_map(table: pd.DataFrame, best: Deployment) -> Figure:
 
 
 def sensitivity(
-    best: Deployment, spreads: Sequence[tuple[str, Sequence[np.ndarray]]], loads: OfficialLoads
+    best: Deployment, spreads: Sequence[tuple[str, Sequence[np.ndarray]]], loads: Loads
 ) -> pd.DataFrame:
     """Highest VALID queries/s of a topology if prompts spread otherwise or are longer or shorter, or steps take 10 % more or less."""
     assumed, stack = spreads[0][1][:4], best.stack

@@ -16,8 +16,8 @@ from ..experiment.parameters import Experiment
 from ..results import rounds
 from .latency import server_shapes
 from .lengths import MAX_OUTPUT_TOKENS
-from .loadgen_rules import OfficialLoads, RandomLoads
-from .screen import CONTEXT_TOKENS, Budget, screen, shape_of
+from .loadgen_rules import Loads, random_load
+from .screen import CONTEXT_TOKENS, OF_V5_1, Budget, screen, shape_of
 from .simulate import INTERACTIVE_LIMITS_MS, Deployment, ServerGroup, simulate, summarise
 from .stacks import read_stack
 
@@ -145,7 +145,7 @@ def deployment_of(e: Experiment) -> Deployment:
 def highest_valid_qps(
     deployment: Deployment,
     lengths: np.ndarray,
-    loads: OfficialLoads | RandomLoads = OfficialLoads(),  # noqa: B008
+    loads: Loads = OF_V5_1,
     limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
     guess: float = 4.0,
     error: float = QPS_ERROR,
@@ -156,7 +156,7 @@ def highest_valid_qps(
     """
 
     def valid(qps: float) -> bool:
-        return summarise(simulate(deployment, loads.at(qps), lengths), limits_ms)["valid"]
+        return summarise(simulate(deployment, loads(qps), lengths), limits_ms)["valid"]
 
     low = high = max(guess, 0.01)
     factor = 1.06  # bracket with growing steps: the guess is near, or it is nowhere near
@@ -177,7 +177,7 @@ def highest_valid_qps(
 def qps_over_draws(
     deployment: Deployment,
     draws: Sequence[np.ndarray],
-    loads: OfficialLoads | RandomLoads = OfficialLoads(),  # noqa: B008
+    loads: Loads = OF_V5_1,
     limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
     guess: float = 4.0,
     error: float = QPS_ERROR,
@@ -202,10 +202,10 @@ def _tray_down(d: Deployment, role: str, gpus_per_node: int) -> Deployment | Non
 def _row(budget: Budget, d: Deployment, qps: np.ndarray) -> PlanRow:
     limits_ms = budget.limits_ms
     recommended = max(float(qps.min()), 0.01)  # 0: never VALID
-    at_it = [simulate(d, budget.loads.at(recommended), lengths) for lengths in budget.draws]
+    at_it = [simulate(d, budget.loads(recommended), lengths) for lengths in budget.draws]
     rows = [summarise(run, limits_ms) for run in at_it]
     others = [
-        summarise(simulate(d, RandomLoads(1000 + k).at(recommended), lengths), limits_ms)["valid"]
+        summarise(simulate(d, random_load(recommended, 1000 + k), lengths), limits_ms)["valid"]
         for k, lengths in enumerate((budget.draws * 8)[:8])
     ]
     names = "completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms", "context_utilisation"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from ..experiment.loading import load_experiment
 from ..experiment.parameters import Experiment
 from . import plan, screen
 from .lengths import INPUT_CV, data_set_lengths, is_histogram, length_draws, scale_outputs
-from .loadgen_rules import Load, OfficialLoads, RandomLoads, random_load
+from .loadgen_rules import Load, Loads, official_load, random_load
 from .simulate import SimulatedRun, simulate, summarise
 from .stacks import read_stack, shipped_stacks
 
@@ -33,16 +34,16 @@ def spreads(e: Experiment, draws: int = DRAWS) -> list[tuple[str, tuple[np.ndarr
     return [(f"cv {cv}", length_draws(draws, outputs, cv, mean)) for cv in PROMPT_CVS]
 
 
-def loads_of(e: Experiment) -> OfficialLoads:
+def loads_of(e: Experiment) -> Loads:
     """The loads of the round that the experiment claims."""
-    return OfficialLoads(e.round, e.min_query_count or 100)
+    return partial(official_load, e.round, min_query_count=e.min_query_count or 100)
 
 
 def _load(e: Experiment, seed: int | None) -> Load:
     """A rehearsal's load, the claimed round's, or (with a seed) another like it."""
     if e.shortened:
         return random_load(e.server_target_qps, seed or 0, 0.001, e.rehearsal_queries, equal_issue=False)
-    return (loads_of(e) if seed is None else RandomLoads(seed)).at(e.server_target_qps)
+    return loads_of(e)(e.server_target_qps) if seed is None else random_load(e.server_target_qps, seed)
 
 
 def _as_served(e: Experiment, lengths: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ Waits for the context servers by Kingman (round robin) or Sakasegawa (least toke
 import itertools
 import math
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ..experiment.cuda_graphs import cuda_graph_sizes
 from . import rules
 from .latency import LatencyTable, read_table, server_shapes
 from .lengths import built_in_lengths
-from .loadgen_rules import OfficialLoads
+from .loadgen_rules import Loads, official_load
 from .simulate import INTERACTIVE_LIMITS_MS, Deployment, ServerGroup
 from .stacks import NO_STACK, Stack
 
@@ -23,6 +23,7 @@ CONTEXT_TOKENS = (2048, 4096, 8192)
 GENERATION_BATCHES = (256, 512, 1024)
 GRAPHS = ("original", "powers_of_two")
 MOST_GPUS = 576
+OF_V5_1 = partial(official_load, "v5.1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Budget:
     chunks_overlap: bool = False
     routing: str = "round_robin"
     gen_capacity_policy: str = "GUARANTEED_NO_EVICT"
-    loads: OfficialLoads = OfficialLoads()
+    loads: Loads = OF_V5_1
 
 
 def shape_of(group: ServerGroup) -> str:

@@ -1,6 +1,7 @@
 """Calibration: runs inverted into step times, constants solved from those, and the shipped stacks against published runs."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ from disagg_lib.serving.calibrate import (
     step_times,
     under,
 )
-from disagg_lib.serving.loadgen_rules import OfficialLoads, official_load
+from disagg_lib.serving.loadgen_rules import official_load
 from disagg_lib.serving.simulate import Deployment, ServerGroup
 from disagg_lib.serving.stacks import NO_STACK, read_stack
 
@@ -133,7 +134,8 @@ def test_gb300_is_predicted_from_gb200():
 )
 def test_the_highest_valid_qps_is_what_was_published(spec, qps, within):
     run = published_run(spec, draws=8)
-    loads = OfficialLoads(spec.claimed, spec.params.get("min_query_count", 100))
+    least = spec.params.get("min_query_count", 100)
+    loads = partial(official_load, spec.claimed, min_query_count=least)
     found = plan.qps_over_draws(run.deployment, run.lengths, loads, guess=qps, error=0.002)
     assert np.median(found) == pytest.approx(qps, rel=within)
 
