@@ -60,11 +60,8 @@ def observe_record(
 ) -> Observed:
     """A run of the project's own client, with the arrivals and lengths that it recorded in job/queries_performance.csv.
 
-    Times are divided by `time_scale`, so that a rehearsal at another pace compares in the model's time.
-
-    Raises
-    ------
-    CalibrationError : no such record, one that is cut short, or one with failed requests.
+    Times are divided by `time_scale`, so that a rehearsal at another pace compares in the model's time. CalibrationError: no such
+    record, one that is cut short, or one with failed requests.
     """
     path = Path(run_dir) / "job" / "queries_performance.csv"
     try:
@@ -95,9 +92,7 @@ def observe_record(
 def observe_log(folder: Path, deployment: Deployment, draws: int = DRAWS) -> Observed:
     """A LoadGen log of scenario Server with a round's seeds: its load is known to the ns, its lengths by shape and mean.
 
-    Raises
-    ------
-    LogError, CalibrationError : no such log, other seeds, failed queries, or no token figures.
+    LogError, CalibrationError: no such log, other seeds, failed queries, or no token figures.
     """
     run = read_run(find_logs(folder).performance)
     claimed = [name for name, r in load_rules()["rounds"].items() if tuple(r["seeds"]) == tuple(run.seeds)]
@@ -106,21 +101,18 @@ def observe_log(folder: Path, deployment: Deployment, draws: int = DRAWS) -> Obs
             f"{folder}: scenario {run.loadgen_scenario}, {run.error_count} errors, seeds of"
             f" {claimed[0] if claimed else 'no round'}; needed is a Server run without errors on a round's seeds."
         )
-    names = {
-        "ttft": "result_first_token_{}.00_percentile_latency_ns",
-        "tpot": "result_time_per_output_token_{}.00_percentile_ns",
-    }
-    figures = {
-        f"{n}_p{q}_ms": run.detail.get(key.format(q), math.nan) / 1e6
-        for n, key in names.items()
-        for q in QUANTILES
-    }
-    row = figures | {
+    row = {
         "target_qps": run.target_qps,
         "min_duration_ms": run.min_duration_ms,
         "min_query_count": run.detail["effective_min_query_count"],
         "tokens_per_sample": run.completed_tokens_per_s / run.samples_per_s,
     }
+    for q in QUANTILES:
+        for name, key in (
+            ("ttft", "first_token_{}.00_percentile_latency"),
+            ("tpot", "time_per_output_token_{}.00_percentile"),
+        ):
+            row[f"{name}_p{q}_ms"] = run.detail.get(f"result_{key.format(q)}_ns", math.nan) / 1e6
     return observe_row(row, claimed[0], deployment, Path(folder).name, draws)
 
 
@@ -179,9 +171,7 @@ def _bisect(run: Observed, factor: str, names: Sequence[str], bracket=BRACKET) -
 def invert(run: Observed, base: Stack) -> Observed:
     """The run with the two factors on `base` that give its TPOT p50 and, on the whole, its TTFT quantiles.
 
-    Raises
-    ------
-    CalibrationError : a run that no factor reaches, or one whose TTFT is too short to fit.
+    CalibrationError: a run that no factor reaches, or one whose TTFT is too short to fit.
     """
     if run.figures["ttft_p50_ms"] < LEAST_TTFT_MS:
         raise CalibrationError(
@@ -189,11 +179,9 @@ def invert(run: Observed, base: Stack) -> Observed:
             " bends the fit. Take a run with longer prompts or at a higher QPS."
         )
     found = under(run, base)
+    fits = (("generation_factor", ["tpot_p50_ms"], 1), ("context_factor", FITTED_TTFT, DRAWS))
     for width in (None, 1.04):  # the second time from near the first
-        for factor, names, draws in (
-            ("generation_factor", ["tpot_p50_ms"], 1),
-            ("context_factor", FITTED_TTFT, DRAWS),
-        ):
+        for factor, names, draws in fits:
             near = getattr(found.deployment.stack, factor)
             bracket = (near / width, near * width) if width else BRACKET
             some = replace(found, lengths=run.lengths[:draws])  # TPOT hardly depends on the draw
@@ -204,13 +192,12 @@ def invert(run: Observed, base: Stack) -> Observed:
 def _context_parts(d: Deployment, prompt_tokens: float) -> tuple[float, float]:
     """ms of compute with attention, and of communication, that a prompt of this length takes by the table."""
     t, group = read_table(d.system, d.context.tp, d.context.pp), d.context
-    done, compute, comm = 0, 0.0, 0.0
-    while done < prompt_tokens:
+    compute = comm = 0.0
+    for done in range(0, math.ceil(prompt_tokens), group.max_num_tokens):
         chunk = min(prompt_tokens - done, group.max_num_tokens)
         compute += rules.interpolate(t.context_tokens, t.context_ms, chunk)
         compute += rules.interpolate_grid(t.attention_new, t.attention_past, t.attention_ms, chunk, done)
         comm += rules.interpolate(t.context_tokens, t.context_comm_ms, chunk)
-        done += chunk
     return compute, comm
 
 
@@ -218,11 +205,11 @@ def _generation_parts(d: Deployment, batch: float, mean_tokens: float) -> tuple[
     """ms of compute with attention, and of communication, of a generation step by the table."""
     t, group = read_table(d.system, d.generation.tp, d.generation.pp), d.generation
     size = rules.captured_batch(math.ceil(batch), group.cuda_graph_sizes, group.cuda_graph_padding) or batch
-    attention = d.stack.generation_attention * rules.interpolate_grid(
-        t.kv_batch, t.kv_length, t.kv_ms, batch, mean_tokens
-    )
+    attention = rules.interpolate_grid(t.kv_batch, t.kv_length, t.kv_ms, batch, mean_tokens)
     compute = rules.interpolate(t.generation_batch, t.generation_ms, size)
-    return compute + attention, rules.interpolate(t.generation_batch, t.generation_comm_ms, size)
+    return compute + d.stack.generation_attention * attention, rules.interpolate(
+        t.generation_batch, t.generation_comm_ms, size
+    )
 
 
 def step_times(run: Observed) -> dict[str, float]:
@@ -272,14 +259,8 @@ def solve(steps: Sequence[dict[str, float]], base: Stack, fitted_on: Sequence[st
 def calibrate(runs: Sequence[Observed], base: Stack, name: str) -> tuple[Stack, pd.DataFrame]:
     """Solve a stack on all runs, and show how well the constants of the *other* runs predict each one.
 
-    Returns
-    -------
-    the stack, and one row a run: needed and table step times, the stack's residual in them, errors in-sample and left out
-    (NaN for a single run, which has no others).
-
-    Raises
-    ------
-    CalibrationError : no runs, aggregated ones, or one that cannot be reached.
+    One row a run: needed and table step times, the stack's residual in them, errors in-sample and left out (NaN for a single run,
+    which has no others). CalibrationError: no runs, aggregated ones, or one that cannot be reached.
     """
     if not runs or any(run.deployment.context is None for run in runs):
         raise CalibrationError(

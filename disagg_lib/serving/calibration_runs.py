@@ -29,11 +29,8 @@ def _published_row(name: str, params: str) -> Observed:
     """A row of the shipped tables of published results, or of another of that form: FILE.csv:NAME, of the experiment's round."""
     e = load_experiment([params])
     path, _, part = name.rpartition(".csv:")
-    files = (
-        {e.round: Path(f"{path}.csv")}
-        if path
-        else {f.stem[10:]: f for f in sorted(DATA.glob("published_v*.csv"))}
-    )
+    shipped = {f.stem.removeprefix("published_"): f for f in sorted(DATA.glob("published_v*.csv"))}
+    files = {e.round: Path(f"{path}.csv")} if path else shipped
     try:
         tables = [pd.read_csv(file, comment="#").assign(round=claimed) for claimed, file in files.items()]
     except (OSError, ValueError) as error:
@@ -58,12 +55,7 @@ def calibrate_runs(
     base: str,
     out: Path,
 ) -> str:
-    """Fit on all of them, write the stack file, and say the step times and errors.
-
-    Raises
-    ------
-    CalibrationError : a run that cannot be used, or the file is there already.
-    """
+    """Fit on all, write the stack file, and say step times and errors; CalibrationError: a run cannot be used, or the file is there."""
     if out.exists():
         raise CalibrationError(f"{out} is there already, and nothing is overwritten. Choose another name.")
     runs = [observed(folder) for folder in folders]

@@ -5,9 +5,12 @@ the files in disagg_lib/data/ were made so and are read without it. A step split
 on the tokens in it, and attention, which depends on each request's new and past tokens: small grids instead of one big one.
 """
 
+import argparse
 import json
+import logging
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from ..errors import LatencyTableError
@@ -99,12 +102,7 @@ def server_shapes(system: str) -> list[tuple[int, int]]:
 
 
 def read_table(system: str, tp: int, pp: int = 1) -> LatencyTable:
-    """The table of one server shape.
-
-    Raises
-    ------
-    LatencyTableError : no table for the system, or none for this TP and PP; says which there are.
-    """
+    """The table of one server shape; LatencyTableError for a system, TP or PP without one says which there are."""
     content = _system_file(system)
     entry = content["servers"].get(f"{tp}x{pp}")
     if entry is None:
@@ -135,10 +133,8 @@ def compile_engine(system: str, tp: int, pp: int):
     """The library's model of one server shape."""
     from aiconfigurator_core.sdk import EngineHandle
 
-    parallel = {"tp_size": tp, "pp_size": pp, **QUANTISATION}
-    return EngineHandle.compile(
-        MODEL, library_system(system), "trtllm", backend_version="current", **parallel
-    )
+    how = {"backend_version": "current", "tp_size": tp, "pp_size": pp, **QUANTISATION}
+    return EngineHandle.compile(MODEL, library_system(system), "trtllm", **how)
 
 
 def library_system(system: str) -> str:
@@ -169,13 +165,12 @@ def _measure(handle) -> dict[str, list[float]]:
     def attention(new, past):
         return handle.predict_prefill_latency(1, new + past, past) - sum(context(new)[:2])
 
-    dense = [context(n) for n in GRID["context_tokens"]]
-    steps = [generation(b, 1024) for b in GRID["generation_batch"]]
-    values = {"context_ms": [parts[0] for parts in dense], "context_comm_ms": [parts[1] for parts in dense]}
-    values |= {
-        "generation_ms": [parts[0] for parts in steps],
-        "generation_comm_ms": [parts[1] for parts in steps],
-    }
+    values = {}
+    for phase, parts in (
+        ("context", [context(n) for n in GRID["context_tokens"]]),
+        ("generation", [generation(b, 1024) for b in GRID["generation_batch"]]),
+    ):
+        values[f"{phase}_ms"], values[f"{phase}_comm_ms"], _ = zip(*parts, strict=True)
     values["attention_ms"] = [attention(n, p) for n in GRID["attention_new"] for p in GRID["attention_past"]]
     values["kv_ms"] = [generation(b, n)[2] for b in GRID["kv_batch"] for n in GRID["kv_length"]]
     return {key: [float(f"{v:.4g}") for v in row] for key, row in values.items()}
@@ -183,8 +178,6 @@ def _measure(handle) -> dict[str, list[float]]:
 
 def build_table(system: str, shapes: list[tuple[int, int]]) -> dict:
     """Build a system's table with aiconfigurator-core 0.12; shapes are (TP, PP). Shapes that do not fit are left out."""
-    from importlib.metadata import version
-
     from aiconfigurator_core.sdk import estimate_kv_cache
 
     servers = {}
@@ -218,9 +211,6 @@ def build_table(system: str, shapes: list[tuple[int, int]]) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     """Build one system's table file."""
-    import argparse
-    import logging
-
     parser = argparse.ArgumentParser(prog="python -m disagg_lib.serving.latency", description=__doc__)
     parser.add_argument("system", help="gb200, gb300 or b200")
     parser.add_argument("--tp", type=int, nargs="+", default=[2, 4, 8, 16])

@@ -21,9 +21,6 @@ MAX_INPUT_TOKENS = 20000
 INPUT_RANGE = (400, MAX_INPUT_TOKENS)
 INPUT_MEAN, INPUT_CV = 9400, 0.40
 MAX_OUTPUT_TOKENS = 2000
-OUTPUTS_BY_SAMPLE = (
-    DATA / "output_lengths.csv"
-)  # of 485 samples: medians over the TEST06 logs of 73 v5.1 and v6.0 submissions
 # Percentile -> output tokens of 297 published data-set items; the ends (0, 100) are the smallest and largest medians.
 OUTPUT_PERCENTILES = ((0, 180), (1, 186), (5, 205), (10, 215), (25, 438), (50, 706), (75, 817), (90, 900), (95, 960),
                       (99, 1042), (100, 1097))  # fmt: skip
@@ -37,10 +34,13 @@ def output_tokens_at(quantile):
 
 @cache
 def known_outputs() -> np.ndarray:
-    """Output tokens of the data set's samples as far as they are published, shape (8313,); 0 where not."""
+    """Output tokens of the data set's samples as far as they are published, shape (8313,); 0 where not.
+
+    Of 485 samples: medians over the TEST06 logs of 73 v5.1 and v6.0 submissions.
+    """
+    samples, tokens = np.loadtxt(DATA / "output_lengths.csv", int, delimiter=",", skiprows=1, unpack=True)
     known = np.zeros(SAMPLE_COUNT, int)
-    rows = np.loadtxt(OUTPUTS_BY_SAMPLE, int, delimiter=",", skiprows=1)
-    known[rows[:, 0]] = rows[:, 1]
+    known[samples] = tokens
     return known
 
 
@@ -73,11 +73,7 @@ def built_in_lengths(
     Inputs: Beta scaled to 400..20000, of this mean and coefficient of variation; or, if given, a histogram (`read_histogram`).
     Outputs: piecewise linear through the published percentiles, independent of the input. Both are stratified, at quantiles
     (i + 0.5) / count, then shuffled by RandomState, whose stream numpy has frozen. Of the whole data set, samples whose output is
-    published have that.
-
-    Returns
-    -------
-    array of shape (count,), fields input_tokens and output_tokens (int32).
+    published have that. Shape (count,), fields input_tokens and output_tokens (int32).
     """
     if not INPUT_RANGE[0] < mean < INPUT_RANGE[1]:
         raise LengthsError(f"mean of the prompt length is {mean:g}; this shape takes 401 to 19999 tokens.")
@@ -126,11 +122,7 @@ def read_histogram(path: Path) -> list[tuple[float, float]]:
     """Prompt lengths as a histogram, for those who may not show more: CSV with the header up_to_tokens,samples.
 
     Rows ascend; each counts the samples above the row before and not above its own up_to_tokens. The first row is the lower edge
-    and has 0 samples.
-
-    Raises
-    ------
-    LengthsError : says the line, what was found and what is needed.
+    and has 0 samples. LengthsError says the line, what was found and what is needed.
     """
     need = "up_to_tokens,samples: edges that ascend from 1, samples of 0 or more, 0 in the first row, the lower edge."
     rows: list[tuple[float, float]] = []
@@ -155,11 +147,8 @@ def is_histogram(path: Path | str) -> bool:
 def data_set_lengths(path: Path | str | None = None, seed: int = 405, mean: float = INPUT_MEAN) -> np.ndarray:
     """Lengths of the data set's 8313 samples: the built-in shapes, a file of lengths in sample order, or a histogram of prompts.
 
-    `seed` is the draw where the order is not known, `mean` that of the built-in prompts.
-
-    Raises
-    ------
-    LengthsError : a file whose count or order is not the data set's, which the published outputs tell.
+    `seed` is the draw where the order is not known, `mean` that of the built-in prompts. LengthsError: a file whose count or order is
+    not the data set's, which the published outputs tell.
     """
     if path is None:
         return built_in_lengths(seed=seed, mean=mean)
@@ -206,15 +195,13 @@ def write_lengths_csv(lengths: np.ndarray, path: Path) -> None:
 def read_lengths_csv(path: Path) -> np.ndarray:
     """Read what write_lengths_csv wrote, or any CSV with these two columns of whole numbers (input >= 1, output >= 2)."""
     need = (
-        f"the header {','.join(LENGTHS.names)} and whole numbers, input_tokens >= 1 and output_tokens >= 2."
+        "the header input_tokens,output_tokens and whole numbers, input_tokens >= 1 and output_tokens >= 2."
     )
     rows = []
-    for message, (inputs, outputs) in _rows(path, LENGTHS.names, need):
-        if not (
-            1 <= inputs < 2**31 and 2 <= outputs < 2**31 and inputs.is_integer() and outputs.is_integer()
-        ):
+    for message, row in _rows(path, LENGTHS.names, need):
+        if not all(least <= n < 2**31 and n.is_integer() for least, n in zip((1, 2), row, strict=True)):
             raise LengthsError(message)
-        rows.append((inputs, outputs))
+        rows.append(tuple(row))
     if not rows:
         raise LengthsError(f"{path}: no samples below the header.")
     return np.array(rows, LENGTHS)

@@ -24,12 +24,8 @@ def spreads(e: Experiment, draws: int = DRAWS) -> list[tuple[str, tuple[np.ndarr
     """(name, draws of the lengths) of what is reported side by side: the lengths file (one), or the built-in shape with three spreads."""
     if e.lengths_file:
         count = draws if is_histogram(e.lengths_file) else 1
-        return [
-            (
-                Path(e.lengths_file).name,
-                tuple(data_set_lengths(e.lengths_file, 405 + k) for k in range(count)),
-            )
-        ]
+        drawn = tuple(data_set_lengths(e.lengths_file, 405 + k) for k in range(count))
+        return [(Path(e.lengths_file).name, drawn)]
     outputs, mean = read_stack(e.serving_stack).mean_output_tokens, e.prompt_mean_tokens
     return [(f"cv {cv}", length_draws(draws, outputs, cv, mean)) for cv in PROMPT_CVS]
 
@@ -54,10 +50,7 @@ def simulate_table(e: Experiment, draws: int = DRAWS, other_seeds: bool = False)
     """One row a prompt-length spread and draw of the lengths, at server_target_qps; a rehearsal is simulated as shortened.
 
     `other_seeds`: with random loads in place of the claimed round's, to see how lucky that is. A lengths file is one exact run.
-
-    Raises
-    ------
-    PlanError : the QPS is beyond what the servers can keep up with.
+    PlanError: the QPS is beyond what the servers can keep up with.
     """
     deployment, limits, rows = plan.deployment_of(e), plan.limits_of(e), []
     for name, drawn in spreads(e, draws):
@@ -79,18 +72,15 @@ def highest_qps_table(e: Experiment, draws: int = DRAWS) -> pd.DataFrame:
     deployment = plan.deployment_of(e)
     row = {"GPUs": e.gpu_count, "topology": plan.layout_of(deployment), "stack": deployment.stack.name}
     for name, drawn in spreads(e, draws):
-        row[name] = _range(
-            plan.qps_over_draws(deployment, drawn, loads_of(e), plan.limits_of(e), e.server_target_qps)
-        )
+        qps = plan.qps_over_draws(deployment, drawn, loads_of(e), plan.limits_of(e), e.server_target_qps)
+        row[name] = _range(qps)
     return pd.DataFrame([row | {"server_target_qps": e.server_target_qps, "source": "simulated"}])
 
 
 def advice_table(draws: int = DRAWS) -> pd.DataFrame:
     """`highest_qps_table` of the original's topologies, beside what the original advises for them (server_target_qps there)."""
-    files = [f"params/gb200_{gpus}gpu.yaml" for gpus in (20, 40, 60)]
-    table = pd.concat(
-        [highest_qps_table(load_experiment([file]), draws) for file in files], ignore_index=True
-    )
+    params = [load_experiment([f"params/gb200_{gpus}gpu.yaml"]) for gpus in (20, 40, 60)]
+    table = pd.concat([highest_qps_table(e, draws) for e in params], ignore_index=True)
     return table.rename(columns={"server_target_qps": "the original's advice"})
 
 
@@ -183,11 +173,8 @@ def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], draws: int = 4) ->
         why = f"{cores:.2f} of a core at {best.target_qps:.2f} queries/s, measured on another processor"
         notes.append(f"The orchestrator is one Python process: {why}. Above about 0.8 it is the limit")
     if best.kv_refused:
-        waits = (
-            "a server may pause requests there, which is not modelled"
-            if e.gen_capacity_policy == "MAX_UTILIZATION"
-            else "they wait"
-        )
+        pauses = e.gen_capacity_policy == "MAX_UTILIZATION"
+        waits = "a server may pause requests there, which is not modelled" if pauses else "they wait"
         notes.append(f"KV room was refused to requests at times: {waits}")
     # The aggregated engine has a stack of its own; where it knows nothing of the system, the table as it is.
     stack = shipped_stacks()["aggregated"]
@@ -198,7 +185,7 @@ def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], draws: int = 4) ->
         f"Aggregated ({together.layout}, stack {stack.name}): {together.target_qps:.2f} queries/s; disaggregation gives {ratio:.2f} times that"
     )
     notes += [*_stack_notes(e), "The choice, as a params file:"]
-    kept = (
+    kept = [
         "round",
         "trtllm_dialect",
         "gpu_system",
@@ -206,12 +193,9 @@ def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], draws: int = 4) ->
         "routing",
         "gen_capacity_policy",
         "min_query_count",
-    )
-    defaults = Experiment.model_fields
-    chosen = {
-        key: getattr(e, key) for key in kept if getattr(e, key) != defaults[key].default
-    } | best.params()
-    notes += [f"    {name}: {value}" for name, value in chosen.items()]
+    ]
+    chosen = {k: getattr(e, k) for k in kept if getattr(e, k) != Experiment.model_fields[k].default}
+    notes += [f"    {name}: {value}" for name, value in (chosen | best.params()).items()]
     return "\n".join(notes)
 
 

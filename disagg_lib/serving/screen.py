@@ -59,17 +59,13 @@ def _table(system: str, tp: int, pp: int, stack: Stack) -> LatencyTable:
 @cache
 def _prompt_seconds(system: str, tp: int, pp: int, stack: Stack, max_num_tokens: int):
     """Prompt lengths (a grid) and the seconds that one such prompt keeps an idle context server busy."""
-    table = _table(system, tp, pp, stack).context
-    grid = np.arange(200, 20_200, 200)
-    seconds = []
-    for length in grid:
-        done, total = 0, 0.0
-        while done < length:
-            chunk = min(int(length) - done, max_num_tokens)
-            total += rules.context_step_ms(table, [chunk], [done], 1)
-            done += chunk
-        seconds.append(total / 1e3)
-    return grid, np.array(seconds)
+    table, grid = _table(system, tp, pp, stack).context, range(200, 20_200, 200)
+
+    def step_ms(length, done):
+        return rules.context_step_ms(table, [min(length - done, max_num_tokens)], [done], 1)
+
+    seconds = [sum(step_ms(n, done) for done in range(0, n, max_num_tokens)) / 1e3 for n in grid]
+    return np.array(grid), np.array(seconds)
 
 
 def prompt_seconds(d: Deployment, inputs: np.ndarray) -> np.ndarray:
@@ -148,14 +144,8 @@ def _candidates(budget: Budget) -> list[Deployment]:
                 continue
             for tokens, batch, graphs in itertools.product(CONTEXT_TOKENS, GENERATION_BATCHES, GRAPHS):
                 context = ServerGroup(
-                    count,
-                    ctx_tp,
-                    ctx_pp,
-                    128,
-                    tokens,
-                    router=budget.routing,
-                    chunks_overlap=budget.chunks_overlap,
-                )
+                    count, ctx_tp, ctx_pp, 128, tokens, router=budget.routing, chunks_overlap=budget.chunks_overlap
+                )  # fmt: skip
                 generation = ServerGroup(
                     servers, gen_tp, 1, batch, batch, tuple(cuda_graph_sizes(batch, graphs)), router=budget.routing,
                     capacity_policy=budget.gen_capacity_policy,
@@ -167,9 +157,7 @@ def _candidates(budget: Budget) -> list[Deployment]:
 def screen(budget: Budget) -> list[tuple[float, Deployment]]:
     """All layouts within the budget with the formula's QPS, best first; of each layout the best chunk and batch.
 
-    Raises
-    ------
-    PlanError : nothing fits, or too much to search; says the nearest budget that can be planned.
+    PlanError: nothing fits, or too much to search; says the nearest budget that can be planned.
     """
     gpus, lengths, limits_ms = budget.gpus, budget.draws[0], budget.limits_ms
     budget.stack.check_system(budget.system)
@@ -212,12 +200,7 @@ def saturation_qps(deployment: Deployment, lengths: np.ndarray) -> tuple[float, 
 
 
 def check_saturation(deployment: Deployment, target_qps: float, lengths: np.ndarray | None = None) -> None:
-    """Refuse a QPS that a disaggregated deployment cannot keep up with.
-
-    Raises
-    ------
-    PlanError : names the servers that saturate, the QPS from which they do, and the nearest feasible choice.
-    """
+    """Refuse a QPS that a disaggregated deployment cannot keep up with; says which servers saturate, and the nearest feasible choice."""
     if deployment.context is None:
         return
     context, generation = saturation_qps(deployment, built_in_lengths() if lengths is None else lengths)

@@ -147,13 +147,9 @@ def _kv_capacity(d: Deployment, queries: Queries) -> int:
 def simulate(deployment: Deployment, load: Load, lengths: np.ndarray) -> SimulatedRun:
     """Run one load on a deployment; the same arguments give the same result.
 
-    Parameters
-    ----------
     lengths : fields input_tokens and output_tokens (`lengths.LENGTHS`); load.samples index it.
 
-    Raises
-    ------
-    SimulationError : a request that no server can ever admit (says what would fit), or a router that is not modelled.
+    SimulationError: a request that no server can ever admit (says what would fit), or a router that is not modelled.
     """
     d, c, g = deployment, deployment.context, deployment.generation
     for group in filter(None, (c, g)):
@@ -203,9 +199,7 @@ def summarise(run: SimulatedRun, limits_ms: tuple[float, float] = INTERACTIVE_LI
         for p in (50, 90, 99):
             row[f"{name}_p{p}_ms"] = percentile(values, p / 100)
         margins[name] = 1 - worst_allowed(values) / limit
-    duration = float(run.end_s.max())
-    margin = min(margins.values())
-    binds = min(margins, key=margins.get)
+    duration, binds = float(run.end_s.max()), min(margins, key=margins.get)
     slowest = run.ttft_ms >= row["ttft_p99_ms"]
     admission, context = run.first_token_s - run.context_end_s, run.context_end_s - run.load.arrivals_s
     if binds == "ttft" and admission[slowest].mean() > context[slowest].mean():
@@ -214,10 +208,10 @@ def summarise(run: SimulatedRun, limits_ms: tuple[float, float] = INTERACTIVE_LI
         **row,
         "samples_per_s": len(run.end_s) / duration,
         "completed_tokens_per_s": float(run.output_tokens.sum()) / duration,
-        "margin": margin,
+        "margin": min(margins.values()),
         "binds": binds,
         "kv_refused": run.blocked_by_kv > 0,
-        "valid": margin >= 0,
+        "valid": min(margins.values()) >= 0,
         "source": "simulated",
     }
 

@@ -174,10 +174,11 @@ def test_beyond_saturation_queues_grow_and_below_they_do_not():
     assert waits[0] < 10 < 100 < waits[1]
 
 
-def test_a_tray_of_two_small_servers_loses_both():
+def test_a_tray_of_two_small_servers_loses_both(monkeypatch):
+    monkeypatch.setattr(plan, "_quick_qps", lambda budget, d, guess: np.array([d.context.count]))
     small = dataclasses.replace(TWENTY_GPUS, context=ServerGroup(8, 2))
-    assert plan._tray_down(small, "context", 4).context.count == 6
-    assert plan._tray_down(TWENTY_GPUS, "generation", 4) is None
+    assert plan._without(Budget(20), small, "context", 1.0) == 6
+    assert plan._without(Budget(20), TWENTY_GPUS, "generation", 1.0) == 0
 
 
 def test_an_aggregated_alternative_is_judged_by_the_same_limits():
