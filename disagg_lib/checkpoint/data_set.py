@@ -31,8 +31,6 @@ def _array_shape(path: Path) -> str:
 def data_checks(scratch_dir: str, dataset_path: str | None = None, needed: bool = False) -> list[Check]:
     """The harness's second folder and the data set: what is there, its digest, and how to get it. Opens no pickle.
 
-    Parameters
-    ----------
     needed : whether the run fails without them (client: nvidia_harness); otherwise they are warnings.
     """
     second, data = harness_model_folder(scratch_dir), Path(scratch_dir) / "preprocessed_data/llama3.1-405b"

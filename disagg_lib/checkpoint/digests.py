@@ -125,12 +125,11 @@ class Manifest:
 
         if sizes:
             try:  # the largest first, so that all threads end together
+                look = {"desc": "verify", "unit": "B", "unit_scale": True, "delay": 1}
                 with (
                     ThreadPoolExecutor(_cores()) as pool,
                     stoppable_bar() as new_bar,
-                    new_bar(
-                        desc="verify", total=sum(sizes.values()), unit="B", unit_scale=True, delay=1
-                    ) as bar,
+                    new_bar(total=sum(sizes.values()), **look) as bar,
                 ):
                     list(pool.map(one, sorted(sizes, key=sizes.get, reverse=True)))
             finally:
@@ -161,11 +160,8 @@ def _cores() -> int:
 def verify_digests(folder: Path) -> list[Check]:
     """Hash every file, compare with the hub's metadata where the manifest has it, and write the manifest.
 
-    A file whose size and time have not changed is not read again; a verification that was killed goes on.
-
-    Raises
-    ------
-    ModelError : the folder is not there, or the manifest cannot be read or written.
+    A file whose size and time have not changed is not read again; a verification that was killed goes on. ModelError: the folder is
+    not there, or the manifest cannot be read or written.
     """
     require_folder(folder)
     manifest = Manifest(folder)
@@ -192,9 +188,7 @@ def verify_digests(folder: Path) -> list[Check]:
 def cite_model(folder: Path) -> dict | None:
     """What a run's manifest says of the checkpoint; None if it has no manifest yet. Reads no file's content.
 
-    Raises
-    ------
-    ModelError : the checkpoint was not verified whole, or has changed since.
+    ModelError: the checkpoint was not verified whole, or has changed since.
     """
     if not manifest_path(folder).exists():
         return None

@@ -99,9 +99,7 @@ def require_folder(folder: Path) -> None:
 def verify_checkpoint(folder: Path, sizes: dict[str, int], max_seq_len: int) -> list[Check]:
     """Whether the folder is the checkpoint that the experiment assumes; one row a requirement.
 
-    Raises
-    ------
-    ModelError : the folder, config.json or the index is absent or unreadable.
+    ModelError: the folder, config.json or the index is absent or unreadable.
     """
     require_folder(folder)
     config = read_json(folder / "config.json")

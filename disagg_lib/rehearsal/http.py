@@ -21,12 +21,7 @@ from .worker import Worker
 
 
 def refuse_foreign_host(host: str) -> None:
-    """On a virtual test cluster all nodes share one network; a real one could not bind another node's address.
-
-    Raises
-    ------
-    DisaggError : the step runs on another node than the one that `host` names.
-    """
+    """On a virtual test cluster all nodes share one network; a real one could not bind another node's address: DisaggError."""
     node = os.environ.get("SLURMD_NODENAME")
     if node and socket.gethostbyname(host) != socket.gethostbyname(node):
         raise DisaggError(

@@ -41,14 +41,13 @@ class Orchestrator:
         missing = list(self.file.instances)
         while True:
             well = await asyncio.gather(*map(self._healthy, missing))
-            missing = list(itertools.compress(missing, (not w for w in well)))
+            missing = [instance for instance, is_well in zip(missing, well, strict=True) if not is_well]
             if not missing:
                 return
             if time.monotonic() > deadline:
                 names = ", ".join(f"{i.name} ({i.host}:{i.port})" for i in missing)
-                raise DisaggError(
-                    f"orchestrator: no health from {names} within {timeout_s:g} s (-t); see the workers' log."
-                )
+                late = f"no health from {names} within {timeout_s:g} s (-t)"
+                raise DisaggError(f"orchestrator: {late}; see the workers' log.")
             await asyncio.sleep(0.2)
 
     async def _healthy(self, instance) -> bool:
@@ -78,9 +77,8 @@ class Orchestrator:
         url, headers = f"http://{instance.host}:{instance.port}{path}", {"Content-Type": "application/json"}
         for attempt in itertools.count(1):
             try:
-                answer = await self.session.post(
-                    url, data=compact(body), headers=headers, timeout=self.timeout
-                )
+                data = compact(body)
+                answer = await self.session.post(url, data=data, headers=headers, timeout=self.timeout)
                 if answer.status < 400:
                     return answer
                 text = await answer.text()

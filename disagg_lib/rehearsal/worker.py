@@ -119,8 +119,7 @@ class Worker:
         self, request, asked: Body, tokens: list[int], checksum: int, params: DisaggregatedParams, most: int
     ) -> web.StreamResponse:
         sequence = Sequence(len(tokens), self._length(asked, checksum, most))
-        kv_need = self.engine.kv_asked(sequence)
-        there = self.engine.kv_capacity
+        kv_need, there = self.engine.kv_asked(sequence), self.engine.kv_capacity
         need(kv_need <= there, f"the request needs {kv_need} KV-cache tokens; there are {there}", 500)
         gpus = self.args.tp * self.args.pp
         moved_ms = rules.transfer_ms(len(tokens), int(params.encoded_opaque_state or gpus), gpus)
