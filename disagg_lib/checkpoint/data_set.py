@@ -29,10 +29,7 @@ def _array_shape(path: Path) -> str:
 
 
 def data_checks(scratch_dir: str, dataset_path: str | None = None, needed: bool = False) -> list[Check]:
-    """The harness's second folder and the data set: what is there, its digest, and how to get it. Opens no pickle.
-
-    needed : whether the run fails without them (client: nvidia_harness); otherwise they are warnings.
-    """
+    """The harness's second folder and the data set: what is there, its digest, how to get it; warnings unless `needed`. Opens no pickle."""
     second, data = harness_model_folder(scratch_dir), Path(scratch_dir) / "preprocessed_data/llama3.1-405b"
     get_model = (
         f"accept the terms of {HARNESS_REPO}, then hf download {HARNESS_REPO} --revision {HARNESS_REVISION} "

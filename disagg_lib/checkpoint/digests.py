@@ -186,10 +186,7 @@ def verify_digests(folder: Path) -> list[Check]:
 
 
 def cite_model(folder: Path) -> dict | None:
-    """What a run's manifest says of the checkpoint; None if it has no manifest yet. Reads no file's content.
-
-    ModelError: the checkpoint was not verified whole, or has changed since.
-    """
+    """What a run's manifest says of the checkpoint, by its manifest; None without one. ModelError: not verified whole, or changed since."""
     if not manifest_path(folder).exists():
         return None
     manifest = Manifest(folder)

@@ -88,10 +88,7 @@ def need(holds, text: str, status: int = 400) -> None:
 
 
 async def read_body(request: web.Request, dialect: str, unknown=()) -> tuple[dict, Body, list[int]]:
-    """A request's body, the same checked, and its prompt's token ids; what is wrong is answered with 400.
-
-    unknown : fields of the release's list that this server shall not know
-    """
+    """A request's body, the same checked, and its prompt's token ids; what is wrong, or in `unknown`, is answered with 400."""
     try:
         body = json.loads(await request.read())
         asked = Body.model_validate(body)

@@ -1,7 +1,4 @@
-"""The HTTP side of the rehearsal: a worker (context or generation server) and the orchestrator, on aiohttp.
-
-Messages follow TensorRT-LLM's OpenAI-compatible servers; the differences are listed by `python -m disagg_lib.rehearsal --help`.
-"""
+"""The HTTP side, on aiohttp: messages as of TensorRT-LLM's OpenAI-compatible servers; `--help` lists the differences."""
 
 import asyncio
 import os

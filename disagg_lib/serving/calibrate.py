@@ -36,10 +36,7 @@ DRAWS = 3  # of the lengths, in a fit; a prediction takes more
 
 @dataclass(frozen=True)
 class Observed:
-    """A run to compare with: what served, what was offered, its figures in ms as far as they are known (`FIGURES`).
-
-    `lengths` are the recorded ones, or several draws of the built-in shapes.
-    """
+    """A run to compare with, its figures in ms as far as known (`FIGURES`); `lengths` as recorded, or draws of the built-in shapes."""
 
     name: str
     deployment: Deployment
@@ -49,10 +46,9 @@ class Observed:
 
 
 def figures_of(ttft_ms: np.ndarray, tpot_ms: np.ndarray) -> dict[str, float]:
-    """FIGURES of a run's queries, and the means."""
+    """FIGURES of a run's queries."""
     values = {"ttft": ttft_ms, "tpot": tpot_ms}
-    figures = {f"{name}_p{q}_ms": percentile(v, q / 100) for name, v in values.items() for q in QUANTILES}
-    return figures | {f"{name}_mean_ms": float(v.mean()) for name, v in values.items()}
+    return {f"{name}_p{q}_ms": percentile(v, q / 100) for name, v in values.items() for q in QUANTILES}
 
 
 def observe_record(
@@ -90,10 +86,7 @@ def observe_record(
 
 
 def observe_log(folder: Path, deployment: Deployment, draws: int = DRAWS) -> Observed:
-    """A LoadGen log of scenario Server with a round's seeds: its load is known to the ns, its lengths by shape and mean.
-
-    LogError, CalibrationError: no such log, other seeds, failed queries, or no token figures.
-    """
+    """A LoadGen Server log with a round's seeds: its load is known to the ns, its lengths by shape and mean. LogError, CalibrationError."""
     run = read_run(find_logs(folder).performance)
     claimed = [name for name, r in load_rules()["rounds"].items() if tuple(r["seeds"]) == tuple(run.seeds)]
     if not claimed or run.loadgen_scenario != "Server" or run.error_count:
@@ -169,10 +162,7 @@ def _bisect(run: Observed, factor: str, names: Sequence[str], bracket=BRACKET) -
 
 
 def invert(run: Observed, base: Stack) -> Observed:
-    """The run with the two factors on `base` that give its TPOT p50 and, on the whole, its TTFT quantiles.
-
-    CalibrationError: a run that no factor reaches, or one whose TTFT is too short to fit.
-    """
+    """The run with the two factors on `base` that give its TPOT p50 and its TTFT quantiles on the whole; CalibrationError if none do."""
     if run.figures["ttft_p50_ms"] < LEAST_TTFT_MS:
         raise CalibrationError(
             f"{run.name}: TTFT p50 is {run.figures['ttft_p50_ms']:.0f} ms; below {LEAST_TTFT_MS:g} ms a request's constant of about 10 ms"

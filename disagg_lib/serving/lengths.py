@@ -21,23 +21,19 @@ MAX_INPUT_TOKENS = 20000
 INPUT_RANGE = (400, MAX_INPUT_TOKENS)
 INPUT_MEAN, INPUT_CV = 9400, 0.40
 MAX_OUTPUT_TOKENS = 2000
-# Percentile -> output tokens of 297 published data-set items; the ends (0, 100) are the smallest and largest medians.
-OUTPUT_PERCENTILES = ((0, 180), (1, 186), (5, 205), (10, 215), (25, 438), (50, 706), (75, 817), (90, 900), (95, 960),
-                      (99, 1042), (100, 1097))  # fmt: skip
+# Output tokens at percentiles of 297 published data-set items; the ends (0, 100) are the smallest and largest medians.
+PERCENTS = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
+OUTPUTS = (180, 186, 205, 215, 438, 706, 817, 900, 960, 1042, 1097)
 
 
 def output_tokens_at(quantile):
     """Output length at a quantile (0 to 1; number or array) of the built-in shape."""
-    percent, tokens = zip(*OUTPUT_PERCENTILES, strict=True)
-    return np.floor(np.interp(100 * quantile, percent, tokens) + 0.5).astype(int)
+    return np.floor(np.interp(100 * quantile, PERCENTS, OUTPUTS) + 0.5).astype(int)
 
 
 @cache
 def known_outputs() -> np.ndarray:
-    """Output tokens of the data set's samples as far as they are published, shape (8313,); 0 where not.
-
-    Of 485 samples: medians over the TEST06 logs of 73 v5.1 and v6.0 submissions.
-    """
+    """Output tokens by sample, shape (8313,): medians over the TEST06 logs of 73 v5.1 and v6.0 submissions; 0 where not published."""
     samples, tokens = np.loadtxt(DATA / "output_lengths.csv", int, delimiter=",", skiprows=1, unpack=True)
     known = np.zeros(SAMPLE_COUNT, int)
     known[samples] = tokens

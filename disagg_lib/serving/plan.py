@@ -139,10 +139,7 @@ def highest_valid_qps(
     guess: float = 4.0,
     error: float = QPS_ERROR,
 ) -> float:
-    """The highest target QPS at which a run is VALID, to a relative `error`; 0 if none above 0.01 is.
-
-    The arrivals are the same at every QPS, only stretched, so that the search is on one curve.
-    """
+    """The highest target QPS at which a run is VALID, to a relative `error`; 0 if none above 0.01 is."""
 
     def valid(qps: float) -> bool:
         return summarise(simulate(deployment, loads(qps), lengths), limits_ms)["valid"]

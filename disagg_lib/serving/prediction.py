@@ -14,7 +14,7 @@ from . import plan, screen
 from .lengths import INPUT_CV, data_set_lengths, is_histogram, length_draws, scale_outputs
 from .loadgen_rules import Load, Loads, official_load, random_load
 from .simulate import SimulatedRun, simulate, summarise
-from .stacks import read_stack, shipped_stacks
+from .stacks import NO_STACK, read_stack, shipped_stacks
 
 PROMPT_CVS = (INPUT_CV, 0.30, 0.50)  # the built-in spread of prompt lengths, and the two reported beside it
 DRAWS = 8
@@ -125,12 +125,11 @@ def budget_of(e: Experiment, gpus: int | None = None, draws: int = DRAWS) -> scr
 
 def plan_table(ranked: Sequence[plan.PlanRow]) -> pd.DataFrame:
     """One row a topology with all its settings and figures, for a CSV file."""
-    rows = []
-    for rank, row in enumerate(ranked, 1):
-        values, valid = row.as_dict(), row.p_valid >= 0.5
-        verdict = {"loadgen_valid": "VALID" if valid else "INVALID", "valid": valid, "submittable": "no"}
-        rows.append({"topology": values.pop("layout"), "rank": rank, **values, **verdict})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame([row.as_dict() for row in ranked]).rename(columns={"layout": "topology"})
+    table.insert(1, "rank", range(1, len(table) + 1))
+    valid = table["p_valid"] >= 0.5
+    verdict = valid.map({True: "VALID", False: "INVALID"})
+    return table.assign(loadgen_valid=verdict, valid=valid, submittable="no")
 
 
 # CPU seconds of the real orchestrators: a request of 9400 ids, a streamed token (150 requests, Python 3.11, no uvloop).
@@ -178,22 +177,15 @@ def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], draws: int = 4) ->
         notes.append(f"KV room was refused to requests at times: {waits}")
     # The aggregated engine has a stack of its own; where it knows nothing of the system, the table as it is.
     stack = shipped_stacks()["aggregated"]
-    stack = stack if e.gpu_system in stack.systems else shipped_stacks()["none"]
+    stack = stack if e.gpu_system in stack.systems else NO_STACK
     together = plan.aggregated_alternative(replace(budget_of(e, gpus, draws), stack=stack))
     ratio = best.target_qps / together.target_qps if together.target_qps else float("inf")
     notes.append(
         f"Aggregated ({together.layout}, stack {stack.name}): {together.target_qps:.2f} queries/s; disaggregation gives {ratio:.2f} times that"
     )
     notes += [*_stack_notes(e), "The choice, as a params file:"]
-    kept = [
-        "round",
-        "trtllm_dialect",
-        "gpu_system",
-        "stack",
-        "routing",
-        "gen_capacity_policy",
-        "min_query_count",
-    ]
+    kept = ("round", "trtllm_dialect", "gpu_system", "stack")
+    kept += ("routing", "gen_capacity_policy", "min_query_count")
     chosen = {k: getattr(e, k) for k in kept if getattr(e, k) != Experiment.model_fields[k].default}
     notes += [f"    {name}: {value}" for name, value in (chosen | best.params()).items()]
     return "\n".join(notes)

@@ -92,10 +92,7 @@ def captured_batch(batch, sizes, padding):
 
 
 def generation_step_ms(table, batch, mean_tokens, sizes, padding, eager_floor_ms):
-    """Time of a generation step: dense part of the padded batch, attention of the real one.
-
-    Without a captured graph no step is shorter than eager_floor_ms, the time the host needs to launch it.
-    """
+    """Time of a generation step: dense part of the padded batch, attention of the real one; without a graph eager_floor_ms at least."""
     batches, dense_ms, kv_batches, kv_lengths, kv_ms = table
     graph = captured_batch(batch, sizes, padding)
     attention = interpolate_grid(kv_batches, kv_lengths, kv_ms, batch, mean_tokens)
@@ -126,10 +123,7 @@ def mixed_step_ms(context, generation, chunks, done, count, batch, mean_tokens):
 
 
 def stage_pass(start, step, stage_free):
-    """Send one step through the pipeline stages, each an equal share of it; return its end.
-
-    stage_free[s] is when stage s can start its next step; it is moved on. With one stage the end is start + step.
-    """
+    """Send a step through the stages, each an equal share of it, and return its end; stage_free, when each is free again, moves on."""
     share = step / len(stage_free)
     for stage in range(len(stage_free)):
         start = max(start, stage_free[stage]) + share

@@ -155,10 +155,7 @@ def _candidates(budget: Budget) -> list[Deployment]:
 
 
 def screen(budget: Budget) -> list[tuple[float, Deployment]]:
-    """All layouts within the budget with the formula's QPS, best first; of each layout the best chunk and batch.
-
-    PlanError: nothing fits, or too much to search; says the nearest budget that can be planned.
-    """
+    """Layouts within the budget, each with its best chunk and batch and the formula's QPS, best first; PlanError: none, or too many GPUs."""
     gpus, lengths, limits_ms = budget.gpus, budget.draws[0], budget.limits_ms
     budget.stack.check_system(budget.system)
     if gpus > MOST_GPUS:

@@ -216,10 +216,9 @@ def summarise(run: SimulatedRun, limits_ms: tuple[float, float] = INTERACTIVE_LI
     }
 
 
-def queue_lengths(run: SimulatedRun, points: int = TRACE_BINS) -> dict[str, np.ndarray]:
-    """Requests over time at each server: `time_s` (points,); `context` (servers, points): waiting or computing;
-    `generation_waiting` and `generation_active` (servers, points)."""
-    time_s = np.linspace(0, run.end_s.max(), points)
+def queue_lengths(run: SimulatedRun) -> dict[str, np.ndarray]:
+    """Requests at each server (servers, TRACE_BINS) at `time_s`: `context` (waiting or computing), `generation_waiting`, `generation_active`."""
+    time_s = np.linspace(0, run.end_s.max(), TRACE_BINS)
 
     def between(servers, start, end):
         def passed(times, s):
