@@ -125,9 +125,11 @@ class Manifest:
 
         if sizes:
             try:  # the largest first, so that all threads end together
+                # SHA-256 is what limits, so one thread a core; 32 are enough for any file system.
+                cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
                 look = {"desc": "verify", "unit": "B", "unit_scale": True, "delay": 1}
                 with (
-                    ThreadPoolExecutor(_cores()) as pool,
+                    ThreadPoolExecutor(min(32, len(cores))) as pool,
                     stoppable_bar() as new_bar,
                     new_bar(total=sum(sizes.values()), **look) as bar,
                 ):
@@ -150,11 +152,6 @@ class Manifest:
 def _size_and_time(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
-
-
-def _cores() -> int:
-    """SHA-256 is what limits, so one thread a core; 32 are enough for any file system."""
-    return min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def verify_digests(folder: Path) -> list[Check]:

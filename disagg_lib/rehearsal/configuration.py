@@ -120,10 +120,8 @@ def _instances(where: str, group: str, entry: dict, inherited: dict, first_rank:
         )
     count = _whole(f"{where}.num_instances", entry.get("num_instances", 1))
     urls = [str(url) for url in entry.get("urls") or ()]
-    _need(
-        len(urls) == count,
-        f"{where} has {len(urls)} urls for num_instances {count}; one host:port each is needed.",
-    )
+    fits = len(urls) == count
+    _need(fits, f"{where} has {len(urls)} urls for num_instances {count}; one host:port each is needed.")
     ranks = math.prod(_whole(f"{where}.{key}", engine.get(key, 1)) for key in PARALLEL)
     role, found = group.removesuffix("_servers"), []
     for index, url in enumerate(urls):

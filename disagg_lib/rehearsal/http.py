@@ -17,17 +17,12 @@ from .orchestrator import Orchestrator
 from .worker import Worker
 
 
-def refuse_foreign_host(host: str) -> None:
-    """On a virtual test cluster all nodes share one network; a real one could not bind another node's address: DisaggError."""
+async def _listen(server: Worker | Orchestrator, host: str, port: int) -> None:
     node = os.environ.get("SLURMD_NODENAME")
     if node and socket.gethostbyname(host) != socket.gethostbyname(node):
-        raise DisaggError(
-            f"{host}: cannot listen: this step runs on {node}. Pin it to the node whose name it binds."
-        )
-
-
-async def _listen(server: Worker | Orchestrator, host: str, port: int) -> None:
-    refuse_foreign_host(host)
+        # On a virtual test cluster all nodes share one network; a real one could not bind another node's address.
+        where = f"this step runs on {node}. Pin it to the node whose name it binds."
+        raise DisaggError(f"{host}: cannot listen: {where}")
 
     async def version(request) -> web.Response:
         return web.json_response({"version": f"rehearsal of {server.dialect}"})

@@ -62,10 +62,8 @@ class Worker:
         """POST /v1/completions and /v1/chat/completions."""
         _, asked, tokens = await read_body(request, self.dialect, self.unknown_fields)
         params, args, chat = asked.disaggregated_params or DisaggregatedParams(), self.args, is_chat(request)
-        need(
-            params.request_type == f"{self.role}_only",
-            f"{self.name} is a {self.role} server and got request_type {params.request_type!r}",
-        )
+        fits = params.request_type == f"{self.role}_only"
+        need(fits, f"{self.name} is a {self.role} server and got request_type {params.request_type!r}")
         need(args.transport, "KV transfer is off: cache_transceiver_config.backend is not set", 500)
         room = args.max_seq_len - len(tokens)
         need(room > 0, f"prompt has {len(tokens)} tokens; max_seq_len is {args.max_seq_len}")
@@ -73,10 +71,8 @@ class Worker:
             self.role == "generation" or args.chunked or len(tokens) <= args.max_num_tokens,
             f"prompt has {len(tokens)} tokens, max_num_tokens is {args.max_num_tokens} and enable_chunked_prefill is off",
         )
-        need(
-            self.role == "context" or (params.first_gen_tokens and params.ctx_request_id is not None),
-            "generation_only needs disaggregated_params with ctx_request_id and first_gen_tokens",
-        )
+        whole = self.role == "context" or (params.first_gen_tokens and params.ctx_request_id is not None)
+        need(whole, "generation_only needs disaggregated_params with ctx_request_id and first_gen_tokens")
         self.served += 1
         if self.served > self.knobs.fault_count:
             self._crash_if("crash_midrun", f"executor worker died after {self.served - 1} requests")
@@ -110,15 +106,12 @@ class Worker:
             params["ctx_request_id" if self.dialect == "v5.1" else "disagg_request_id"] = None
         return web.json_response({**answer.whole(sequence, params), "prompt_token_ids": tokens})
 
-    def _length(self, asked: Body, checksum: int, most: int) -> int:
-        """How many tokens the answer has: as many as asked for, or drawn where that is left open."""
-        drawn = int(output_tokens_at(checksum / 2**32)) if checksum % SHORT_EVERY else 2
-        return min(most, max(asked.min_tokens or 0, drawn))
-
     async def _generation(
         self, request, asked: Body, tokens: list[int], checksum: int, params: DisaggregatedParams, most: int
     ) -> web.StreamResponse:
-        sequence = Sequence(len(tokens), self._length(asked, checksum, most))
+        # As many tokens as asked for, or drawn where that is left open.
+        drawn = int(output_tokens_at(checksum / 2**32)) if checksum % SHORT_EVERY else 2
+        sequence = Sequence(len(tokens), min(most, max(asked.min_tokens or 0, drawn)))
         kv_need, there = self.engine.kv_asked(sequence), self.engine.kv_capacity
         need(kv_need <= there, f"the request needs {kv_need} KV-cache tokens; there are {there}", 500)
         gpus = self.args.tp * self.args.pp

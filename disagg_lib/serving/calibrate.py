@@ -232,18 +232,18 @@ def solve(steps: Sequence[dict[str, float]], base: Stack, fitted_on: Sequence[st
 
     One or two runs cannot tell communication that is hidden from host time: the ratio is the base stack's (1 without one).
     """
-    comm = np.array([s["context_comm"] for s in steps])
-    beyond = np.array([s["context_needed"] - s["context_compute"] for s in steps])
+    s = pd.DataFrame(steps)
+    comm, beyond = s["context_comm"], s["context_needed"] - s["context_compute"]
     b_context = max(0.0, float((comm * beyond).sum() / (comm**2).sum()))
     ratio = base.b_generation / base.b_context if base.b_context else 1.0
-    rest = [
-        s["generation_needed"] - s["generation_compute"] - ratio * b_context * s["generation_comm"]
-        for s in steps
-    ]
-    return replace(
-        base, b_context=b_context, b_generation=ratio * b_context, host_ms=max(0.0, float(np.mean(rest))), context_factor=1.0,
-        generation_factor=1.0, fitted_on=tuple(fitted_on), residuals=(),
-    )  # fmt: skip
+    rest = s["generation_needed"] - s["generation_compute"] - ratio * b_context * s["generation_comm"]
+    constants = {
+        "b_context": b_context,
+        "b_generation": ratio * b_context,
+        "host_ms": max(0.0, float(rest.mean())),
+    }
+    constants |= {"context_factor": 1.0, "generation_factor": 1.0, "residuals": ()}
+    return replace(base, fitted_on=tuple(fitted_on), **constants)
 
 
 def calibrate(runs: Sequence[Observed], base: Stack, name: str) -> tuple[Stack, pd.DataFrame]:
@@ -256,29 +256,22 @@ def calibrate(runs: Sequence[Observed], base: Stack, name: str) -> tuple[Stack, 
         raise CalibrationError(
             "needed are runs of context and generation servers; aggregated ones have one step for both."
         )
-    steps = [step_times(invert(run, base)) for run in runs]
-    names = [run.name for run in runs]
-    stack = replace(
-        solve(steps, base, names), name=name, systems=tuple(sorted({run.deployment.system for run in runs}))
-    )
-    rows = []
+    steps, names, rows = [step_times(invert(run, base)) for run in runs], [run.name for run in runs], []
+    systems = tuple(sorted({run.deployment.system for run in runs}))
+    stack = replace(solve(steps, base, names), name=name, systems=systems)
     for k, (run, step) in enumerate(zip(runs, steps, strict=True)):
         row = {"run": run.name, **{key: round(value, 2) for key, value in step.items()}}
         for role in ("context", "generation"):
             found = _step(stack, role, step[f"{role}_compute"], step[f"{role}_comm"])
             row[f"{role}_residual"] = found / step[f"{role}_needed"] - 1
-        others = [i for i in range(len(runs)) if i != k]
-        left_out = solve([steps[i] for i in others], base, [names[i] for i in others]) if others else None
+        others, their_names = steps[:k] + steps[k + 1 :], names[:k] + names[k + 1 :]
+        left_out = solve(others, base, their_names) if others else None
         for word, with_ in (("in_sample", stack), ("left_out", left_out)):
             errors = relative_errors(under(run, replace(with_, systems=()))) if with_ else {}
             row |= {f"{word}_{figure}": errors.get(figure, math.nan) for figure in SHOWN}
         rows.append(row)
-    table = pd.DataFrame(rows)
-    residuals = tuple(
-        f"{r['run']}: context {r['context_residual']:+.2%}, generation {r['generation_residual']:+.2%}"
-        for r in rows
-    )
-    return replace(stack, residuals=residuals), table
+    said = "{run}: context {context_residual:+.2%}, generation {generation_residual:+.2%}"
+    return replace(stack, residuals=tuple(said.format(**row) for row in rows)), pd.DataFrame(rows)
 
 
 def calibration_text(stack: Stack, table: pd.DataFrame) -> str:

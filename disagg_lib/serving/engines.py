@@ -177,14 +177,6 @@ def _admits(g, s, q):
 
 
 @_jit
-def _next_prompt_step(g, s):
-    start = max(g.now[s], g.free[s, 0])
-    if g.active[s, 0] > 0:
-        return start
-    return _rules.context_start(g.left[s], g.busy_until[s], g.head[s], g.tail[s], start)
-
-
-@_jit
 def _prompt_step(g, s, context, generation):
     """Run the step that begins at the server's wake: a context server's (no generation table), or an aggregated one's, which also
     admits prompts and has one token for each sequence."""
@@ -236,20 +228,6 @@ def _next_boundary(g, s):
 
 
 @_jit
-def _join_ready(g, s, b, start):
-    """Let those join whose KV cache has come, as far as the batch has room."""
-    kept = 0
-    for k in range(g.in_move[s]):
-        q = g.moving[s, k]
-        if g.ready[q] > start or g.active[s, b] == g.limits.max_batch:
-            g.moving[s, kept] = q
-            kept += 1
-        else:
-            _join(g, s, b, q, start)
-    g.in_move[s] = kept
-
-
-@_jit
 def _generation_step(g, s, steps):
     """Run the boundary at the server's wake: tokens of the step before go out, requests are admitted and join, the next step begins."""
     b, start = g.turn[s], g.wake[s]
@@ -261,7 +239,15 @@ def _generation_step(g, s, steps):
         g.ready[q] = start + g.queries.transfer[q]
         g.moving[s, g.in_move[s]] = q
         g.in_move[s] += 1
-    _join_ready(g, s, b, start)
+    kept = 0
+    for k in range(g.in_move[s]):
+        q = g.moving[s, k]
+        if g.ready[q] > start or g.active[s, b] == g.limits.max_batch:
+            g.moving[s, kept] = q
+            kept += 1
+        else:
+            _join(g, s, b, q, start)
+    g.in_move[s] = kept
     size = g.active[s, b]
     if size > 0:
         kv_lengths, step_ms, floor_ms = steps
@@ -272,7 +258,13 @@ def _generation_step(g, s, steps):
 
 @_jit
 def _next_step(g, s, steps):
-    g.wake[s] = _next_prompt_step(g, s) if steps is None else _next_boundary(g, s)
+    if steps is not None:
+        g.wake[s] = _next_boundary(g, s)
+        return
+    start = max(g.now[s], g.free[s, 0])
+    if g.active[s, 0] == 0:
+        start = _rules.context_start(g.left[s], g.busy_until[s], g.head[s], g.tail[s], start)
+    g.wake[s] = start
 
 
 @_jit

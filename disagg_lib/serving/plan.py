@@ -179,12 +179,13 @@ def qps_over_draws(
 def _row(budget: Budget, d: Deployment, qps: np.ndarray) -> PlanRow:
     limits_ms, median_qps = budget.limits_ms, float(np.median(qps))
     recommended = max(float(qps.min()), 0.01)  # 0: never VALID
-    at_it = [simulate(d, budget.loads(recommended), lengths) for lengths in budget.draws]
-    rows = [summarise(run, limits_ms) for run in at_it]
-    others = [
-        summarise(simulate(d, random_load(recommended, 1000 + k), lengths), limits_ms)["valid"]
-        for k, lengths in enumerate((budget.draws * 8)[:8])
-    ]
+
+    def at(load, lengths):
+        return summarise(simulate(d, load, lengths), limits_ms)
+
+    rows = [at(budget.loads(recommended), lengths) for lengths in budget.draws]
+    eight = (budget.draws * 8)[:8]
+    others = [at(random_load(recommended, 1000 + k), lengths)["valid"] for k, lengths in enumerate(eight)]
     names = "completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms", "context_utilisation"
     median = {name: float(np.median([row[name] for row in rows])) for name in names}
     binding = [row["binds"] for row in rows]
@@ -199,7 +200,7 @@ def _row(budget: Budget, d: Deployment, qps: np.ndarray) -> PlanRow:
         p_valid=float(np.mean(others)),
         tokens_per_s_per_gpu=median["completed_tokens_per_s"] / budget.gpus,
         binds=max(set(binding), key=binding.count),
-        kv_refused=any(run.blocked_by_kv for run in at_it),
+        kv_refused=any(row["kv_refused"] for row in rows),
         without_context_server_qps=_without(budget, d, "context", median_qps),
         without_generation_server_qps=_without(budget, d, "generation", median_qps),
         **median,
@@ -261,9 +262,8 @@ def plan(budget: Budget, simulated: int = 16, ranked: int = 6) -> list[PlanRow]:
             layouts.setdefault((shape_of(d.context), shape_of(d.generation)), (qps, d))
 
         def full(pair):
-            return _row(
-                budget, pair[1], qps_over_draws(pair[1], budget.draws, budget.loads, limits_ms, pair[0])
-            )
+            guess, d = pair
+            return _row(budget, d, qps_over_draws(d, budget.draws, budget.loads, limits_ms, guess))
 
         rows = list(pool.map(full, layouts.values()))
     return sorted(rows, key=lambda row: -row.target_qps)

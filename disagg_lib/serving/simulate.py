@@ -117,17 +117,18 @@ def _generation_steps(system: str, group: ServerGroup, stack: Stack):
     )
 
 
-def _limits(group: ServerGroup, kv_capacity: int, bin_s: float) -> Limits:
-    return Limits(
+def _serve(
+    group: ServerGroup, queries: Queries, kv_capacity: int, bin_s: float, tables: Tables, order=None
+) -> Served:
+    busy, blocked, count = np.zeros((group.count, TRACE_BINS)), np.zeros(2, np.int64), len(queries.inputs)
+    served = Served(busy, blocked, np.empty(count, np.int64), *np.full((2, count), np.inf))
+    limits = Limits(
         group.count, group.router != "round_robin", group.router == "least_tokens",
         group.max_num_tokens, group.max_batch_size, group.pp, group.chunks_overlap, kv_capacity,
         group.capacity_policy == "MAX_UTILIZATION", bin_s,
     )  # fmt: skip
-
-
-def _unfilled(group: ServerGroup, queries: int) -> Served:
-    busy, blocked = np.zeros((group.count, TRACE_BINS)), np.zeros(2, np.int64)
-    return Served(busy, blocked, np.empty(queries, np.int64), *np.full((2, queries), np.inf))
+    serve(queries, limits, tables, served, order)
+    return served
 
 
 def _kv_capacity(d: Deployment, queries: Queries) -> int:
@@ -157,25 +158,21 @@ def simulate(deployment: Deployment, load: Load, lengths: np.ndarray) -> Simulat
             raise SimulationError(
                 f"router {group.router!r} is not modelled; round_robin, load_balancing and least_tokens are."
             )
-    chosen, count = lengths[load.samples], len(load.samples)
+    chosen = lengths[load.samples]
     inputs, outputs = chosen["input_tokens"].astype(np.int64), chosen["output_tokens"].astype(np.int64)
     needs = rules.kv_tokens(inputs, np.maximum(outputs, d.reserve_output_tokens or 0))
-    asked = Queries(load.arrivals_s + d.stack.ttft_ms / 1e3, inputs, outputs, needs, np.zeros(count))
+    asked = Queries(load.arrivals_s + d.stack.ttft_ms / 1e3, inputs, outputs, needs, np.zeros(len(inputs)))
     capacity = _kv_capacity(d, asked)
     bin_s = max(float(load.arrivals_s[-1]) * 1.1, 1.0) / TRACE_BINS
-    served = _unfilled(g, count)
     if c is None:
-        tables = Tables(*_tables(d.system, g.tp, g.pp, d.stack)[:2])
-        serve(asked, _limits(g, capacity, bin_s), tables, served)
+        served = _serve(g, asked, capacity, bin_s, Tables(*_tables(d.system, g.tp, g.pp, d.stack)[:2]))
         prompts = served._replace(end=served.first)
     else:
-        prompts = _unfilled(c, count)
-        tables = Tables(_tables(d.system, c.tp, c.pp, d.stack)[0])
-        serve(asked, _limits(c, 0, bin_s), tables, prompts)
+        prompts = _serve(c, asked, 0, bin_s, Tables(_tables(d.system, c.tp, c.pp, d.stack)[0]))
         moved = 1e-3 * rules.transfer_ms(inputs, c.tp * c.pp, g.tp * g.pp)
         handed = asked._replace(arrivals=prompts.end, transfer=moved)
         tables = Tables(steps=_generation_steps(d.system, g, d.stack))
-        serve(handed, _limits(g, capacity, bin_s), tables, served, np.argsort(prompts.end, kind="stable"))
+        served = _serve(g, handed, capacity, bin_s, tables, np.argsort(prompts.end, kind="stable"))
     return SimulatedRun(
         load, inputs, outputs, prompts.server, prompts.end, served.server, served.first, served.end, bin_s,
         prompts.busy / bin_s, served.busy / bin_s, *served.blocked.tolist(),
@@ -189,11 +186,9 @@ def summarise(run: SimulatedRun, limits_ms: tuple[float, float] = INTERACTIVE_LI
     of it, at the query that early stopping looks at (negative: INVALID); `binds` names that limit: ttft or tpot, or kv or batch
     where the slowest first tokens waited longer for admission to generation than for their context.
     """
-    row = {"target_qps": run.load.target_qps, "queries": len(run.end_s)}
-    # Without ramp-up and drain.
-    row["context_utilisation"] = float(run.context_busy[:, 20:200].mean())
-    row["generation_utilisation"] = float(run.generation_busy[:, 20:200].mean())
-    margins = {}
+    row, margins = {"target_qps": run.load.target_qps, "queries": len(run.end_s)}, {}
+    for name, busy in (("context", run.context_busy), ("generation", run.generation_busy)):
+        row[f"{name}_utilisation"] = float(busy[:, 20:200].mean())  # without ramp-up and drain
     for name, values, limit in (("ttft", run.ttft_ms, limits_ms[0]), ("tpot", run.tpot_ms, limits_ms[1])):
         row[f"{name}_mean_ms"] = float(values.mean())
         for p in (50, 90, 99):
