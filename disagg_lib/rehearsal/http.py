@@ -8,6 +8,7 @@ import sys
 
 import aiohttp
 from aiohttp import web
+from uvloop import new_event_loop
 
 from ..errors import DisaggError
 from .answers import ENDPOINTS
@@ -42,11 +43,7 @@ async def _listen(server: Worker | Orchestrator, host: str, port: int) -> None:
 
 
 def _run(serving) -> None:
-    """Run the coroutine until SIGTERM or SIGINT, which end the process at once; on uvloop where present."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        new_event_loop = None
+    """Run the coroutine until SIGTERM or SIGINT, which end the process at once."""
 
     def end() -> None:
         sys.stdout.flush()

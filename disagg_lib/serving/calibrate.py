@@ -196,10 +196,10 @@ def _generation_parts(d: Deployment, batch: float, mean_tokens: float) -> tuple[
     t, group = read_table(d.system, d.generation.tp, d.generation.pp), d.generation
     size = rules.captured_batch(math.ceil(batch), group.cuda_graph_sizes, group.cuda_graph_padding) or batch
     attention = rules.interpolate_grid(t.kv_batch, t.kv_length, t.kv_ms, batch, mean_tokens)
-    compute = rules.interpolate(t.generation_batch, t.generation_ms, size)
-    return compute + d.stack.generation_attention * attention, rules.interpolate(
-        t.generation_batch, t.generation_comm_ms, size
+    compute, comm = (
+        rules.interpolate(t.generation_batch, ms, size) for ms in (t.generation_ms, t.generation_comm_ms)
     )
+    return compute + d.stack.generation_attention * attention, comm
 
 
 def step_times(run: Observed) -> dict[str, float]:
@@ -210,11 +210,8 @@ def step_times(run: Observed) -> dict[str, float]:
     generating_s = (simulated.end_s - simulated.first_token_s).sum()
     # Without ramp-up and drain the batch is what Little's law says at the offered rate.
     batch = generating_s / (run.load.arrivals_s[-1] * d.generation.count)
-    row = {"batch": float(batch)}
-    parts = {
-        "context": _context_parts(d, float(mean_input)),
-        "generation": _generation_parts(d, batch, float(mean_input + mean_output / 2)),
-    }
+    row, parts = {"batch": float(batch)}, {"context": _context_parts(d, float(mean_input))}
+    parts["generation"] = _generation_parts(d, batch, float(mean_input + mean_output / 2))
     for role, (compute, comm) in parts.items():
         row |= {f"{role}_compute": float(compute), f"{role}_comm": float(comm)}
         row[f"{role}_needed"] = float(_step(d.stack, role, compute, comm))
@@ -237,13 +234,9 @@ def solve(steps: Sequence[dict[str, float]], base: Stack, fitted_on: Sequence[st
     b_context = max(0.0, float((comm * beyond).sum() / (comm**2).sum()))
     ratio = base.b_generation / base.b_context if base.b_context else 1.0
     rest = s["generation_needed"] - s["generation_compute"] - ratio * b_context * s["generation_comm"]
-    constants = {
-        "b_context": b_context,
-        "b_generation": ratio * b_context,
-        "host_ms": max(0.0, float(rest.mean())),
-    }
-    constants |= {"context_factor": 1.0, "generation_factor": 1.0, "residuals": ()}
-    return replace(base, fitted_on=tuple(fitted_on), **constants)
+    base = replace(base, context_factor=1.0, generation_factor=1.0, fitted_on=tuple(fitted_on), residuals=())
+    host_ms = max(0.0, float(rest.mean()))
+    return replace(base, b_context=b_context, b_generation=ratio * b_context, host_ms=host_ms)
 
 
 def calibrate(runs: Sequence[Observed], base: Stack, name: str) -> tuple[Stack, pd.DataFrame]:

@@ -1,8 +1,4 @@
-"""Prompt and output lengths of the data set: the built-in shapes, and the CSV file that carries lengths between parts.
-
-The MLPerf data set itself is not public, so its shapes are a stated assumption (facts on token lengths), fixed before any
-comparison and replaceable: every function that needs lengths takes an array, whoever made it.
-"""
+"""Lengths of the data set's prompts and outputs: built-in shapes, assumed since it is not public, or a CSV file's."""
 
 import csv
 import math

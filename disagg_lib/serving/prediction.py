@@ -18,6 +18,7 @@ from .stacks import NO_STACK, read_stack, shipped_stacks
 
 PROMPT_CVS = (INPUT_CV, 0.30, 0.50)  # the built-in spread of prompt lengths, and the two reported beside it
 DRAWS = 8
+VERDICT = {True: "VALID", False: "INVALID"}
 
 
 def spreads(e: Experiment, draws: int = DRAWS) -> list[tuple[str, tuple[np.ndarray, ...]]]:
@@ -59,12 +60,10 @@ def simulate_table(e: Experiment, draws: int = DRAWS, other_seeds: bool = False)
         screen.check_saturation(deployment, e.server_target_qps, _as_served(e, drawn[0]))
         for draw, lengths in enumerate(drawn):
             load = _load(e, draw if e.shortened or other_seeds else None)
-            row = summarise(simulate(deployment, load, _as_served(e, lengths)), limits)
-            row |= {"ttft_limit_ms": limits[0], "tpot_limit_ms": limits[1]}
-            settings = {"topology": plan.layout_of(deployment), "prompt_lengths": name, "draw": draw}
-            verdict = {"loadgen_valid": "VALID" if row["valid"] else "INVALID", "submittable": False}
-            rows.append(settings | row | verdict)
-    return pd.DataFrame(rows)
+            row = {"topology": plan.layout_of(deployment), "prompt_lengths": name, "draw": draw}
+            rows.append(row | summarise(simulate(deployment, load, _as_served(e, lengths)), limits))
+    table = pd.DataFrame(rows).assign(ttft_limit_ms=limits[0], tpot_limit_ms=limits[1])
+    return table.assign(loadgen_valid=table["valid"].map(VERDICT), submittable=False)
 
 
 def highest_qps_table(e: Experiment, draws: int = DRAWS) -> pd.DataFrame:
@@ -128,8 +127,7 @@ def plan_table(ranked: Sequence[plan.PlanRow]) -> pd.DataFrame:
     table = pd.DataFrame([row.as_dict() for row in ranked]).rename(columns={"layout": "topology"})
     table.insert(1, "rank", range(1, len(table) + 1))
     valid = table["p_valid"] >= 0.5
-    verdict = valid.map({True: "VALID", False: "INVALID"})
-    return table.assign(loadgen_valid=verdict, valid=valid, submittable="no")
+    return table.assign(loadgen_valid=valid.map(VERDICT), valid=valid, submittable="no")
 
 
 # CPU seconds of the real orchestrators: a request of 9400 ids, a streamed token (150 requests, Python 3.11, no uvloop).

@@ -1,7 +1,4 @@
-"""Which topologies fit a GPU budget, and what a formula makes of them: it only decides what is simulated.
-
-Waits for the context servers by Kingman (round robin) or Sakasegawa (least tokens), a fixed point for the generation batch.
-"""
+"""Which topologies fit a GPU budget, and what a formula makes of them: it only decides what is simulated."""
 
 import itertools
 import math

@@ -1,9 +1,4 @@
-"""One run of a deployment in virtual time: TTFT and TPOT of every query, in milliseconds of computing.
-
-The scheduling rules are those of `rules`, compiled by numba; the loops (`engines`) are those of the rehearsal's `engine`, with two
-changes that leave the result the same: servers are visited as requests come (context servers first, since nothing flows back
-from generation), and sequences that end are found in a calendar, so a step costs the same for any batch.
-"""
+"""One run of a deployment in virtual time: TTFT and TPOT of every query, in milliseconds of computing; `engines` has the loops."""
 
 from dataclasses import dataclass
 from functools import lru_cache
