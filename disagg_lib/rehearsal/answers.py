@@ -87,8 +87,8 @@ def need(holds, text: str, status: int = 400) -> None:
         raise STATUS[status](text=json.dumps({"error": text}), content_type="application/json")
 
 
-async def read_body(request: web.Request, dialect: str, unknown=()) -> tuple[dict, Body, list[int]]:
-    """A request's body, the same checked, and its prompt's token ids; what is wrong, or in `unknown`, is answered with 400."""
+async def read_body(request: web.Request, dialect: str, fault: str) -> tuple[dict, Body, list[int]]:
+    """A request's body, the same checked, and its prompt's token ids; what is wrong is answered with 400."""
     try:
         body = json.loads(await request.read())
         asked = Body.model_validate(body)
@@ -99,7 +99,7 @@ async def read_body(request: web.Request, dialect: str, unknown=()) -> tuple[dic
         need(False, f"body is not JSON: {error}")
     endpoint = "chat" if is_chat(request) else "completions"
     known = known_keys("request", "both") | known_keys("request", endpoint)
-    strange = set(body) - (known - set(unknown))
+    strange = set(body) - (known - ({"detokenize"} if fault == "no_detokenize" else set()))
     params = known_keys("disaggregated_params", "both") | known_keys("disaggregated_params", dialect)
     strange |= set(body.get("disaggregated_params") or ()) - params
     need(not strange, f"unknown field {', '.join(sorted(strange))}: extra inputs are not permitted")

@@ -41,10 +41,11 @@ class Engine:
         self.steps = 0
         self.log = log
 
-    def submit(self, sequence: Sequence) -> None:
-        """Put a request at the end of the line."""
+    async def serve(self, sequence: Sequence) -> None:
+        """Put a request at the end of the line, and wait until it has ended."""
         self.waiting.append(sequence)
         self.wake.set()
+        await sequence.done.wait()
 
     def _record(self, step_ms: float, requests: int, context_tokens: int, generation_tokens: int) -> None:
         self.steps += 1

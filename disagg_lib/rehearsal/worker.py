@@ -28,7 +28,6 @@ class Worker:
     def __init__(self, name: str, role: str, model: str, args: EngineArgs, knobs: Knobs, dialect: str):
         self.name, self.role, self.model, self.args, self.knobs = name, role, model, args, knobs
         self.dialect, self.fault = dialect, knobs.fault_of(name)
-        self.unknown_fields = {"detokenize"} if knobs.fault == "no_detokenize" else set()
         self.stack = read_stack(knobs.stack)
         self.table = read_table(knobs.system, args.tp, args.pp).under(self.stack)
         self.numbers = itertools.count(1)
@@ -60,7 +59,7 @@ class Worker:
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions and /v1/chat/completions."""
-        _, asked, tokens = await read_body(request, self.dialect, self.unknown_fields)
+        _, asked, tokens = await read_body(request, self.dialect, self.knobs.fault)
         params, args, chat = asked.disaggregated_params or DisaggregatedParams(), self.args, is_chat(request)
         fits = params.request_type == f"{self.role}_only"
         need(fits, f"{self.name} is a {self.role} server and got request_type {params.request_type!r}")
@@ -88,8 +87,7 @@ class Worker:
     async def _context(self, asked: Body, tokens: list[int], chat: bool, checksum: int) -> web.Response:
         sequence = Sequence(len(tokens), 1)
         await asyncio.sleep(self.knobs.time_scale * self.stack.ttft_ms / 1000)
-        self.engine.submit(sequence)
-        await sequence.done.wait()
+        await self.engine.serve(sequence)
         number = next(self.numbers)
         ends = self.knobs.fault == "eos_first" and self.served % self.knobs.fault_count == 0
         answer = Answer(number, asked, chat, self.dialect, checksum, "stop" if ends else "length")
@@ -120,11 +118,10 @@ class Worker:
         finish = "length" if sequence.output_tokens == most else "stop"
         answer = Answer(next(self.numbers), asked, is_chat(request), self.dialect, checksum, finish)
         answer.first_token = params.first_gen_tokens[0]
-        if not asked.stream:
-            self.engine.submit(sequence)
-            await sequence.done.wait()
-            return web.json_response(answer.whole(sequence))
-        return await self._stream(request, sequence, answer)
+        if asked.stream:
+            return await self._stream(request, sequence, answer)
+        await self.engine.serve(sequence)
+        return web.json_response(answer.whole(sequence))
 
     async def _stream(self, request, sequence: Sequence, answer: Answer) -> web.StreamResponse:
         response = await begin_stream(request)
@@ -135,8 +132,7 @@ class Worker:
             await asyncio.Event().wait()
         if self.knobs.fault == "truncated_stream" and self.served % self.knobs.fault_count == 0:
             sequence.frame = answer.half_frame
-        self.engine.submit(sequence)
-        await sequence.done.wait()
+        await self.engine.serve(sequence)
         if not sequence.transport.is_closing():
             await response.write_eof()
         return response

@@ -76,23 +76,25 @@ Group = namedtuple("Group", _STATE)
 def _new_group(queries, limits, served) -> Group:
     servers, pp, n = limits.servers, limits.pp, len(queries.inputs)
     most = n if limits.balanced else n // servers + 1  # queries of one server
-
-    def numbers(*shape):
-        return np.zeros((servers, *shape), np.int64)
-
-    def times(*shape):
-        return np.zeros((servers, *shape))
-
-    return Group(
-        queries, limits, served,
-        numbers(), queries.inputs if limits.by_tokens else np.ones_like(queries.inputs),
-        numbers(most if limits.balanced else 0), numbers(), numbers(),
-        numbers(most), numbers(most), numbers(most), times(most), numbers(), numbers(), numbers(), times(),
-        np.full(servers, np.inf), times(pp), np.empty(most, np.int64),
-        numbers(pp), numbers(pp), numbers(pp), np.full((servers, pp, queries.outputs.max() + 1), -1),
-        np.empty(n, np.int64), numbers(pp, _BLOCK), numbers(), numbers(),
-        numbers(limits.max_batch * pp), numbers(), np.empty(n), numbers(), times(pp),
-    )  # fmt: skip
+    numbers = {
+        "loads ended settled head taken tail admitted kv_used in_move turn": (),
+        "out": (most if limits.balanced else 0,),
+        "line left done": (most,),
+        "active token_sum emissions": (pp,),
+        "crossing": (pp, _BLOCK),
+        "moving": (limits.max_batch * pp,),
+    }
+    times = {"now": (), "busy_until": (most,), "free ends": (pp,)}
+    state = {
+        name: np.zeros((servers, *shape), dtype)
+        for dtype, shapes in ((np.int64, numbers), (float, times))
+        for names, shape in shapes.items()
+        for name in names.split()
+    }
+    state |= {"wake": np.full(servers, np.inf), "ready": np.empty(n), "following": np.empty(n, np.int64)}
+    state["calendar"] = np.full((servers, pp, queries.outputs.max() + 1), -1)
+    state["weights"] = queries.inputs if limits.by_tokens else np.ones_like(queries.inputs)
+    return Group(queries, limits, served, chunks=np.empty(most, np.int64), **state)
 
 
 @_jit

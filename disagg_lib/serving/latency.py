@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
+from operator import add
 from pathlib import Path
 
 from ..errors import LatencyTableError
@@ -49,36 +50,33 @@ class LatencyTable:
     @property
     def context(self) -> tuple:
         """What `rules.context_step_ms` takes."""
-        dense = _sums(self.context_ms, self.context_comm_ms)
+        dense = tuple(map(add, self.context_ms, self.context_comm_ms))
         return self.context_tokens, dense, self.attention_new, self.attention_past, self.attention_ms
 
     @property
     def generation(self) -> tuple:
         """What `rules.generation_step_ms` takes."""
-        dense = _sums(self.generation_ms, self.generation_comm_ms)
+        dense = tuple(map(add, self.generation_ms, self.generation_comm_ms))
         return self.generation_batch, dense, self.kv_batch, self.kv_length, self.kv_ms
 
     def under(self, stack: Stack) -> "LatencyTable":
         """The step times of a stack."""
         context, generation = stack.context_factor, stack.generation_factor
-        return replace(
-            self,
-            context_ms=_sums(self.context_ms, scale=context),
-            context_comm_ms=_sums(self.context_comm_ms, scale=context * stack.b_context),
-            attention_ms=_sums(self.attention_ms, scale=context),
-            generation_ms=_sums(self.generation_ms, [stack.host_ms] * len(self.generation_ms), generation),
-            generation_comm_ms=_sums(self.generation_comm_ms, scale=generation * stack.b_generation),
-            kv_ms=_sums(self.kv_ms, scale=generation * stack.generation_attention),
-        )
+        scaled = {
+            "context_ms": context,
+            "context_comm_ms": context * stack.b_context,
+            "attention_ms": context,
+            "generation_comm_ms": generation * stack.b_generation,
+            "kv_ms": generation * stack.generation_attention,
+        }
+        times = {key: tuple(factor * ms for ms in getattr(self, key)) for key, factor in scaled.items()}
+        times["generation_ms"] = tuple(generation * (ms + stack.host_ms) for ms in self.generation_ms)
+        return replace(self, **times)
 
     def kv_capacity_tokens(self, fraction: float, max_num_tokens: int) -> int:
         """KV-cache tokens of one server: `fraction` of what weights and activations leave free."""
         free = self.free_bytes - self.activation_bytes_per_token * max_num_tokens
         return max(0, int(free * fraction / self.kv_bytes_per_token))
-
-
-def _sums(ms, more_ms=None, scale: float = 1.0) -> tuple[float, ...]:
-    return tuple(scale * (a + b) for a, b in zip(ms, more_ms or [0.0] * len(ms), strict=True))
 
 
 @cache

@@ -71,16 +71,22 @@ def context_chunks(left, busy_until, first, last, start, max_num_tokens, max_bat
     return count
 
 
-def context_step_ms(table, chunks, done, count):
-    """Time of a context step: the dense part of all its tokens, plus attention of each request (new x past)."""
+def context_step_ms(table, chunks, done, count, batch=0):
+    """Time of a context step: the dense part of all its tokens, plus attention of each request (new x past).
+
+    With a batch, what the chunks add to a step that has one token for each of so many sequences.
+    """
     tokens, dense_ms, new, past, attention_ms = table
-    total = 0
+    total = batch
     attention = 0.0
     for i in range(count):
         if chunks[i] > 0:
             total += chunks[i]
             attention += interpolate_grid(new, past, attention_ms, chunks[i], done[i])
-    return interpolate(tokens, dense_ms, total) + attention
+    dense = interpolate(tokens, dense_ms, total)
+    if batch > 0:
+        dense -= interpolate(tokens, dense_ms, batch)
+    return dense + attention
 
 
 def captured_batch(batch, sizes, padding):
@@ -102,23 +108,13 @@ def generation_step_ms(table, batch, mean_tokens, sizes, padding, eager_floor_ms
 
 
 def mixed_step_ms(context, generation, chunks, done, count, batch, mean_tokens):
-    """Time of a step with `count` prompt chunks and one token for each of `batch` sequences (aggregated servers, no graphs).
-
-    What the sequences alone would take is a generation step; what the chunks add to it is of a context step.
-    """
+    """Time of a step with `count` prompt chunks and one token for each of `batch` sequences (aggregated servers, no graphs)."""
+    added = context_step_ms(context, chunks, done, count, batch)
     if batch == 0:
-        return context_step_ms(context, chunks, done, count)
-    tokens, dense_ms, new, past, attention_ms = context
+        return added
     batches, batch_ms, kv_batches, kv_lengths, kv_ms = generation
     alone = interpolate(batches, batch_ms, batch)
     alone += interpolate_grid(kv_batches, kv_lengths, kv_ms, batch, mean_tokens)
-    total = batch
-    added = 0.0
-    for i in range(count):
-        total += chunks[i]
-        added += interpolate_grid(new, past, attention_ms, chunks[i], done[i])
-    if count > 0:
-        added += interpolate(tokens, dense_ms, total) - interpolate(tokens, dense_ms, batch)
     return alone + added
 
 

@@ -140,9 +140,8 @@ def _candidates(budget: Budget) -> list[Deployment]:
             if count < 1:
                 continue
             for tokens, batch, graphs in itertools.product(CONTEXT_TOKENS, GENERATION_BATCHES, GRAPHS):
-                context = ServerGroup(
-                    count, ctx_tp, ctx_pp, 128, tokens, router=budget.routing, chunks_overlap=budget.chunks_overlap
-                )  # fmt: skip
+                shape = count, ctx_tp, ctx_pp, 128, tokens
+                context = ServerGroup(*shape, router=budget.routing, chunks_overlap=budget.chunks_overlap)
                 generation = ServerGroup(
                     servers, gen_tp, 1, batch, batch, tuple(cuda_graph_sizes(batch, graphs)), router=budget.routing,
                     capacity_policy=budget.gen_capacity_policy,

@@ -212,13 +212,11 @@ async def run_engines(deployment, load, lengths):
         await asyncio.sleep(arrival - loop.time())
         prompt = Sequence(inputs, 1)
         with routed(0, contexts, c, inputs) as context:
-            context.submit(prompt)
-            await prompt.done.wait()
+            await context.serve(prompt)
         answer = Sequence(inputs, outputs, transport=Clock(), frame=lambda s: b"")
         answer.transfer_s = rules.transfer_ms(inputs, c.tp * c.pp, g.tp * g.pp) / 1e3
         with routed(1, generations, g, inputs) as generation:
-            generation.submit(answer)
-            await answer.done.wait()
+            await generation.serve(answer)
         assert len(answer.transport.times) == outputs
         return answer.transport.times[0], answer.transport.times[-1]
 
