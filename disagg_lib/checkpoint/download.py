@@ -30,12 +30,12 @@ def hub_listing(repo: str, revision: str | None, endpoint: str | None) -> tuple[
     with asking(f"{repo} at {api.endpoint}"):
         info = api.model_info(repo, revision=revision, files_metadata=True, timeout=60)
         for f in info.siblings:
-            if not f.rfilename.startswith(".") or f.rfilename.startswith(".."):
+            name, path = f.rfilename, PurePosixPath(f.rfilename)
+            if path.is_absolute() or ".." in path.parts:
+                raise ModelError(f"{repo} lists {name!r}, outside its folder. Do not use this repository")
+            if not name.startswith("."):
                 sha256, git_sha1 = (f.lfs.sha256, None) if f.lfs else (None, f.blob_id)
-                files[f.rfilename] = HubFile(f.size, sha256, git_sha1)
-    for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ModelError(f"{repo} lists {name!r}, outside its folder. Do not use this repository")
+                files[name] = HubFile(f.size, sha256, git_sha1)
     return info.sha, files
 
 

@@ -14,10 +14,10 @@ import yaml
 
 from ..errors import ServeConfigError
 from ..files import DATA
+from ..serving.stacks import POLICIES
 
 GROUPS = {"context_servers": "ctx", "generation_servers": "gen"}  # how messages call their servers
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")
-POLICIES = ("GUARANTEED_NO_EVICT", "MAX_UTILIZATION")
 TRANSPORTS = ("DEFAULT", "UCX", "NIXL", "MPI", "MOONCAKE")
 
 
@@ -71,8 +71,8 @@ def _need(holds, message: str) -> None:
 
 
 def _whole(where: str, value, least: int = 1) -> int:
-    holds = type(value) is int and value >= least
-    _need(holds, f"{where}: found {value!r}; a whole number of at least {least} is needed.")
+    fits = type(value) is int and value >= least
+    _need(fits, f"{where}: found {value!r}; a whole number of at least {least} is needed.")
     return value
 
 

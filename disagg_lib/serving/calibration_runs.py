@@ -13,6 +13,8 @@ from .ledger import observed, read_ledger
 from .plan import deployment_of
 from .stacks import read_stack, write_stack
 
+Pairs = Sequence[tuple[str, str]]  # (folder or row, params file)
+
 
 def runs_of_ledger(path: Path) -> list[str]:
     """Names of the measured runs in the ledger; CalibrationError if there are none."""
@@ -48,13 +50,7 @@ def _published_row(name: str, params: str) -> Observed:
     return observe_row(row, row["round"], deployment_of(e), part)
 
 
-def calibrate_runs(
-    folders: Sequence[Path],
-    logs: Sequence[tuple[str, str]],
-    published: Sequence[tuple[str, str]],
-    base: str,
-    out: Path,
-) -> str:
+def calibrate_runs(folders: Sequence[Path], logs: Pairs, published: Pairs, base: str, out: Path) -> str:
     """Fit on all, write the stack file, and say step times and errors; CalibrationError: a run cannot be used, or the file is there."""
     if out.exists():
         raise CalibrationError(f"{out} is there already, and nothing is overwritten. Choose another name.")

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import pandas as pd
 
 from ..errors import PlanError
 from ..experiment.cuda_graphs import cuda_graph_sizes
@@ -183,12 +184,11 @@ def _row(budget: Budget, d: Deployment, qps: np.ndarray) -> PlanRow:
     def at(load, lengths):
         return summarise(simulate(d, load, lengths), limits_ms)
 
-    rows = [at(budget.loads(recommended), lengths) for lengths in budget.draws]
+    rows = pd.DataFrame([at(budget.loads(recommended), lengths) for lengths in budget.draws])
     eight = (budget.draws * 8)[:8]
     others = [at(random_load(recommended, 1000 + k), lengths)["valid"] for k, lengths in enumerate(eight)]
-    names = "completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms", "context_utilisation"
-    median = {name: float(np.median([row[name] for row in rows])) for name in names}
-    binding = [row["binds"] for row in rows]
+    names = ["completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms", "context_utilisation"]
+    median = rows[names].median().to_dict()
     return PlanRow(
         deployment=d,
         gpus=d.gpus,
@@ -199,8 +199,8 @@ def _row(budget: Budget, d: Deployment, qps: np.ndarray) -> PlanRow:
         recommended_qps=recommended,
         p_valid=float(np.mean(others)),
         tokens_per_s_per_gpu=median["completed_tokens_per_s"] / budget.gpus,
-        binds=max(set(binding), key=binding.count),
-        kv_refused=any(row["kv_refused"] for row in rows),
+        binds=rows["binds"].mode()[0],
+        kv_refused=bool(rows["kv_refused"].any()),
         without_context_server_qps=_without(budget, d, "context", median_qps),
         without_generation_server_qps=_without(budget, d, "generation", median_qps),
         **median,
