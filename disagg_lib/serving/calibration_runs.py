@@ -29,23 +29,21 @@ def runs_of_ledger(path: Path) -> list[str]:
 
 def _published_row(name: str, params: str) -> Observed:
     """A row of the shipped tables of published results, or of another of that form: FILE.csv:NAME, of the experiment's round."""
-    e = load_experiment([params])
+    e, where = load_experiment([params]), f"--published {name}"
     path, _, part = name.rpartition(".csv:")
     shipped = {f.stem.removeprefix("published_"): f for f in sorted(DATA.glob("published_v*.csv"))}
     files = {e.round: Path(f"{path}.csv")} if path else shipped
     try:
         tables = [pd.read_csv(file, comment="#").assign(round=claimed) for claimed, file in files.items()]
     except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"--published {name}: cannot be read as a table of results ({error})."
-        ) from None
+        raise CalibrationError(f"{where}: cannot be read as a table of results ({error}).") from None
     table = pd.concat(tables)
     found = table[table["log_path"].str.contains(part, regex=False)]
     if len(found) != 1:
-        some = ", ".join(found["log_path"].head(3)) or "none"
-        raise CalibrationError(
-            f"--published {name}: {len(found)} rows have it in their log_path ({some}); needed is one."
+        some = (
+            f"{len(found)} rows have it in their log_path ({', '.join(found['log_path'].head(3)) or 'none'})"
         )
+        raise CalibrationError(f"{where}: {some}; needed is one.")
     row = found.iloc[0].to_dict() | ({"min_query_count": e.min_query_count} if e.min_query_count else {})
     return observe_row(row, row["round"], deployment_of(e), part)
 

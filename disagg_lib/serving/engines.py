@@ -189,17 +189,15 @@ def _prompt_step(g, s, context, generation):
         while g.taken[s] < g.tail[s] and _admits(g, s, g.line[s, g.taken[s]]):
             g.taken[s] += 1
     last, room = g.taken[s], max(limits.max_num_tokens - active, 0)
-    count = _rules.context_chunks(
-        g.left[s], g.busy_until[s], first, last, start, room, limits.max_batch, g.chunks
-    )
+    prompts = g.left[s], g.busy_until[s], first, last
+    count = _rules.context_chunks(*prompts, start, room, limits.max_batch, g.chunks)
     if generation is None:
         step = 1e-3 * _rules.context_step_ms(context, g.chunks, g.done[s, first:], count)
         end = _pass(g, s, start, step)
     else:
         mean_tokens = g.token_sum[s, 0] / max(active, 1)
-        step = 1e-3 * _rules.mixed_step_ms(
-            context, generation, g.chunks, g.done[s, first:], count, active, mean_tokens
-        )
+        chunks = g.chunks, g.done[s, first:], count
+        step = 1e-3 * _rules.mixed_step_ms(context, generation, *chunks, active, mean_tokens)
         end = _pass(g, s, start, step)
         _emit(g, s, 0, end)
     for k in range(first, first + count):

@@ -94,18 +94,16 @@ def _context_qps(d: Deployment, inputs: np.ndarray, ttft_limit_s: float) -> floa
 def _generation_ms(d: Deployment, batch: float, mean_tokens: float) -> float:
     """A generation server's step with `batch` sequences in all its stages."""
     group = d.generation
-    t = _table(d.system, group.tp, group.pp, d.stack)
-    return rules.generation_step_ms(
-        t.generation, batch / group.pp, mean_tokens, group.cuda_graph_sizes, group.cuda_graph_padding, rules.EAGER_FLOOR_MS
-    )  # fmt: skip
+    table = _table(d.system, group.tp, group.pp, d.stack).generation
+    graphs = group.cuda_graph_sizes, group.cuda_graph_padding, rules.EAGER_FLOOR_MS
+    return rules.generation_step_ms(table, batch / group.pp, mean_tokens, *graphs)
 
 
 def _most_sequences(d: Deployment, mean_input: float, mean_output: float) -> float:
     """Sequences that one generation server's slots and KV cache hold, on average."""
     group = d.generation
-    capacity = read_table(d.system, group.tp, group.pp).kv_capacity_tokens(
-        group.kv_fraction, group.max_num_tokens
-    )
+    table = read_table(d.system, group.tp, group.pp)
+    capacity = table.kv_capacity_tokens(group.kv_fraction, group.max_num_tokens)
     grows = group.capacity_policy == "MAX_UTILIZATION"
     held = mean_output / 2 if grows else max(mean_output, d.reserve_output_tokens or 0)
     return min(group.max_batch_size * group.pp, capacity / (mean_input + held))
@@ -170,9 +168,8 @@ def screen(budget: Budget) -> list[tuple[float, Deployment]]:
     by_context = {d.context: d for d in candidates}
     by_generation = {d.generation: d for d in candidates}
     context = {g: _context_qps(d, inputs, limits_ms[0] / 1e3) for g, d in by_context.items()}
-    generation = {
-        g: _generation_qps(d, mean_input, mean_output, limits_ms[1]) for g, d in by_generation.items()
-    }
+    means = mean_input, mean_output
+    generation = {g: _generation_qps(d, *means, limits_ms[1]) for g, d in by_generation.items()}
     scored = [(min(context[d.context], generation[d.generation]), d) for d in candidates]
     # Of equals the smaller batch, and the original's graphs, which stand first.
     scored.sort(key=lambda pair: (-pair[0], pair[1].gpus, pair[1].generation.max_batch_size))

@@ -105,11 +105,9 @@ def _tables(system: str, tp: int, pp: int, stack: Stack):
 
 @lru_cache(64)
 def _generation_steps(system: str, group: ServerGroup, stack: Stack):
-    sizes = np.array(sorted(group.cuda_graph_sizes), np.int64)
     table = _tables(system, group.tp, group.pp, stack)[1]
-    return tabulate_generation(
-        table, sizes, group.cuda_graph_padding, rules.EAGER_FLOOR_MS, group.max_batch_size
-    )
+    graphs = np.array(sorted(group.cuda_graph_sizes), np.int64), group.cuda_graph_padding
+    return tabulate_generation(table, *graphs, rules.EAGER_FLOOR_MS, group.max_batch_size)
 
 
 def _serve(
