@@ -100,11 +100,9 @@ def observe_log(folder: Path, deployment: Deployment, draws: int = DRAWS) -> Obs
         "min_query_count": run.detail["effective_min_query_count"],
         "tokens_per_sample": run.completed_tokens_per_s / run.samples_per_s,
     }
+    names = {"ttft": "first_token_{}.00_percentile_latency", "tpot": "time_per_output_token_{}.00_percentile"}
     for q in QUANTILES:
-        for name, key in (
-            ("ttft", "first_token_{}.00_percentile_latency"),
-            ("tpot", "time_per_output_token_{}.00_percentile"),
-        ):
+        for name, key in names.items():
             row[f"{name}_p{q}_ms"] = run.detail.get(f"result_{key.format(q)}_ns", math.nan) / 1e6
     return observe_row(row, claimed[0], deployment, Path(folder).name, draws)
 
@@ -196,9 +194,8 @@ def _generation_parts(d: Deployment, batch: float, mean_tokens: float) -> tuple[
     t, group = read_table(d.system, d.generation.tp, d.generation.pp), d.generation
     size = rules.captured_batch(math.ceil(batch), group.cuda_graph_sizes, group.cuda_graph_padding) or batch
     attention = rules.interpolate_grid(t.kv_batch, t.kv_length, t.kv_ms, batch, mean_tokens)
-    compute, comm = (
-        rules.interpolate(t.generation_batch, ms, size) for ms in (t.generation_ms, t.generation_comm_ms)
-    )
+    both = t.generation_ms, t.generation_comm_ms
+    compute, comm = (rules.interpolate(t.generation_batch, ms, size) for ms in both)
     return compute + d.stack.generation_attention * attention, comm
 
 

@@ -40,10 +40,9 @@ def _published_row(name: str, params: str) -> Observed:
     table = pd.concat(tables)
     found = table[table["log_path"].str.contains(part, regex=False)]
     if len(found) != 1:
-        some = (
-            f"{len(found)} rows have it in their log_path ({', '.join(found['log_path'].head(3)) or 'none'})"
-        )
-        raise CalibrationError(f"{where}: {some}; needed is one.")
+        some = ", ".join(found["log_path"].head(3)) or "none"
+        what = f"{len(found)} rows have it in their log_path ({some})"
+        raise CalibrationError(f"{where}: {what}; needed is one.")
     row = found.iloc[0].to_dict() | ({"min_query_count": e.min_query_count} if e.min_query_count else {})
     return observe_row(row, row["round"], deployment_of(e), part)
 

@@ -137,13 +137,12 @@ def _emit(g, s, b, when):
     q = g.calendar[s, b, turn % ring]
     g.calendar[s, b, turn % ring] = -1
     while q >= 0:
-        tokens = queries.inputs[q] + queries.outputs[q]
+        inputs, outputs, needs = queries.inputs[q], queries.outputs[q], queries.needs[q]
+        tokens = inputs + outputs
         g.active[s, b] -= 1
         g.token_sum[s, b] -= tokens
         g.admitted[s] -= 1
-        g.kv_used[s] -= _rules.kv_held(
-            queries.inputs[q], queries.outputs[q], queries.needs[q], g.limits.grows
-        )
+        g.kv_used[s] -= _rules.kv_held(inputs, outputs, needs, g.limits.grows)
         g.crossing[s, b, (turn + 1 - tokens) % _BLOCK] -= 1
         _end(g, s, q, when)
         q = g.following[q]

@@ -98,11 +98,8 @@ def heat_map(best: Deployment, gpus: int, lengths: np.ndarray, loads: Loads) -> 
     ]
 
     def one(cell):
-        groups = {
-            "context": replace(context, count=cell[0]),
-            "generation": replace(generation, count=cell[1]),
-        }
-        d = replace(best, **groups)
+        d = replace(best, context=replace(context, count=cell[0]))
+        d = replace(d, generation=replace(generation, count=cell[1]))
         return float(qps_over_draws(d, [lengths], loads, guess=1.2 * cell[0], error=0.01)[0])
 
     with ThreadPoolExecutor(2) as pool:

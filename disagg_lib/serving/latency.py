@@ -163,12 +163,10 @@ def _measure(handle) -> dict[str, list[float]]:
     def attention(new, past):
         return handle.predict_prefill_latency(1, new + past, past) - sum(context(new)[:2])
 
-    values = {}
-    for phase, parts in (
-        ("context", [context(n) for n in GRID["context_tokens"]]),
-        ("generation", [generation(b, 1024) for b in GRID["generation_batch"]]),
-    ):
-        values[f"{phase}_ms"], values[f"{phase}_comm_ms"], _ = zip(*parts, strict=True)
+    values, dense = {}, [context(n) for n in GRID["context_tokens"]]
+    steps = [generation(b, 1024) for b in GRID["generation_batch"]]
+    values["context_ms"], values["context_comm_ms"], _ = zip(*dense, strict=True)
+    values["generation_ms"], values["generation_comm_ms"], _ = zip(*steps, strict=True)
     values["attention_ms"] = [attention(n, p) for n in GRID["attention_new"] for p in GRID["attention_past"]]
     values["kv_ms"] = [generation(b, n)[2] for b in GRID["kv_batch"] for n in GRID["kv_length"]]
     return {key: [float(f"{v:.4g}") for v in row] for key, row in values.items()}

@@ -69,14 +69,8 @@ def read_ledger(path: Path) -> pd.DataFrame:
 
 def record(path: Path, run_dir: Path, e: Experiment, table: pd.DataFrame, source: str) -> pd.DataFrame:
     """Write a run's row into the ledger, in place of an earlier one of the same run, and return the whole of it."""
-    deployment = deployment_of(e)
-    row = {
-        "run": Path(run_dir).name,
-        "source": source,
-        "layout": layout_of(deployment),
-        "system": e.gpu_system,
-    }
-    row |= {"stack": Path(e.serving_stack).name, "target_qps": e.server_target_qps}
+    row = {"run": Path(run_dir).name, "source": source, "layout": layout_of(deployment_of(e))}
+    row |= {"system": e.gpu_system, "stack": Path(e.serving_stack).name, "target_qps": e.server_target_qps}
     by_figure = table.set_index("figure")
     for figure in KEPT:
         for word in ("predicted_ms", "measured_ms", "error"):

@@ -96,10 +96,8 @@ def _rows(path: Path, columns: Sequence[str], need: str) -> Iterator[tuple[str, 
                     values = [float(text) for text in found]
                 except (TypeError, ValueError):
                     values = [math.nan] * len(columns)
-                yield (
-                    f"{path}, line {reader.line_num}: found {','.join(map(str, found))}; needs {need}",
-                    values,
-                )
+                said = f"{path}, line {reader.line_num}: found {','.join(map(str, found))}"
+                yield f"{said}; needs {need}", values
     except (OSError, UnicodeDecodeError) as error:
         raise LengthsError(f"{path}: cannot be read ({error}).") from None
 
