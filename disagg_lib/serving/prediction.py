@@ -98,29 +98,31 @@ def simulated_run(e: Experiment) -> SimulatedRun:
     return simulate(plan.deployment_of(e), _load(e, None), _as_served(e, spreads(e, 1)[0][1][0]))
 
 
-def _range(qps: np.ndarray) -> str:
-    return f"{np.median(qps):.2f} [{qps.min():.2f}, {qps.max():.2f}]"
+def _range(values: np.ndarray | pd.Series, form: str = ".2f") -> str:
+    low, high = np.min(values), np.max(values)
+    spread = f" [{low:{form}}, {high:{form}}]" if low < high else ""
+    return f"{np.median(values):{form}}{spread}"
 
 
 def format_simulation(table: pd.DataFrame) -> str:
-    """Medians over seeds for a terminal, a line a spread of prompt lengths."""
-    rows = {}
+    """Median [range] over draws for a terminal, a column a spread of prompt lengths."""
+    columns = {}
     for name, part in table.groupby("prompt_lengths", sort=False):
-        median = part.median(numeric_only=True)
-        rows[name] = {
+        columns[name] = {
             "VALID": f"{int(part['valid'].sum())} of {len(part)}",
-            "margin": f"{100 * median['margin']:+.1f} %",
+            "margin %": _range(100 * part["margin"], "+.1f"),
             "binds": part["binds"].mode()[0],
-            **{f"TTFT {p} ms": f"{median[f'ttft_{p}_ms']:.0f}" for p in ("p50", "p99")},
-            **{f"TPOT {p} ms": f"{median[f'tpot_{p}_ms']:.1f}" for p in ("p50", "p99")},
-            "tokens/s": f"{median['completed_tokens_per_s']:.0f}",
+            **{f"TTFT {p} ms": _range(part[f"ttft_{p}_ms"], ".0f") for p in ("p50", "p99")},
+            **{f"TPOT {p} ms": _range(part[f"tpot_{p}_ms"], ".1f") for p in ("p50", "p99")},
+            "tokens/s": _range(part["completed_tokens_per_s"], ".0f"),
             "KV refused": f"{int(part['kv_refused'].sum())} of {len(part)}",
         }
     first = table.iloc[0]
     return (
-        f"{first['topology']} at {first['target_qps']:g} queries/s; source: simulated, medians over draws of the lengths\n"
-        f"{pd.DataFrame(rows).T.rename_axis('prompt lengths').reset_index().to_string(index=False)}\n"
-        f"Limits: TTFT {first['ttft_limit_ms']:g} ms, TPOT {first['tpot_limit_ms']:g} ms; margin: at the query that early stopping looks at."
+        f"{first['topology']} at {first['target_qps']:g} queries/s; source: simulated\n"
+        f"{pd.DataFrame(columns).rename_axis(columns='prompt lengths').to_string()}\n"
+        "Median [range] over draws of the lengths. Margin: at the query that early stopping looks at.\n"
+        f"Limits: TTFT {first['ttft_limit_ms']:g} ms, TPOT {first['tpot_limit_ms']:g} ms."
     )
 
 
