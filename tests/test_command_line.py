@@ -75,7 +75,7 @@ def test_a_qps_beyond_saturation_is_a_sentence_with_the_nearest_choice():
 
 
 def test_plan_ranks_topologies_and_prints_the_choice_as_parameters(tmp_path):
-    done = command("plan", "--gpus", 8, "--csv", tmp_path / "p.csv")
+    done = command("plan", "--gpus", 8, "--draws", 2, "--csv", tmp_path / "p.csv")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "p.csv")
     assert table.columns[0] == "topology"
@@ -164,7 +164,7 @@ def test_check_says_what_it_checks_and_errors_come_first():
 
 def test_the_plan_is_written_as_a_complete_params_file_and_never_over_one(tmp_path):
     path = tmp_path / "my8.yaml"
-    done = command("plan", "--gpus", 8, "--write", path)
+    done = command("plan", "--gpus", 8, "--draws", 1, "--write", path)
     assert done.returncode == 0, done.stderr
     written = load_experiment([path])
     assert (written.engine, written.launcher, written.container, written.gpu_count) == (
@@ -173,7 +173,7 @@ def test_the_plan_is_written_as_a_complete_params_file_and_never_over_one(tmp_pa
         "pyxis",
         8,
     )
-    again = command("plan", "--gpus", 8, "--write", path)
+    again = command("plan", "--gpus", 8, "--draws", 1, "--write", path)
     assert again.returncode == 1 and "nothing is overwritten" in again.stderr
 
 
