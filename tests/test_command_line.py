@@ -181,6 +181,7 @@ def test_a_written_plan_keeps_what_it_rests_on(tmp_path):
     preset, path = "params/gb300_72gpu_v6.0.yaml", tmp_path / "my8.yaml"
     done = command("plan", preset, "--gpus", 8, "--draws", 1, "--write", path)
     assert done.returncode == 0, done.stderr
+    assert path.read_text() in done.stdout
     written, planned_from = load_experiment([path]), load_experiment([preset])
     kept = (
         "recipe",

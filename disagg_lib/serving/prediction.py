@@ -170,7 +170,7 @@ def _stack_notes(e: Experiment) -> list[str]:
 
 
 def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], draws: int = 4) -> str:
-    """What the ranking depends on (prompt spreads, PP, KV refusals, aggregated servers, stack), and the choice as a params file."""
+    """What the ranking depends on (prompt spreads, PP, KV refusals, aggregated servers, stack)."""
     best, notes = ranked[0], []
     gpus = best.gpus + best.gpus_idle
     for name, drawn in spreads(e, draws)[1:]:
@@ -198,22 +198,7 @@ def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], draws: int = 4) ->
     notes.append(
         f"Aggregated ({together.layout}, stack {stack.name}): {together.target_qps:.2f} queries/s; disaggregation gives {ratio:.2f} times that"
     )
-    notes += [*_stack_notes(e), "The choice, as a params file:"]
-    kept = (
-        "round",
-        "trtllm_dialect",
-        "gpu_system",
-        "stack",
-        "routing",
-        "gen_capacity_policy",
-        "min_query_count",
-    )
-    defaults = Experiment.model_fields
-    chosen = {
-        key: getattr(e, key) for key in kept if getattr(e, key) != defaults[key].default
-    } | best.params()
-    notes += [f"    {name}: {value}" for name, value in chosen.items()]
-    return "\n".join(notes)
+    return "\n".join(notes + _stack_notes(e))
 
 
 def ranking(ranked: Sequence[plan.PlanRow]) -> pd.DataFrame:

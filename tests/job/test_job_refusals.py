@@ -25,7 +25,7 @@ REFUSALS = [
     (
         "eos_first:30",
         "v5.1",
-        LONG | {"rehearsal_queries": 400},
+        LONG | {"rehearsal_queries": 200},
         r"the performance client .*the model's first token was its end token",
     ),
 ]
