@@ -116,6 +116,7 @@ draws_option = click.option(
 )
 def plan(gpus, params, given, draws, csv_file, write_file):
     """Rank topologies for a GPU budget by the highest target QPS that stays VALID (simulated)."""
+    from .notebook.plan_choice import choice_text, write_choice
     from .serving import prediction
     from .serving.plan import plan as plan_topologies
 
@@ -130,11 +131,9 @@ def plan(gpus, params, given, draws, csv_file, write_file):
         "source: simulated; queries/s, the highest that stay VALID, median [range] over draws of the lengths"
     )
     click.echo(prediction.ranking(ranked).to_string())
-    click.echo("\n" + prediction.plan_notes(experiment, ranked))
+    click.echo(f"\n{prediction.plan_notes(experiment, ranked)}\n\n{choice_text(experiment, ranked[0])}")
     if write_file:
-        from .notebook.plan_choice import write_choice
-
-        click.echo(f"\nwritten: {write_choice(experiment, ranked[0], write_file)}")
+        click.echo(f"written: {write_choice(experiment, ranked[0], write_file)}")
 
 
 @main.command(short_help="Predict one topology's verdict.")

@@ -34,6 +34,8 @@ def test_simulate_reports_three_spreads_and_writes_a_row_a_draw(tmp_path):
     assert needed | {"target_qps", "loadgen_valid", "valid", "submittable", "source"} <= set(table.columns)
     assert len(table) == 6
     assert set(table["source"]) == {"simulated"}
+    median, low, high = (getattr(table["ttft_p99_ms"][:2], of)() for of in ("median", "min", "max"))
+    assert f"{median:.0f} [{low:.0f}, {high:.0f}]" in done.stdout
 
 
 def test_the_highest_valid_qps_stands_beside_the_target(tmp_path):
@@ -41,7 +43,7 @@ def test_the_highest_valid_qps_stands_beside_the_target(tmp_path):
         "simulate", "params/gb200_20gpu.yaml", "--highest", "--draws", 1, "--csv", tmp_path / "h.csv"
     )
     assert done.returncode == 0, done.stderr
-    row = pd.read_csv(tmp_path / "h.csv").iloc[0]
+    row = pd.read_csv(tmp_path / "h.csv", dtype={"cv 0.5": str, "cv 0.3": str}).iloc[0]
     assert row["server_target_qps"] == 3.85 and row["source"] == "simulated"
     assert 3.5 < float(row["cv 0.5"].split()[0]) < float(row["cv 0.3"].split()[0]) < 5.0
 
@@ -51,7 +53,8 @@ def test_a_histogram_of_prompt_lengths_and_another_system_are_parameters(tmp_pat
     words = ["simulate", "params/gb200_20gpu.yaml", "--draws", 1, "-p", "lengths_file", tmp_path / "h.csv"]
     done, other = command(*words), command(*words, "-p", "gpu_system", "gb300")
     assert done.returncode == 0, done.stderr
-    assert "h.csv 1 of 1" in done.stdout and "cv 0.4" not in done.stdout
+    assert "h.csv" in done.stdout and "1 of 1" in done.stdout and "cv 0.4" not in done.stdout
+    assert "[" not in done.stdout.partition("Median")[0]  # one draw has no range
     assert other.returncode == 0 and other.stdout != done.stdout
     refused = command(*words, "-p", "gpu_system", "h100")
     assert refused.returncode == 1 and "there are b200, gb200, gb300" in refused.stderr
@@ -72,7 +75,7 @@ def test_a_qps_beyond_saturation_is_a_sentence_with_the_nearest_choice():
 
 
 def test_plan_ranks_topologies_and_prints_the_choice_as_parameters(tmp_path):
-    done = command("plan", "--gpus", 8, "--csv", tmp_path / "p.csv")
+    done = command("plan", "--gpus", 8, "--draws", 2, "--csv", tmp_path / "p.csv")
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "p.csv")
     assert table.columns[0] == "topology"
@@ -161,7 +164,7 @@ def test_check_says_what_it_checks_and_errors_come_first():
 
 def test_the_plan_is_written_as_a_complete_params_file_and_never_over_one(tmp_path):
     path = tmp_path / "my8.yaml"
-    done = command("plan", "--gpus", 8, "--write", path)
+    done = command("plan", "--gpus", 8, "--draws", 1, "--write", path)
     assert done.returncode == 0, done.stderr
     written = load_experiment([path])
     assert (written.engine, written.launcher, written.container, written.gpu_count) == (
@@ -170,7 +173,7 @@ def test_the_plan_is_written_as_a_complete_params_file_and_never_over_one(tmp_pa
         "pyxis",
         8,
     )
-    again = command("plan", "--gpus", 8, "--write", path)
+    again = command("plan", "--gpus", 8, "--draws", 1, "--write", path)
     assert again.returncode == 1 and "nothing is overwritten" in again.stderr
 
 
@@ -178,6 +181,7 @@ def test_a_written_plan_keeps_what_it_rests_on(tmp_path):
     preset, path = "params/gb300_72gpu_v6.0.yaml", tmp_path / "my8.yaml"
     done = command("plan", preset, "--gpus", 8, "--draws", 1, "--write", path)
     assert done.returncode == 0, done.stderr
+    assert path.read_text() in done.stdout
     written, planned_from = load_experiment([path]), load_experiment([preset])
     kept = (
         "recipe",

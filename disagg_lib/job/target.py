@@ -20,7 +20,9 @@ class Target:
         except ValueError:  # above 65535, or no number
             port = 0
         if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-            raise ClientError("--url %s: needed is http://HOST:PORT, with a port of 1 to 65535" % url)
+            raise ClientError(
+                f"{url} is no server's address: needed is http://HOST:PORT, with a port of 1 to 65535"
+            )
         self.ssl = ssl.create_default_context() if parts.scheme == "https" else None
         self.host = self.address = parts.hostname
         self.port = port or (443 if self.ssl else 80)

@@ -88,29 +88,31 @@ def simulated_run(e: Experiment) -> SimulatedRun:
     return simulate(plan.deployment_of(e), _load(e, None), _as_served(e, spreads(e, 1)[0][1][0]))
 
 
-def _range(qps: np.ndarray) -> str:
-    return f"{np.median(qps):.2f} [{qps.min():.2f}, {qps.max():.2f}]"
+def _range(values: np.ndarray | pd.Series, form: str = ".2f") -> str:
+    low, high = np.min(values), np.max(values)
+    spread = f" [{low:{form}}, {high:{form}}]" if low < high else ""
+    return f"{np.median(values):{form}}{spread}"
 
 
 def format_simulation(table: pd.DataFrame) -> str:
-    """Medians over seeds for a terminal, a line a spread of prompt lengths."""
-    rows = {}
+    """Median [range] over draws for a terminal, a column a spread of prompt lengths."""
+    columns = {}
     for name, part in table.groupby("prompt_lengths", sort=False):
-        median = part.median(numeric_only=True)
-        rows[name] = {
+        columns[name] = {
             "VALID": f"{int(part['valid'].sum())} of {len(part)}",
-            "margin": f"{100 * median['margin']:+.1f} %",
+            "margin %": _range(100 * part["margin"], "+.1f"),
             "binds": part["binds"].mode()[0],
-            **{f"TTFT {p} ms": f"{median[f'ttft_{p}_ms']:.0f}" for p in ("p50", "p99")},
-            **{f"TPOT {p} ms": f"{median[f'tpot_{p}_ms']:.1f}" for p in ("p50", "p99")},
-            "tokens/s": f"{median['completed_tokens_per_s']:.0f}",
+            **{f"TTFT {p} ms": _range(part[f"ttft_{p}_ms"], ".0f") for p in ("p50", "p99")},
+            **{f"TPOT {p} ms": _range(part[f"tpot_{p}_ms"], ".1f") for p in ("p50", "p99")},
+            "tokens/s": _range(part["completed_tokens_per_s"], ".0f"),
             "KV refused": f"{int(part['kv_refused'].sum())} of {len(part)}",
         }
     first = table.iloc[0]
     return (
-        f"{first['topology']} at {first['target_qps']:g} queries/s; source: simulated, medians over draws of the lengths\n"
-        f"{pd.DataFrame(rows).T.rename_axis('prompt lengths').reset_index().to_string(index=False)}\n"
-        f"Limits: TTFT {first['ttft_limit_ms']:g} ms, TPOT {first['tpot_limit_ms']:g} ms; margin: at the query that early stopping looks at."
+        f"{first['topology']} at {first['target_qps']:g} queries/s; source: simulated\n"
+        f"{pd.DataFrame(columns).rename_axis(columns='prompt lengths').to_string()}\n"
+        "Median [range] over draws of the lengths. Margin: at the query that early stopping looks at.\n"
+        f"Limits: TTFT {first['ttft_limit_ms']:g} ms, TPOT {first['tpot_limit_ms']:g} ms."
     )
 
 
@@ -156,7 +158,7 @@ def _stack_notes(e: Experiment) -> list[str]:
 
 
 def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], draws: int = 4) -> str:
-    """What the ranking depends on (prompt spreads, PP, KV refusals, aggregated servers, stack), and the choice as a params file."""
+    """What the ranking depends on (prompt spreads, PP, KV refusals, aggregated servers, stack)."""
     best, notes = ranked[0], []
     gpus = best.gpus + best.gpus_idle
     for name, drawn in spreads(e, draws)[1:]:
@@ -181,12 +183,7 @@ def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], draws: int = 4) ->
     notes.append(
         f"Aggregated ({together.layout}, stack {stack.name}): {together.target_qps:.2f} queries/s; disaggregation gives {ratio:.2f} times that"
     )
-    notes += [*_stack_notes(e), "The choice, as a params file:"]
-    kept = ("round", "trtllm_dialect", "gpu_system", "stack")
-    kept += ("routing", "gen_capacity_policy", "min_query_count")
-    chosen = {k: getattr(e, k) for k in kept if getattr(e, k) != Experiment.model_fields[k].default}
-    notes += [f"    {name}: {value}" for name, value in (chosen | best.params()).items()]
-    return "\n".join(notes)
+    return "\n".join(notes + _stack_notes(e))
 
 
 def ranking(ranked: Sequence[plan.PlanRow]) -> pd.DataFrame:

@@ -9,13 +9,13 @@ from test_job import finish, make, no_process_left
 LONG = {"server_target_qps": 40.0, "rehearsal_queries": 4000}
 REFUSALS = [
     (
-        "gen_refuses:gen0:40",
+        "gen_refuses:gen0:200",
         "v5.1",
         LONG,
         r"the performance client .*See logs/output_workers\.log.*in a row failed",
     ),
     (
-        "gen_refuses:gen0:40",
+        "gen_refuses:gen0:200",
         "1.x",
         LONG,
         r"the performance client .*See logs/output_workers\.log.*in a row failed",
@@ -25,7 +25,7 @@ REFUSALS = [
     (
         "eos_first:30",
         "v5.1",
-        LONG | {"rehearsal_queries": 400},
+        LONG | {"rehearsal_queries": 200},
         r"the performance client .*the model's first token was its end token",
     ),
 ]
@@ -40,7 +40,7 @@ def test_a_refusal_is_told_as_what_it_is(tmp_path, fault, dialect, given, reason
 
 
 def test_refusals_end_a_run_long_before_its_queries(tmp_path):
-    run = make(tmp_path / "run", fault="gen_refuses:gen0:40", test_modes=["performance"], **LONG)
+    run = make(tmp_path / "run", fault="gen_refuses:gen0:200", test_modes=["performance"], **LONG)
     finish(run)
     result = json.loads((run / "job/client_performance.json").read_text())
     assert result["issued"] < 1000 and result["kinds"]["cut"] >= 50
