@@ -59,9 +59,8 @@ def _tokenizer() -> bytes:
     names = (NAMED.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256))
     tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in names])
     begin = TOKENIZER_CONFIG["bos_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, ENDS["bos_token_id"])]
-    )
+    ids = [(begin, ENDS["bos_token_id"])]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=ids)
     return tokenizer.to_str().encode()
 
 

@@ -171,10 +171,8 @@ def check_engine_keys(where: str, engine: dict, dialect: str, per_worker: bool =
         inner = {} if engine.get(name) is None else _mapping(f"{where}: {name}", engine[name])
         if dialect == "1.x":
             unknown += [f"{name}.{key}" for key in inner if key not in known_keys("objects", name)]
-    _need(
-        not unknown,
-        f"{where}: unknown engine argument {', '.join(unknown)} in dialect {dialect}; remove it or use that release's key.",
-    )
+    what = f"unknown engine argument {', '.join(unknown)} in dialect {dialect}"
+    _need(not unknown, f"{where}: {what}; remove it or use that release's key.")
     _need(
         dialect == "1.x" or engine.get("backend") == "pytorch",
         f"{where}: backend is {engine.get('backend')!r}; this release then takes the TensorRT engine path, which this model has"
@@ -214,10 +212,9 @@ def engine_args(where: str, engine: dict, dialect: str, role: str, per_worker: b
     policy = (engine.get("scheduler_config") or {}).get("capacity_scheduler_policy", POLICIES[0])
     rehearsed = " and ".join(POLICIES)
     _need(policy in POLICIES, f"{where}: capacity_scheduler_policy is {policy!r}; rehearsed are {rehearsed}.")
-    _need(
-        role != "context" or engine.get("disable_overlap_scheduler"),
-        f"{where}: the overlap scheduler is on; a context server needs `disable_overlap_scheduler: true`.",
-    )
+    fits = role != "context" or engine.get("disable_overlap_scheduler")
+    needed = "a context server needs `disable_overlap_scheduler: true`"
+    _need(fits, f"{where}: the overlap scheduler is on; {needed}.")
     defaults = {"max_batch_size": 2048, "max_num_tokens": 8192, "max_seq_len": 131072}
     tp, pp, batch, tokens, length = (
         _whole(f"{where}: {key}", default if engine.get(key) is None else engine[key])

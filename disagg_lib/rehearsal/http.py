@@ -37,9 +37,8 @@ async def _listen(server: Worker | Orchestrator, host: str, port: int) -> None:
         # A machine that is overloaded for seconds lets connections wait instead of resetting them (aiohttp's own: 128).
         await web.TCPSite(runner, host, port, backlog=4096).start()
     except OSError as error:
-        raise DisaggError(
-            f"{host}:{port}: cannot listen ({error}). Is another server on it, or is it another node's name?"
-        ) from None
+        ask = "Is another server on it, or is it another node's name?"
+        raise DisaggError(f"{host}:{port}: cannot listen ({error}). {ask}") from None
 
 
 def _run(serving) -> None:

@@ -73,9 +73,8 @@ def observe_record(
             [[float(row[c] or 0) for c in columns] for row in rows]
         ).T
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise CalibrationError(
-            f"{path}: cannot be read as the client's record of queries ({error!r})."
-        ) from None
+        what = "the client's record of queries"
+        raise CalibrationError(f"{path}: cannot be read as {what} ({error!r}).") from None
     lengths = np.empty(len(rows), LENGTHS)
     lengths["input_tokens"], lengths["output_tokens"] = inputs, outputs
     arrivals = issue - late / 1e3
@@ -266,17 +265,15 @@ def calibrate(runs: Sequence[Observed], base: Stack, name: str) -> tuple[Stack, 
 
 def calibration_text(stack: Stack, table: pd.DataFrame) -> str:
     """The constants, each run's step times, and its errors in-sample and left out, for a terminal."""
-    lines = [
-        f"stack {stack.name}: b_context {stack.b_context:.3f}, b_generation {stack.b_generation:.3f}, host_ms {stack.host_ms:.2f},"
-        f" ttft_ms {stack.ttft_ms:g}"
-    ]
+    factors = f"b_context {stack.b_context:.3f}, b_generation {stack.b_generation:.3f}"
+    constants = f"{factors}, host_ms {stack.host_ms:.2f}, ttft_ms {stack.ttft_ms:g}"
+    lines = [f"stack {stack.name}: {constants}"]
     for row in table.to_dict("records"):
         lines.append(f"{row['run']}, batch {row['batch']:.0f}")
         for role in ("context", "generation"):
-            parts = f"{row[f'{role}_compute']:.1f} + communication {row[f'{role}_comm']:.1f}"
-            lines.append(
-                f"  {role} step ms: table {parts}, needed {row[f'{role}_needed']:.1f}, residual {row[f'{role}_residual']:+.1%}"
-            )
+            table_ms = f"{row[f'{role}_compute']:.1f} + communication {row[f'{role}_comm']:.1f}"
+            needed = f"{row[f'{role}_needed']:.1f}, residual {row[f'{role}_residual']:+.1%}"
+            lines.append(f"  {role} step ms: table {table_ms}, needed {needed}")
         for word in ("in_sample", "left_out"):
             errors = [f"{figure.removesuffix('_ms')} {row[f'{word}_{figure}']:+.1%}" for figure in SHOWN]
             known = [error for error in errors if "nan" not in error]

@@ -62,9 +62,8 @@ def read_ledger(path: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(path, dtype={"run": str}).astype({"run": str})
     except (OSError, KeyError, ValueError) as error:
-        raise CalibrationError(
-            f"{path}: cannot be read as a ledger ({error}). Move it away; 05 begins a new one."
-        ) from None
+        fix = "Move it away; 05 begins a new one."
+        raise CalibrationError(f"{path}: cannot be read as a ledger ({error}). {fix}") from None
 
 
 def record(path: Path, run_dir: Path, e: Experiment, table: pd.DataFrame, source: str) -> pd.DataFrame:
