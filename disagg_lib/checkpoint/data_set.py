@@ -15,11 +15,6 @@ HARNESS_FILES = ("config.json", "generation_config.json", "special_tokens_map.js
 DATA_SET = "mlperf_llama3.1_405b_dataset_8313_processed_fp16_eval.pkl"
 
 
-def harness_model_folder(scratch_dir: str) -> Path:
-    """The original model's folder, of which the harness wants config and tokenizer alone."""
-    return Path(scratch_dir) / "models/Llama3.1-405B/Meta-Llama-3.1-405B-Instruct"
-
-
 def _array_shape(path: Path) -> str:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -29,13 +24,10 @@ def _array_shape(path: Path) -> str:
 
 
 def data_checks(scratch_dir: str, dataset_path: str | None = None, needed: bool = False) -> list[Check]:
-    """The harness's second folder and the data set: what is there, its digest, and how to get it. Opens no pickle.
-
-    Parameters
-    ----------
-    needed : whether the run fails without them (client: nvidia_harness); otherwise they are warnings.
-    """
-    second, data = harness_model_folder(scratch_dir), Path(scratch_dir) / "preprocessed_data/llama3.1-405b"
+    """The harness's second folder and the data set: what is there, its digest, how to get it; warnings unless `needed`. Opens no pickle."""
+    # Of the original model's folder the harness wants config and tokenizer alone.
+    second = Path(scratch_dir) / "models/Llama3.1-405B/Meta-Llama-3.1-405B-Instruct"
+    data = Path(scratch_dir) / "preprocessed_data/llama3.1-405b"
     get_model = (
         f"accept the terms of {HARNESS_REPO}, then hf download {HARNESS_REPO} --revision {HARNESS_REVISION} "
         f"--include {' '.join(map(repr, HARNESS_FILES))} --local-dir {shlex.quote(str(second))}"

@@ -125,12 +125,13 @@ class Manifest:
 
         if sizes:
             try:  # the largest first, so that all threads end together
+                # SHA-256 is what limits, so one thread a core; 32 are enough for any file system.
+                cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+                look = {"desc": "verify", "unit": "B", "unit_scale": True, "delay": 1}
                 with (
-                    ThreadPoolExecutor(_cores()) as pool,
+                    ThreadPoolExecutor(min(32, len(cores))) as pool,
                     stoppable_bar() as new_bar,
-                    new_bar(
-                        desc="verify", total=sum(sizes.values()), unit="B", unit_scale=True, delay=1
-                    ) as bar,
+                    new_bar(total=sum(sizes.values()), **look) as bar,
                 ):
                     list(pool.map(one, sorted(sizes, key=sizes.get, reverse=True)))
             finally:
@@ -153,19 +154,11 @@ def _size_and_time(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _cores() -> int:
-    """SHA-256 is what limits, so one thread a core; 32 are enough for any file system."""
-    return min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
 def verify_digests(folder: Path) -> list[Check]:
     """Hash every file, compare with the hub's metadata where the manifest has it, and write the manifest.
 
-    A file whose size and time have not changed is not read again; a verification that was killed goes on.
-
-    Raises
-    ------
-    ModelError : the folder is not there, or the manifest cannot be read or written.
+    A file whose size and time have not changed is not read again; a verification that was killed goes on. ModelError: the folder is
+    not there, or the manifest cannot be read or written.
     """
     require_folder(folder)
     manifest = Manifest(folder)
@@ -190,12 +183,7 @@ def verify_digests(folder: Path) -> list[Check]:
 
 
 def cite_model(folder: Path) -> dict | None:
-    """What a run's manifest says of the checkpoint; None if it has no manifest yet. Reads no file's content.
-
-    Raises
-    ------
-    ModelError : the checkpoint was not verified whole, or has changed since.
-    """
+    """What a run's manifest says of the checkpoint, by its manifest; None without one. ModelError: not verified whole, or changed since."""
     if not manifest_path(folder).exists():
         return None
     manifest = Manifest(folder)

@@ -24,20 +24,18 @@ from .hub import HubError, asking, disk_full, file_system
 from .synthetic import is_synthetic, make_rehearsal_checkpoint
 
 
-def hub_listing(
-    repo: str, revision: str | None = None, endpoint: str | None = None
-) -> tuple[str, dict[str, HubFile]]:
+def hub_listing(repo: str, revision: str | None, endpoint: str | None) -> tuple[str, dict[str, HubFile]]:
     """The commit that a revision (None: the main branch) stands for now, and its files by name."""
     api, files = huggingface_hub.HfApi(endpoint=endpoint, library_name="disagg_lib"), {}
     with asking(f"{repo} at {api.endpoint}"):
         info = api.model_info(repo, revision=revision, files_metadata=True, timeout=60)
         for f in info.siblings:
-            if not f.rfilename.startswith(".") or f.rfilename.startswith(".."):
+            name, path = f.rfilename, PurePosixPath(f.rfilename)
+            if path.is_absolute() or ".." in path.parts:
+                raise ModelError(f"{repo} lists {name!r}, outside its folder. Do not use this repository")
+            if not name.startswith("."):
                 sha256, git_sha1 = (f.lfs.sha256, None) if f.lfs else (None, f.blob_id)
-                files[f.rfilename] = HubFile(f.size, sha256, git_sha1)
-    for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ModelError(f"{repo} lists {name!r}, outside its folder. Do not use this repository")
+                files[name] = HubFile(f.size, sha256, git_sha1)
     return info.sha, files
 
 
@@ -50,9 +48,8 @@ def _locked(folder: Path):
         try:
             stack.enter_context(WeakFileLock(lock, timeout=0.5))
         except TimeoutError:
-            raise HubError(
-                "locked", folder, f"another download is writing it (it holds {lock.name})"
-            ) from None
+            found = f"another download is writing it (it holds {lock.name})"
+            raise HubError("locked", folder, found) from None
         yield
 
 
@@ -71,14 +68,10 @@ def download_checkpoint(
     complete. Without a revision the branch's commit is looked up once and kept in the manifest: later calls stay
     with it, and a complete folder needs no network.
 
-    Parameters
-    ----------
     workers : files that are fetched at a time.
     margin_bytes : room to be left on the file system.
 
-    Raises
-    ------
-    HubError : its `kind` says what: gated, no token, no network, disk full, locked, ...
+    HubError: its `kind` says what: gated, no token, no network, disk full, locked, ...
     """
     with file_system(folder), _locked(folder):
         manifest = Manifest(folder)

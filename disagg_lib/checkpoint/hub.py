@@ -63,33 +63,35 @@ for handler in logging.getLogger("huggingface_hub").handlers:  # its warnings sh
     handler.addFilter(_redact_record)
 
 
+# (errors, HTTP status, kind): the first that fits says what an error is.
+_KINDS = (
+    (hub_errors.GatedRepoError, -1, "gated"),
+    (hub_errors.RevisionNotFoundError, -1, "missing revision"),
+    ((), 401, "no token"),
+    (hub_errors.HFValidationError, 404, "missing repository"),
+    (httpx2.ProxyError, 407, "proxy"),
+    (hub_errors.OfflineModeIsEnabled, -1, "offline"),
+    (UnicodeEncodeError, -1, "token refused"),
+    ((ValueError, KeyError, TypeError, hub_errors.FileMetadataError), -1, "no answer"),
+    (httpx2.TransportError, -1, "no network"),
+    ((), 403, "forbidden"),
+    ((), 429, "too many requests"),
+    (Exception, -1, "hub error"),
+)
+
+
 def _named(error: Exception, where: str) -> HubError:
     """The hub library's error as one of ours."""
     while isinstance(error, hub_errors.LocalEntryNotFoundError) and error.__cause__:
         error = error.__cause__  # it says "not in the cache"; why it asked the cache is the cause
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, hub_errors.GatedRepoError):
-        kind = "gated"
-    elif isinstance(error, hub_errors.RevisionNotFoundError):
-        kind = "missing revision"
-    elif status == 401:
-        kind = "token refused" if huggingface_hub.get_token() else "no token"
-    elif status == 404 or isinstance(error, hub_errors.HFValidationError):
-        kind = "missing repository"
-    elif status == 407 or isinstance(error, httpx2.ProxyError):
-        kind = "proxy"
-    elif isinstance(error, hub_errors.OfflineModeIsEnabled):
-        kind = "offline"
-    elif isinstance(error, UnicodeEncodeError):
+    kind = next(kind for types, code, kind in _KINDS if isinstance(error, types) or status == code)
+    found = f"{status} {redact(error)}" if status else redact(error)
+    if kind == "no answer":
+        kind, found = "proxy", f"no hub's answer ({type(error).__name__}: {redact(error)})"
+    elif kind == "no token" and huggingface_hub.get_token():
         kind = "token refused"
-    elif isinstance(error, ValueError | KeyError | TypeError | hub_errors.FileMetadataError):
-        what = f"no hub's answer ({type(error).__name__}: {redact(error)})"
-        return HubError("proxy", redact(where), what)
-    elif isinstance(error, httpx2.TransportError):
-        kind = "no network"
-    else:
-        kind = {403: "forbidden", 429: "too many requests"}.get(status, "hub error")
-    return HubError(kind, redact(where), f"{status} {redact(error)}" if status else redact(error))
+    return HubError(kind, redact(where), found)
 
 
 def disk_full(folder: Path, needed: int | None = None) -> HubError:

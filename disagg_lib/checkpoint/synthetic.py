@@ -17,14 +17,8 @@ SYNTHETIC = "disagg_lib rehearsal"  # producer, in a rehearsal's hf_quant_config
 
 # Llama 3.1's own: 128000 words, then 256 special tokens, those that have a name and reserved ones.
 WORDS, CONTEXT_TOKENS = 128000, 131072
-NAMED = {
-    0: "begin_of_text",
-    1: "end_of_text",
-    4: "finetune_right_pad_id",
-    6: "start_header_id",
-    7: "end_header_id",
-}
-NAMED |= {8: "eom_id", 9: "eot_id", 10: "python_tag"}
+NAMED = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id"}
+NAMED |= {7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
 ENDS = {"bos_token_id": WORDS, "eos_token_id": [WORDS + 1, WORDS + 8, WORDS + 9]}
 CONFIG = {
     "model_type": "llama",
@@ -65,9 +59,8 @@ def _tokenizer() -> bytes:
     names = (NAMED.get(i) or f"reserved_special_token_{next(reserved)}" for i in range(256))
     tokenizer.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in names])
     begin = TOKENIZER_CONFIG["bos_token"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", special_tokens=[(begin, ENDS["bos_token_id"])]
-    )
+    ids = [(begin, ENDS["bos_token_id"])]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=ids)
     return tokenizer.to_str().encode()
 
 
@@ -80,11 +73,9 @@ def _files() -> dict[str, bytes]:
         shards[name] = _shard(part)
         weight_map |= dict.fromkeys((tensor for tensor, _, _ in part), name)
     total = sum(BYTES[dtype] * math.prod(shape) for _, dtype, shape in tensors)
+    quantization = QUANTISATION | {"group_size": 16}
     values = {
-        "hf_quant_config.json": {
-            "producer": {"name": SYNTHETIC},
-            "quantization": QUANTISATION | {"group_size": 16},
-        },
+        "hf_quant_config.json": {"producer": {"name": SYNTHETIC}, "quantization": quantization},
         "config.json": ARCHITECTURE | CONFIG | REHEARSAL | ENDS,
         "generation_config.json": {"do_sample": True, "temperature": 0.6, "top_p": 0.9} | ENDS,
         "tokenizer_config.json": TOKENIZER_CONFIG,
@@ -101,14 +92,7 @@ def is_synthetic(folder: Path) -> bool:
 
 
 def make_rehearsal_checkpoint(folder: Path) -> Path:
-    """Make the folder hold a valid two-layer checkpoint of zeros; files that are right already stay untouched.
-
-    It has the real one's file and tensor names, so `verify_checkpoint` reads both alike.
-
-    Raises
-    ------
-    ModelError : the folder holds something else.
-    """
+    """Make the folder hold a valid two-layer checkpoint of zeros; right files stay untouched. ModelError: it holds something else."""
     folder.mkdir(parents=True, exist_ok=True)
     others = any(not path.name.startswith(".") for path in folder.iterdir())
     if others and not is_synthetic(folder):  # in this order: another process may be writing its first file

@@ -20,6 +20,7 @@ STATUS = {400: web.HTTPBadRequest, 429: web.HTTPTooManyRequests, 500: web.HTTPIn
 
 TokenIds = Annotated[list[NonNegativeInt], Field(min_length=1)]
 Text = Annotated[str, Field(min_length=1)]
+OnePrompt = Annotated[list[Text | TokenIds], Field(min_length=1, max_length=1)]
 
 
 class Strict(BaseModel):
@@ -50,9 +51,7 @@ class Body(Strict):
     """What a request asks for, as far as the serving model cares; the names it may bear besides are in data/trtllm_keys.yaml."""
 
     model: str
-    prompt: Text | TokenIds | Annotated[list[Text | TokenIds], Field(min_length=1, max_length=1)] | None = (
-        None
-    )
+    prompt: Text | TokenIds | OnePrompt | None = None
     messages: list[dict] | None = None
     prompt_token_ids: TokenIds | None = None
     n: Literal[1] | None = None
@@ -88,11 +87,8 @@ def need(holds, text: str, status: int = 400) -> None:
         raise STATUS[status](text=json.dumps({"error": text}), content_type="application/json")
 
 
-async def read_body(request: web.Request, dialect: str, unknown=()) -> tuple[dict, Body, list[int]]:
-    """A request's body, the same checked, and its prompt's token ids; what is wrong is answered with 400.
-
-    unknown : fields of the release's list that this server shall not know
-    """
+async def read_body(request: web.Request, dialect: str, fault: str) -> tuple[dict, Body, list[int]]:
+    """A request's body, the same checked, and its prompt's token ids; what is wrong is answered with 400."""
     try:
         body = json.loads(await request.read())
         asked = Body.model_validate(body)
@@ -101,10 +97,9 @@ async def read_body(request: web.Request, dialect: str, unknown=()) -> tuple[dic
         need(False, "; ".join(wrong))
     except (ValueError, RecursionError) as error:
         need(False, f"body is not JSON: {error}")
-    known = known_keys("request", "both") | known_keys(
-        "request", "chat" if is_chat(request) else "completions"
-    )
-    strange = set(body) - (known - set(unknown))
+    endpoint = "chat" if is_chat(request) else "completions"
+    known = known_keys("request", "both") | known_keys("request", endpoint)
+    strange = set(body) - (known - ({"detokenize"} if fault == "no_detokenize" else set()))
     params = known_keys("disaggregated_params", "both") | known_keys("disaggregated_params", dialect)
     strange |= set(body.get("disaggregated_params") or ()) - params
     need(not strange, f"unknown field {', '.join(sorted(strange))}: extra inputs are not permitted")
@@ -136,15 +131,12 @@ class Answer:
         options = asked.stream_options
         self.include_usage = bool(options and options.include_usage)
         everywhere = options and options.continuous_usage_stats
-        self.usage_everywhere = self.include_usage and (
-            dialect == "v5.1" if everywhere is None else everywhere
-        )
+        everywhere = dialect == "v5.1" if everywhere is None else everywhere
+        self.usage_everywhere = self.include_usage and everywhere
         told = {"created": int(time.time()), "model": asked.model}
         chunk = {"id": f"chatcmpl-{number}", "object": "chat.completion.chunk", **told}
-        if chat:
-            self.head = {**chunk, "object": "chat.completion"}
-        else:
-            self.head = {"id": f"cmpl-{number}", "object": "text_completion", **told}
+        text = {"id": f"cmpl-{number}", "object": "text_completion", **told}
+        self.head = {**chunk, "object": "chat.completion"} if chat else text
         self.event = b"data: " + compact(chunk if chat else self.head)[:-1] + b',"choices":['
         self.last_event = b"data: " + compact(chunk)[:-1] + b',"choices":['
         self.piece = b'{"index":0,' + (b'"delta":{"content":"%b"}' if chat else b'"text":"%b","token_ids":%b')
@@ -190,10 +182,9 @@ class Answer:
         count = sequence.output_tokens
         ids = [self.token(i, i == count - 1) for i in range(count)]
         text = "".join(f" t{i}" for i in ids if i != END_TOKEN)
+        content = {"text": "", "token_ids": ids} if self.gives_ids else {"text": text, "token_ids": None}
         if self.chat:
             content = {"message": {"role": "assistant", "content": text}}
-        else:
-            content = {"text": "", "token_ids": ids} if self.gives_ids else {"text": text, "token_ids": None}
         choice = {"index": 0, **content, "logprobs": None, "finish_reason": self.finish, "stop_reason": None}
         choice |= {"disaggregated_params": params}
         return {**self.head, "choices": [choice], "usage": usage_of(sequence, count)}

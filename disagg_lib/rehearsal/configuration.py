@@ -4,6 +4,7 @@ Light on purpose: 72 ranks of a rehearsal read this before they go to sleep, so 
 Rules: TensorRT-LLM `llmapi/disagg_utils.py`; which keys each release knows: data/trtllm_keys.yaml.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -13,11 +14,10 @@ import yaml
 
 from ..errors import ServeConfigError
 from ..files import DATA
+from ..serving.stacks import POLICIES
 
-GROUPS = {
-    "context_servers": "ctx",
-    "generation_servers": "gen",
-}  # how servers of a group are called in messages
+GROUPS = {"context_servers": "ctx", "generation_servers": "gen"}  # how messages call their servers
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")
 TRANSPORTS = ("DEFAULT", "UCX", "NIXL", "MPI", "MOONCAKE")
 
 
@@ -71,8 +71,8 @@ def _need(holds, message: str) -> None:
 
 
 def _whole(where: str, value, least: int = 1) -> int:
-    holds = type(value) is int and value >= least
-    _need(holds, f"{where}: found {value!r}; a whole number of at least {least} is needed.")
+    fits = type(value) is int and value >= least
+    _need(fits, f"{where}: found {value!r}; a whole number of at least {least} is needed.")
     return value
 
 
@@ -105,9 +105,7 @@ def known_keys(*path: str) -> frozenset[str]:
 
 def dialect_of(content: dict) -> str:
     """`v5.1` if the file speaks in that release's flat keys (more of them than of the nested ones), else `1.x`."""
-    keys = set(content)
-    for group in GROUPS:
-        keys |= set(content[group]) if isinstance(content.get(group), dict) else set()
+    keys = set(content).union(*(content[g] for g in GROUPS if isinstance(content.get(g), dict)))
     flat, nested = known_keys("engine", "v5.1"), known_keys("engine", "1.x")
     return "v5.1" if len(keys & flat) > len(keys & nested) else "1.x"
 
@@ -122,45 +120,32 @@ def _instances(where: str, group: str, entry: dict, inherited: dict, first_rank:
         )
     count = _whole(f"{where}.num_instances", entry.get("num_instances", 1))
     urls = [str(url) for url in entry.get("urls") or ()]
-    _need(
-        len(urls) == count,
-        f"{where} has {len(urls)} urls for num_instances {count}; one host:port each is needed.",
-    )
-    tp, pp = (
-        _whole(f"{where}.{k}_parallel_size", engine.get(f"{k}_parallel_size", 1))
-        for k in ("tensor", "pipeline")
-    )
-    found = []
+    fits = len(urls) == count
+    _need(fits, f"{where} has {len(urls)} urls for num_instances {count}; one host:port each is needed.")
+    ranks = math.prod(_whole(f"{where}.{key}", engine.get(key, 1)) for key in PARALLEL)
+    role, found = group.removesuffix("_servers"), []
     for index, url in enumerate(urls):
         match = re.fullmatch(r"([^:/]+):(\d{1,5})", url)
         _need(match, f"{where}.urls has {url!r}; host:port is needed, with no scheme and no IPv6.")
-        name, role = f"{GROUPS[group]}{index}", group.removesuffix("_servers")
-        found.append(
-            Instance(name, role, match[1], int(match[2]), first_rank + index * tp * pp, tp * pp, engine)
-        )
+        place = match[1], int(match[2]), first_rank + index * ranks, ranks
+        found.append(Instance(f"{GROUPS[group]}{index}", role, *place, engine))
     return found
 
 
 def read_serve_file(path: Path) -> ServeFile:
-    """Read the shared file: dialect, servers in rank order, routers.
-
-    Raises
-    ------
-    ServeConfigError : what the release's own reader refuses; engine keys are checked by `engine_args`, in workers only.
-    """
+    """The shared file: dialect, servers in rank order, routers. Refuses what the release's reader does; engine keys are left to workers."""
     content = load_yaml(path)
     dialect = dialect_of(content)
     inherited = {k: v for k, v in content.items() if k not in known_keys("orchestrator", dialect)}
-    instances: list[Instance] = []
-    routers = {}
+    instances, routers = [], {}
     for group in GROUPS:
         where = f"{path}: {group}"
         entry = _mapping(where, content.get(group, {}))
         instances += _instances(where, group, entry, inherited, sum(i.ranks for i in instances))
         router = _mapping(f"{where}.router", entry.get("router") or {})
         kind = router.get("type", "round_robin")
-        known = kind in ("round_robin", "load_balancing")
-        _need(known, f"{where}: router type {kind!r}; rehearsed are round_robin and load_balancing.")
+        fits = kind in ("round_robin", "load_balancing")
+        _need(fits, f"{where}: router type {kind!r}; rehearsed are round_robin and load_balancing.")
         routers[group.removesuffix("_servers")] = kind, bool(router.get("use_tokens", False))
     seen: dict = {}
     for instance in instances:
@@ -172,9 +157,8 @@ def read_serve_file(path: Path) -> ServeFile:
         )
     port = _whole(f"{path}: port", content.get("port", 8000))
     retries = 3 if dialect == "v5.1" else _whole(f"{path}: max_retries", content.get("max_retries", 1), 0)
-    return ServeFile(
-        dialect, str(content.get("hostname", "localhost")), port, tuple(instances), routers, retries
-    )
+    hostname = str(content.get("hostname", "localhost"))
+    return ServeFile(dialect, hostname, port, tuple(instances), routers, retries)
 
 
 def check_engine_keys(where: str, engine: dict, dialect: str, per_worker: bool = False) -> None:
@@ -187,11 +171,8 @@ def check_engine_keys(where: str, engine: dict, dialect: str, per_worker: bool =
         inner = {} if engine.get(name) is None else _mapping(f"{where}: {name}", engine[name])
         if dialect == "1.x":
             unknown += [f"{name}.{key}" for key in inner if key not in known_keys("objects", name)]
-    names = ", ".join(unknown)
-    _need(
-        not unknown,
-        f"{where}: unknown engine argument {names} in dialect {dialect}; remove it or use that release's key.",
-    )
+    what = f"unknown engine argument {', '.join(unknown)} in dialect {dialect}"
+    _need(not unknown, f"{where}: {what}; remove it or use that release's key.")
     _need(
         dialect == "1.x" or engine.get("backend") == "pytorch",
         f"{where}: backend is {engine.get('backend')!r}; this release then takes the TensorRT engine path, which this model has"
@@ -202,23 +183,11 @@ def check_engine_keys(where: str, engine: dict, dialect: str, per_worker: bool =
 def _graph_sizes(where: str, graphs: dict, max_batch_size: int) -> tuple[int, ...]:
     """CUDA-graph sizes up to the batch, ascending: those given, or the release's default ones."""
     given, most = graphs.get("batch_sizes"), graphs.get("max_batch_size")
-    _need(
-        not (given and most), f"{where}: CUDA-graph batch_sizes and max_batch_size are both given; keep one."
-    )
-    sizes = given or [
-        n for n in (1, 2, 4, *range(8, 129, 8), 256, 512, 1024, 2048) if n <= (most or max_batch_size)
-    ]
+    both = given and most
+    _need(not both, f"{where}: CUDA-graph batch_sizes and max_batch_size are both given; keep one.")
+    default = (1, 2, 4, *range(8, 129, 8), 256, 512, 1024, 2048)
+    sizes = given or [n for n in default if n <= (most or max_batch_size)]
     return tuple(sorted({n for n in sizes if _whole(f"{where}: CUDA-graph sizes", n) <= max_batch_size}))
-
-
-def _policy(where: str, scheduler: dict) -> str:
-    policy = scheduler.get("capacity_scheduler_policy", "GUARANTEED_NO_EVICT")
-    known = policy in ("GUARANTEED_NO_EVICT", "MAX_UTILIZATION")
-    _need(
-        known,
-        f"{where}: capacity_scheduler_policy is {policy!r}; rehearsed are GUARANTEED_NO_EVICT and MAX_UTILIZATION.",
-    )
-    return policy
 
 
 def engine_args(where: str, engine: dict, dialect: str, role: str, per_worker: bool = False) -> EngineArgs:
@@ -237,19 +206,19 @@ def engine_args(where: str, engine: dict, dialect: str, role: str, per_worker: b
     else:
         graphs = engine.get("cuda_graph_config", {})
         transport = (engine.get("cache_transceiver_config") or {}).get("backend")
-    known = transport in (None, *TRANSPORTS)
-    _need(
-        known, f"{where}: cache_transceiver_config.backend is {transport!r}; one of {', '.join(TRANSPORTS)}."
-    )
-    _need(
-        role != "context" or engine.get("disable_overlap_scheduler"),
-        f"{where}: the overlap scheduler is on; a context server needs `disable_overlap_scheduler: true`.",
-    )
-    defaults = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "max_batch_size": 2048, "max_num_tokens": 8192,
-                "max_seq_len": 131072}  # fmt: skip
+    choices = ", ".join(TRANSPORTS)
+    fits = transport in (None, *TRANSPORTS)
+    _need(fits, f"{where}: cache_transceiver_config.backend is {transport!r}; one of {choices}.")
+    policy = (engine.get("scheduler_config") or {}).get("capacity_scheduler_policy", POLICIES[0])
+    rehearsed = " and ".join(POLICIES)
+    _need(policy in POLICIES, f"{where}: capacity_scheduler_policy is {policy!r}; rehearsed are {rehearsed}.")
+    fits = role != "context" or engine.get("disable_overlap_scheduler")
+    needed = "a context server needs `disable_overlap_scheduler: true`"
+    _need(fits, f"{where}: the overlap scheduler is on; {needed}.")
+    defaults = {"max_batch_size": 2048, "max_num_tokens": 8192, "max_seq_len": 131072}
     tp, pp, batch, tokens, length = (
         _whole(f"{where}: {key}", default if engine.get(key) is None else engine[key])
-        for key, default in defaults.items()
+        for key, default in (dict.fromkeys(PARALLEL, 1) | defaults).items()
     )
     if role == "generation":
         batch = min(batch, tokens)  # each request of a step needs one token of it
@@ -262,5 +231,5 @@ def engine_args(where: str, engine: dict, dialect: str, role: str, per_worker: b
         transport=transport is not None,
         print_iter_log=bool(engine.get("print_iter_log", False)),
         chunks_overlap=dialect != "v5.1",
-        capacity_policy=_policy(where, engine.get("scheduler_config") or {}),
+        capacity_policy=policy,
     )  # fmt: skip

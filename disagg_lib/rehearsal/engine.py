@@ -41,10 +41,11 @@ class Engine:
         self.steps = 0
         self.log = log
 
-    def submit(self, sequence: Sequence) -> None:
-        """Put a request at the end of the line."""
+    async def serve(self, sequence: Sequence) -> None:
+        """Put a request at the end of the line, and wait until it has ended."""
         self.waiting.append(sequence)
         self.wake.set()
+        await sequence.done.wait()
 
     def _record(self, step_ms: float, requests: int, context_tokens: int, generation_tokens: int) -> None:
         self.steps += 1
@@ -87,9 +88,8 @@ class ContextEngine(Engine):
                 now = min(begin, loop.time())
                 continue
             chunks = [0] * len(line)
-            count = rules.context_chunks(
-                left, busy, 0, len(line), start, args.max_num_tokens, args.max_batch_size, chunks
-            )
+            most = args.max_num_tokens, args.max_batch_size
+            count = rules.context_chunks(left, busy, 0, len(line), start, *most, chunks)
             step_ms = rules.context_step_ms(table, chunks, [s.computed for s in line], count)
             end = rules.stage_pass(start, step_ms * self.scale, self.stage_free)
             self._record(step_ms, sum(c > 0 for c in chunks[:count]), sum(chunks[:count]), 0)
@@ -178,9 +178,8 @@ class GenerationEngine(Engine):
             self.groups[turn] = group
             if group:
                 mean_tokens = sum(s.input_tokens + s.emitted for s in group) / len(group)
-                step_ms = self.slowdown * rules.generation_step_ms(
-                    table, len(group), mean_tokens, args.graph_sizes, args.graph_padding, rules.EAGER_FLOOR_MS
-                )
+                graphs = args.graph_sizes, args.graph_padding, rules.EAGER_FLOOR_MS
+                step_ms = self.slowdown * rules.generation_step_ms(table, len(group), mean_tokens, *graphs)
                 ends[turn] = rules.stage_pass(start, step_ms * self.scale, self.stage_free)
                 self._record(step_ms, len(group), 0, len(group))
             turn = (turn + 1) % args.pp

@@ -1,7 +1,4 @@
-"""The HTTP side of the rehearsal: a worker (context or generation server) and the orchestrator, on aiohttp.
-
-Messages follow TensorRT-LLM's OpenAI-compatible servers; the differences are listed by `python -m disagg_lib.rehearsal --help`.
-"""
+"""The HTTP side, on aiohttp: messages as of TensorRT-LLM's OpenAI-compatible servers; `--help` lists the differences."""
 
 import asyncio
 import os
@@ -11,6 +8,7 @@ import sys
 
 import aiohttp
 from aiohttp import web
+from uvloop import new_event_loop
 
 from ..errors import DisaggError
 from .answers import ENDPOINTS
@@ -20,22 +18,12 @@ from .orchestrator import Orchestrator
 from .worker import Worker
 
 
-def refuse_foreign_host(host: str) -> None:
-    """On a virtual test cluster all nodes share one network; a real one could not bind another node's address.
-
-    Raises
-    ------
-    DisaggError : the step runs on another node than the one that `host` names.
-    """
+async def _listen(server: Worker | Orchestrator, host: str, port: int) -> None:
     node = os.environ.get("SLURMD_NODENAME")
     if node and socket.gethostbyname(host) != socket.gethostbyname(node):
-        raise DisaggError(
-            f"{host}: cannot listen: this step runs on {node}. Pin it to the node whose name it binds."
-        )
-
-
-async def _listen(server: Worker | Orchestrator, host: str, port: int) -> None:
-    refuse_foreign_host(host)
+        # On a virtual test cluster all nodes share one network; a real one could not bind another node's address.
+        where = f"this step runs on {node}. Pin it to the node whose name it binds."
+        raise DisaggError(f"{host}: cannot listen: {where}")
 
     async def version(request) -> web.Response:
         return web.json_response({"version": f"rehearsal of {server.dialect}"})
@@ -49,17 +37,12 @@ async def _listen(server: Worker | Orchestrator, host: str, port: int) -> None:
         # A machine that is overloaded for seconds lets connections wait instead of resetting them (aiohttp's own: 128).
         await web.TCPSite(runner, host, port, backlog=4096).start()
     except OSError as error:
-        raise DisaggError(
-            f"{host}:{port}: cannot listen ({error}). Is another server on it, or is it another node's name?"
-        ) from None
+        ask = "Is another server on it, or is it another node's name?"
+        raise DisaggError(f"{host}:{port}: cannot listen ({error}). {ask}") from None
 
 
 def _run(serving) -> None:
-    """Run the coroutine until SIGTERM or SIGINT, which end the process at once; on uvloop where present."""
-    try:
-        from uvloop import new_event_loop
-    except ImportError:
-        new_event_loop = None
+    """Run the coroutine until SIGTERM or SIGINT, which end the process at once."""
 
     def end() -> None:
         sys.stdout.flush()

@@ -45,8 +45,9 @@ def read_knobs(environment) -> Knobs:
     name, server, count = found["name"], found["server"], found["count"]
     extra = {key for key in ("server", "count") if found[key]} - set(FAULTS.get(name, "").split())
     if not match or name not in FAULTS or extra or (FAULTS[name] == "count" and count == "0"):
+        known = ", ".join(FAULTS)
         raise ServeConfigError(
-            f"REHEARSAL_FAULT is {fault!r}; one of {', '.join(FAULTS)}, see --help for what may follow."
+            f"REHEARSAL_FAULT is {fault!r}; one of {known}, see --help for what may follow."
         )
     count = int(count or (20 if name in LATE_FAULTS else 7))
     system, stack = environment.get("REHEARSAL_SYSTEM", "gb200"), environment.get("REHEARSAL_STACK", "none")

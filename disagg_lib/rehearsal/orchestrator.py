@@ -25,8 +25,7 @@ class Orchestrator:
     """Takes requests to a context server, then to a generation server, and passes the answer's bytes through."""
 
     def __init__(self, file: ServeFile, request_timeout_s: float, knobs: Knobs):
-        self.file, self.dialect = file, file.dialect
-        self.unknown_fields = {"detokenize"} if knobs.fault == "no_detokenize" else set()
+        self.file, self.dialect, self.fault = file, file.dialect, knobs.fault
         self.request_ids = itertools.count(FIRST_REQUEST_ID)
         self.timeout = aiohttp.ClientTimeout(total=request_timeout_s)
         self.attempts = file.max_retries if file.dialect == "v5.1" else file.max_retries + 1
@@ -41,14 +40,13 @@ class Orchestrator:
         missing = list(self.file.instances)
         while True:
             well = await asyncio.gather(*map(self._healthy, missing))
-            missing = list(itertools.compress(missing, (not w for w in well)))
+            missing = [instance for instance, is_well in zip(missing, well, strict=True) if not is_well]
             if not missing:
                 return
             if time.monotonic() > deadline:
                 names = ", ".join(f"{i.name} ({i.host}:{i.port})" for i in missing)
-                raise DisaggError(
-                    f"orchestrator: no health from {names} within {timeout_s:g} s (-t); see the workers' log."
-                )
+                late = f"no health from {names} within {timeout_s:g} s (-t)"
+                raise DisaggError(f"orchestrator: {late}; see the workers' log.")
             await asyncio.sleep(0.2)
 
     async def _healthy(self, instance) -> bool:
@@ -78,9 +76,8 @@ class Orchestrator:
         url, headers = f"http://{instance.host}:{instance.port}{path}", {"Content-Type": "application/json"}
         for attempt in itertools.count(1):
             try:
-                answer = await self.session.post(
-                    url, data=compact(body), headers=headers, timeout=self.timeout
-                )
+                data = compact(body)
+                answer = await self.session.post(url, data=data, headers=headers, timeout=self.timeout)
                 if answer.status < 400:
                     return answer
                 text = await answer.text()
@@ -94,7 +91,7 @@ class Orchestrator:
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions and /v1/chat/completions: context server first, then a generation server."""
-        body, asked, tokens = await read_body(request, self.dialect, self.unknown_fields)
+        body, asked, tokens = await read_body(request, self.dialect, self.fault)
         if "max_tokens" in body and is_chat(request):  # an alias there, passed on by its own name
             body["max_completion_tokens"] = body.pop("max_tokens")
         shared = {} if self.dialect == "v5.1" else {"disagg_request_id": next(self.request_ids)}

@@ -41,8 +41,6 @@ from . import configuration
 from .knobs import Knobs, read_knobs
 
 # The HTTP side is imported where it is needed: a rank that only sleeps must stay small.
-
-
 SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
@@ -74,11 +72,9 @@ def _serve(name: str, role: str, model: str, args, knobs: Knobs, dialect: str, h
 
 def _slurm_number(name: str) -> int:
     text = os.environ.get(name, "")
-    if not text.isdigit():
-        raise ServeConfigError(
-            f"{name} is {text!r}; an MPI worker is one rank of an srun step, which sets it."
-        )
-    return int(text)
+    if text.isdigit():
+        return int(text)
+    raise ServeConfigError(f"{name} is {text!r}; an MPI worker is one rank of an srun step, which sets it.")
 
 
 def run_mpi_worker(options, knobs: Knobs) -> None:
@@ -122,10 +118,8 @@ def run_worker(options, knobs: Knobs) -> None:
     engine |= configuration.load_yaml(file) if file else {}
     fraction = options.kv_cache_free_gpu_memory_fraction
     if fraction is not None:
-        engine["kv_cache_config"] = {
-            "free_gpu_memory_fraction": fraction,
-            **(engine.get("kv_cache_config") or {}),
-        }
+        given = engine.get("kv_cache_config") or {}
+        engine["kv_cache_config"] = {"free_gpu_memory_fraction": fraction} | given
     args = configuration.engine_args(str(file or "command line"), engine, "1.x", role, per_worker=True)
     name = os.environ.get("REHEARSAL_SERVER_NAME") or f"{role}@{options.port}"
     _serve(name, role, options.model, args, knobs, "1.x", options.host, options.port)
@@ -143,9 +137,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
     if command:
         add("-c", "--config_file", type=Path, required=True)
     if command == "disaggregated":
-        waits = "s to wait for every worker's /health"
+        waits, lasts = "s to wait for every worker's /health", "s for one forwarded request, stream included"
         add("-t", "--server_start_timeout", type=float, default=180, help=waits)
-        lasts = "s for one forwarded request, stream included"
         add("-r", "--request_timeout", type=float, default=180, help=lasts)
         add("--metrics-log-interval", type=int, default=0)
     elif command == "disaggregated_mpi_worker":

@@ -28,7 +28,6 @@ class Worker:
     def __init__(self, name: str, role: str, model: str, args: EngineArgs, knobs: Knobs, dialect: str):
         self.name, self.role, self.model, self.args, self.knobs = name, role, model, args, knobs
         self.dialect, self.fault = dialect, knobs.fault_of(name)
-        self.unknown_fields = {"detokenize"} if knobs.fault == "no_detokenize" else set()
         self.stack = read_stack(knobs.stack)
         self.table = read_table(knobs.system, args.tp, args.pp).under(self.stack)
         self.numbers = itertools.count(1)
@@ -60,12 +59,10 @@ class Worker:
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         """POST /v1/completions and /v1/chat/completions."""
-        _, asked, tokens = await read_body(request, self.dialect, self.unknown_fields)
+        _, asked, tokens = await read_body(request, self.dialect, self.knobs.fault)
         params, args, chat = asked.disaggregated_params or DisaggregatedParams(), self.args, is_chat(request)
-        need(
-            params.request_type == f"{self.role}_only",
-            f"{self.name} is a {self.role} server and got request_type {params.request_type!r}",
-        )
+        fits = params.request_type == f"{self.role}_only"
+        need(fits, f"{self.name} is a {self.role} server and got request_type {params.request_type!r}")
         need(args.transport, "KV transfer is off: cache_transceiver_config.backend is not set", 500)
         room = args.max_seq_len - len(tokens)
         need(room > 0, f"prompt has {len(tokens)} tokens; max_seq_len is {args.max_seq_len}")
@@ -73,10 +70,8 @@ class Worker:
             self.role == "generation" or args.chunked or len(tokens) <= args.max_num_tokens,
             f"prompt has {len(tokens)} tokens, max_num_tokens is {args.max_num_tokens} and enable_chunked_prefill is off",
         )
-        need(
-            self.role == "context" or (params.first_gen_tokens and params.ctx_request_id is not None),
-            "generation_only needs disaggregated_params with ctx_request_id and first_gen_tokens",
-        )
+        whole = self.role == "context" or (params.first_gen_tokens and params.ctx_request_id is not None)
+        need(whole, "generation_only needs disaggregated_params with ctx_request_id and first_gen_tokens")
         self.served += 1
         if self.served > self.knobs.fault_count:
             self._crash_if("crash_midrun", f"executor worker died after {self.served - 1} requests")
@@ -92,8 +87,7 @@ class Worker:
     async def _context(self, asked: Body, tokens: list[int], chat: bool, checksum: int) -> web.Response:
         sequence = Sequence(len(tokens), 1)
         await asyncio.sleep(self.knobs.time_scale * self.stack.ttft_ms / 1000)
-        self.engine.submit(sequence)
-        await sequence.done.wait()
+        await self.engine.serve(sequence)
         number = next(self.numbers)
         ends = self.knobs.fault == "eos_first" and self.served % self.knobs.fault_count == 0
         answer = Answer(number, asked, chat, self.dialect, checksum, "stop" if ends else "length")
@@ -110,17 +104,13 @@ class Worker:
             params["ctx_request_id" if self.dialect == "v5.1" else "disagg_request_id"] = None
         return web.json_response({**answer.whole(sequence, params), "prompt_token_ids": tokens})
 
-    def _length(self, asked: Body, checksum: int, most: int) -> int:
-        """How many tokens the answer has: as many as asked for, or drawn where that is left open."""
-        drawn = int(output_tokens_at(checksum / 2**32)) if checksum % SHORT_EVERY else 2
-        return min(most, max(asked.min_tokens or 0, drawn))
-
     async def _generation(
         self, request, asked: Body, tokens: list[int], checksum: int, params: DisaggregatedParams, most: int
     ) -> web.StreamResponse:
-        sequence = Sequence(len(tokens), self._length(asked, checksum, most))
-        kv_need = self.engine.kv_asked(sequence)
-        there = self.engine.kv_capacity
+        # As many tokens as asked for, or drawn where that is left open.
+        drawn = int(output_tokens_at(checksum / 2**32)) if checksum % SHORT_EVERY else 2
+        sequence = Sequence(len(tokens), min(most, max(asked.min_tokens or 0, drawn)))
+        kv_need, there = self.engine.kv_asked(sequence), self.engine.kv_capacity
         need(kv_need <= there, f"the request needs {kv_need} KV-cache tokens; there are {there}", 500)
         gpus = self.args.tp * self.args.pp
         moved_ms = rules.transfer_ms(len(tokens), int(params.encoded_opaque_state or gpus), gpus)
@@ -128,11 +118,10 @@ class Worker:
         finish = "length" if sequence.output_tokens == most else "stop"
         answer = Answer(next(self.numbers), asked, is_chat(request), self.dialect, checksum, finish)
         answer.first_token = params.first_gen_tokens[0]
-        if not asked.stream:
-            self.engine.submit(sequence)
-            await sequence.done.wait()
-            return web.json_response(answer.whole(sequence))
-        return await self._stream(request, sequence, answer)
+        if asked.stream:
+            return await self._stream(request, sequence, answer)
+        await self.engine.serve(sequence)
+        return web.json_response(answer.whole(sequence))
 
     async def _stream(self, request, sequence: Sequence, answer: Answer) -> web.StreamResponse:
         response = await begin_stream(request)
@@ -143,8 +132,7 @@ class Worker:
             await asyncio.Event().wait()
         if self.knobs.fault == "truncated_stream" and self.served % self.knobs.fault_count == 0:
             sequence.frame = answer.half_frame
-        self.engine.submit(sequence)
-        await sequence.done.wait()
+        await self.engine.serve(sequence)
         if not sequence.transport.is_closing():
             await response.write_eof()
         return response

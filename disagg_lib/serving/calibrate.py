@@ -36,10 +36,7 @@ DRAWS = 3  # of the lengths, in a fit; a prediction takes more
 
 @dataclass(frozen=True)
 class Observed:
-    """A run to compare with: what served, what was offered, its figures in ms as far as they are known (`FIGURES`).
-
-    `lengths` are the recorded ones, or several draws of the built-in shapes.
-    """
+    """A run to compare with, its figures in ms as far as known (`FIGURES`); `lengths` as recorded, or draws of the built-in shapes."""
 
     name: str
     deployment: Deployment
@@ -49,10 +46,9 @@ class Observed:
 
 
 def figures_of(ttft_ms: np.ndarray, tpot_ms: np.ndarray) -> dict[str, float]:
-    """FIGURES of a run's queries, and the means."""
+    """FIGURES of a run's queries."""
     values = {"ttft": ttft_ms, "tpot": tpot_ms}
-    figures = {f"{name}_p{q}_ms": percentile(v, q / 100) for name, v in values.items() for q in QUANTILES}
-    return figures | {f"{name}_mean_ms": float(v.mean()) for name, v in values.items()}
+    return {f"{name}_p{q}_ms": percentile(v, q / 100) for name, v in values.items() for q in QUANTILES}
 
 
 def observe_record(
@@ -60,11 +56,8 @@ def observe_record(
 ) -> Observed:
     """A run of the project's own client, with the arrivals and lengths that it recorded in job/queries_performance.csv.
 
-    Times are divided by `time_scale`, so that a rehearsal at another pace compares in the model's time.
-
-    Raises
-    ------
-    CalibrationError : no such record, one that is cut short, or one with failed requests.
+    Times are divided by `time_scale`, so that a rehearsal at another pace compares in the model's time. CalibrationError: no such
+    record, one that is cut short, or one with failed requests.
     """
     path = Path(run_dir) / "job" / "queries_performance.csv"
     try:
@@ -80,9 +73,8 @@ def observe_record(
             [[float(row[c] or 0) for c in columns] for row in rows]
         ).T
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise CalibrationError(
-            f"{path}: cannot be read as the client's record of queries ({error!r})."
-        ) from None
+        what = "the client's record of queries"
+        raise CalibrationError(f"{path}: cannot be read as {what} ({error!r}).") from None
     lengths = np.empty(len(rows), LENGTHS)
     lengths["input_tokens"], lengths["output_tokens"] = inputs, outputs
     arrivals = issue - late / 1e3
@@ -93,12 +85,7 @@ def observe_record(
 
 
 def observe_log(folder: Path, deployment: Deployment, draws: int = DRAWS) -> Observed:
-    """A LoadGen log of scenario Server with a round's seeds: its load is known to the ns, its lengths by shape and mean.
-
-    Raises
-    ------
-    LogError, CalibrationError : no such log, other seeds, failed queries, or no token figures.
-    """
+    """A LoadGen Server log with a round's seeds: its load is known to the ns, its lengths by shape and mean. LogError, CalibrationError."""
     run = read_run(find_logs(folder).performance)
     claimed = [name for name, r in load_rules()["rounds"].items() if tuple(r["seeds"]) == tuple(run.seeds)]
     if not claimed or run.loadgen_scenario != "Server" or run.error_count:
@@ -106,21 +93,16 @@ def observe_log(folder: Path, deployment: Deployment, draws: int = DRAWS) -> Obs
             f"{folder}: scenario {run.loadgen_scenario}, {run.error_count} errors, seeds of"
             f" {claimed[0] if claimed else 'no round'}; needed is a Server run without errors on a round's seeds."
         )
-    names = {
-        "ttft": "result_first_token_{}.00_percentile_latency_ns",
-        "tpot": "result_time_per_output_token_{}.00_percentile_ns",
-    }
-    figures = {
-        f"{n}_p{q}_ms": run.detail.get(key.format(q), math.nan) / 1e6
-        for n, key in names.items()
-        for q in QUANTILES
-    }
-    row = figures | {
+    row = {
         "target_qps": run.target_qps,
         "min_duration_ms": run.min_duration_ms,
         "min_query_count": run.detail["effective_min_query_count"],
         "tokens_per_sample": run.completed_tokens_per_s / run.samples_per_s,
     }
+    names = {"ttft": "first_token_{}.00_percentile_latency", "tpot": "time_per_output_token_{}.00_percentile"}
+    for q in QUANTILES:
+        for name, key in names.items():
+            row[f"{name}_p{q}_ms"] = run.detail.get(f"result_{key.format(q)}_ns", math.nan) / 1e6
     return observe_row(row, claimed[0], deployment, Path(folder).name, draws)
 
 
@@ -177,23 +159,16 @@ def _bisect(run: Observed, factor: str, names: Sequence[str], bracket=BRACKET) -
 
 
 def invert(run: Observed, base: Stack) -> Observed:
-    """The run with the two factors on `base` that give its TPOT p50 and, on the whole, its TTFT quantiles.
-
-    Raises
-    ------
-    CalibrationError : a run that no factor reaches, or one whose TTFT is too short to fit.
-    """
+    """The run with the two factors on `base` that give its TPOT p50 and its TTFT quantiles on the whole; CalibrationError if none do."""
     if run.figures["ttft_p50_ms"] < LEAST_TTFT_MS:
         raise CalibrationError(
             f"{run.name}: TTFT p50 is {run.figures['ttft_p50_ms']:.0f} ms; below {LEAST_TTFT_MS:g} ms a request's constant of about 10 ms"
             " bends the fit. Take a run with longer prompts or at a higher QPS."
         )
     found = under(run, base)
+    fits = (("generation_factor", ["tpot_p50_ms"], 1), ("context_factor", FITTED_TTFT, DRAWS))
     for width in (None, 1.04):  # the second time from near the first
-        for factor, names, draws in (
-            ("generation_factor", ["tpot_p50_ms"], 1),
-            ("context_factor", FITTED_TTFT, DRAWS),
-        ):
+        for factor, names, draws in fits:
             near = getattr(found.deployment.stack, factor)
             bracket = (near / width, near * width) if width else BRACKET
             some = replace(found, lengths=run.lengths[:draws])  # TPOT hardly depends on the draw
@@ -204,13 +179,12 @@ def invert(run: Observed, base: Stack) -> Observed:
 def _context_parts(d: Deployment, prompt_tokens: float) -> tuple[float, float]:
     """ms of compute with attention, and of communication, that a prompt of this length takes by the table."""
     t, group = read_table(d.system, d.context.tp, d.context.pp), d.context
-    done, compute, comm = 0, 0.0, 0.0
-    while done < prompt_tokens:
+    compute = comm = 0.0
+    for done in range(0, math.ceil(prompt_tokens), group.max_num_tokens):
         chunk = min(prompt_tokens - done, group.max_num_tokens)
         compute += rules.interpolate(t.context_tokens, t.context_ms, chunk)
         compute += rules.interpolate_grid(t.attention_new, t.attention_past, t.attention_ms, chunk, done)
         comm += rules.interpolate(t.context_tokens, t.context_comm_ms, chunk)
-        done += chunk
     return compute, comm
 
 
@@ -218,11 +192,10 @@ def _generation_parts(d: Deployment, batch: float, mean_tokens: float) -> tuple[
     """ms of compute with attention, and of communication, of a generation step by the table."""
     t, group = read_table(d.system, d.generation.tp, d.generation.pp), d.generation
     size = rules.captured_batch(math.ceil(batch), group.cuda_graph_sizes, group.cuda_graph_padding) or batch
-    attention = d.stack.generation_attention * rules.interpolate_grid(
-        t.kv_batch, t.kv_length, t.kv_ms, batch, mean_tokens
-    )
-    compute = rules.interpolate(t.generation_batch, t.generation_ms, size)
-    return compute + attention, rules.interpolate(t.generation_batch, t.generation_comm_ms, size)
+    attention = rules.interpolate_grid(t.kv_batch, t.kv_length, t.kv_ms, batch, mean_tokens)
+    both = t.generation_ms, t.generation_comm_ms
+    compute, comm = (rules.interpolate(t.generation_batch, ms, size) for ms in both)
+    return compute + d.stack.generation_attention * attention, comm
 
 
 def step_times(run: Observed) -> dict[str, float]:
@@ -233,11 +206,8 @@ def step_times(run: Observed) -> dict[str, float]:
     generating_s = (simulated.end_s - simulated.first_token_s).sum()
     # Without ramp-up and drain the batch is what Little's law says at the offered rate.
     batch = generating_s / (run.load.arrivals_s[-1] * d.generation.count)
-    row = {"batch": float(batch)}
-    parts = {
-        "context": _context_parts(d, float(mean_input)),
-        "generation": _generation_parts(d, batch, float(mean_input + mean_output / 2)),
-    }
+    row, parts = {"batch": float(batch)}, {"context": _context_parts(d, float(mean_input))}
+    parts["generation"] = _generation_parts(d, batch, float(mean_input + mean_output / 2))
     for role, (compute, comm) in parts.items():
         row |= {f"{role}_compute": float(compute), f"{role}_comm": float(comm)}
         row[f"{role}_needed"] = float(_step(d.stack, role, compute, comm))
@@ -255,74 +225,55 @@ def solve(steps: Sequence[dict[str, float]], base: Stack, fitted_on: Sequence[st
 
     One or two runs cannot tell communication that is hidden from host time: the ratio is the base stack's (1 without one).
     """
-    comm = np.array([s["context_comm"] for s in steps])
-    beyond = np.array([s["context_needed"] - s["context_compute"] for s in steps])
+    s = pd.DataFrame(steps)
+    comm, beyond = s["context_comm"], s["context_needed"] - s["context_compute"]
     b_context = max(0.0, float((comm * beyond).sum() / (comm**2).sum()))
     ratio = base.b_generation / base.b_context if base.b_context else 1.0
-    rest = [
-        s["generation_needed"] - s["generation_compute"] - ratio * b_context * s["generation_comm"]
-        for s in steps
-    ]
-    return replace(
-        base, b_context=b_context, b_generation=ratio * b_context, host_ms=max(0.0, float(np.mean(rest))), context_factor=1.0,
-        generation_factor=1.0, fitted_on=tuple(fitted_on), residuals=(),
-    )  # fmt: skip
+    rest = s["generation_needed"] - s["generation_compute"] - ratio * b_context * s["generation_comm"]
+    base = replace(base, context_factor=1.0, generation_factor=1.0, fitted_on=tuple(fitted_on), residuals=())
+    host_ms = max(0.0, float(rest.mean()))
+    return replace(base, b_context=b_context, b_generation=ratio * b_context, host_ms=host_ms)
 
 
 def calibrate(runs: Sequence[Observed], base: Stack, name: str) -> tuple[Stack, pd.DataFrame]:
     """Solve a stack on all runs, and show how well the constants of the *other* runs predict each one.
 
-    Returns
-    -------
-    the stack, and one row a run: needed and table step times, the stack's residual in them, errors in-sample and left out
-    (NaN for a single run, which has no others).
-
-    Raises
-    ------
-    CalibrationError : no runs, aggregated ones, or one that cannot be reached.
+    One row a run: needed and table step times, the stack's residual in them, errors in-sample and left out (NaN for a single run,
+    which has no others). CalibrationError: no runs, aggregated ones, or one that cannot be reached.
     """
     if not runs or any(run.deployment.context is None for run in runs):
         raise CalibrationError(
             "needed are runs of context and generation servers; aggregated ones have one step for both."
         )
-    steps = [step_times(invert(run, base)) for run in runs]
-    names = [run.name for run in runs]
-    stack = replace(
-        solve(steps, base, names), name=name, systems=tuple(sorted({run.deployment.system for run in runs}))
-    )
-    rows = []
+    steps, names, rows = [step_times(invert(run, base)) for run in runs], [run.name for run in runs], []
+    systems = tuple(sorted({run.deployment.system for run in runs}))
+    stack = replace(solve(steps, base, names), name=name, systems=systems)
     for k, (run, step) in enumerate(zip(runs, steps, strict=True)):
         row = {"run": run.name, **{key: round(value, 2) for key, value in step.items()}}
         for role in ("context", "generation"):
             found = _step(stack, role, step[f"{role}_compute"], step[f"{role}_comm"])
             row[f"{role}_residual"] = found / step[f"{role}_needed"] - 1
-        others = [i for i in range(len(runs)) if i != k]
-        left_out = solve([steps[i] for i in others], base, [names[i] for i in others]) if others else None
+        others, their_names = steps[:k] + steps[k + 1 :], names[:k] + names[k + 1 :]
+        left_out = solve(others, base, their_names) if others else None
         for word, with_ in (("in_sample", stack), ("left_out", left_out)):
             errors = relative_errors(under(run, replace(with_, systems=()))) if with_ else {}
             row |= {f"{word}_{figure}": errors.get(figure, math.nan) for figure in SHOWN}
         rows.append(row)
-    table = pd.DataFrame(rows)
-    residuals = tuple(
-        f"{r['run']}: context {r['context_residual']:+.2%}, generation {r['generation_residual']:+.2%}"
-        for r in rows
-    )
-    return replace(stack, residuals=residuals), table
+    said = "{run}: context {context_residual:+.2%}, generation {generation_residual:+.2%}"
+    return replace(stack, residuals=tuple(said.format(**row) for row in rows)), pd.DataFrame(rows)
 
 
 def calibration_text(stack: Stack, table: pd.DataFrame) -> str:
     """The constants, each run's step times, and its errors in-sample and left out, for a terminal."""
-    lines = [
-        f"stack {stack.name}: b_context {stack.b_context:.3f}, b_generation {stack.b_generation:.3f}, host_ms {stack.host_ms:.2f},"
-        f" ttft_ms {stack.ttft_ms:g}"
-    ]
+    factors = f"b_context {stack.b_context:.3f}, b_generation {stack.b_generation:.3f}"
+    constants = f"{factors}, host_ms {stack.host_ms:.2f}, ttft_ms {stack.ttft_ms:g}"
+    lines = [f"stack {stack.name}: {constants}"]
     for row in table.to_dict("records"):
         lines.append(f"{row['run']}, batch {row['batch']:.0f}")
         for role in ("context", "generation"):
-            parts = f"{row[f'{role}_compute']:.1f} + communication {row[f'{role}_comm']:.1f}"
-            lines.append(
-                f"  {role} step ms: table {parts}, needed {row[f'{role}_needed']:.1f}, residual {row[f'{role}_residual']:+.1%}"
-            )
+            table_ms = f"{row[f'{role}_compute']:.1f} + communication {row[f'{role}_comm']:.1f}"
+            needed = f"{row[f'{role}_needed']:.1f}, residual {row[f'{role}_residual']:+.1%}"
+            lines.append(f"  {role} step ms: table {table_ms}, needed {needed}")
         for word in ("in_sample", "left_out"):
             errors = [f"{figure.removesuffix('_ms')} {row[f'{word}_{figure}']:+.1%}" for figure in SHOWN]
             known = [error for error in errors if "nan" not in error]

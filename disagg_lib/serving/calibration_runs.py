@@ -13,6 +13,8 @@ from .ledger import observed, read_ledger
 from .plan import deployment_of
 from .stacks import read_stack, write_stack
 
+Pairs = Sequence[tuple[str, str]]  # (folder or row, params file)
+
 
 def runs_of_ledger(path: Path) -> list[str]:
     """Names of the measured runs in the ledger; CalibrationError if there are none."""
@@ -27,43 +29,26 @@ def runs_of_ledger(path: Path) -> list[str]:
 
 def _published_row(name: str, params: str) -> Observed:
     """A row of the shipped tables of published results, or of another of that form: FILE.csv:NAME, of the experiment's round."""
-    e = load_experiment([params])
+    e, where = load_experiment([params]), f"--published {name}"
     path, _, part = name.rpartition(".csv:")
-    files = (
-        {e.round: Path(f"{path}.csv")}
-        if path
-        else {f.stem[10:]: f for f in sorted(DATA.glob("published_v*.csv"))}
-    )
+    shipped = {f.stem.removeprefix("published_"): f for f in sorted(DATA.glob("published_v*.csv"))}
+    files = {e.round: Path(f"{path}.csv")} if path else shipped
     try:
         tables = [pd.read_csv(file, comment="#").assign(round=claimed) for claimed, file in files.items()]
     except (OSError, ValueError) as error:
-        raise CalibrationError(
-            f"--published {name}: cannot be read as a table of results ({error})."
-        ) from None
+        raise CalibrationError(f"{where}: cannot be read as a table of results ({error}).") from None
     table = pd.concat(tables)
     found = table[table["log_path"].str.contains(part, regex=False)]
     if len(found) != 1:
         some = ", ".join(found["log_path"].head(3)) or "none"
-        raise CalibrationError(
-            f"--published {name}: {len(found)} rows have it in their log_path ({some}); needed is one."
-        )
+        what = f"{len(found)} rows have it in their log_path ({some})"
+        raise CalibrationError(f"{where}: {what}; needed is one.")
     row = found.iloc[0].to_dict() | ({"min_query_count": e.min_query_count} if e.min_query_count else {})
     return observe_row(row, row["round"], deployment_of(e), part)
 
 
-def calibrate_runs(
-    folders: Sequence[Path],
-    logs: Sequence[tuple[str, str]],
-    published: Sequence[tuple[str, str]],
-    base: str,
-    out: Path,
-) -> str:
-    """Fit on all of them, write the stack file, and say the step times and errors.
-
-    Raises
-    ------
-    CalibrationError : a run that cannot be used, or the file is there already.
-    """
+def calibrate_runs(folders: Sequence[Path], logs: Pairs, published: Pairs, base: str, out: Path) -> str:
+    """Fit on all, write the stack file, and say step times and errors; CalibrationError: a run cannot be used, or the file is there."""
     if out.exists():
         raise CalibrationError(f"{out} is there already, and nothing is overwritten. Choose another name.")
     runs = [observed(folder) for folder in folders]

@@ -1,14 +1,13 @@
 """Servers in virtual time: context servers, generation servers, and aggregated ones that are both; compiled.
 
-The state of a group of servers is a tuple of arrays, first index the server. `wake` is when a server's next step begins, infinite
-with nothing to do; between two arrivals each server runs the steps that begin before the second. Sequences that end are found
-in a calendar of steps, so a step costs the same for any batch.
+Between two arrivals each server runs the steps that begin before the second. Sequences that end are found in a calendar of
+steps, so a step costs the same for any batch. A function of one server takes the group and the server's number: `(g, s, ...)`.
 """
 
 import hashlib
 import types
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numba import njit
@@ -44,418 +43,265 @@ _rules = _compile_rules()
 _BLOCK = rules.KV_BLOCK_TOKENS
 
 
-class Queries(NamedTuple):
-    """What is asked of a group of servers, in order of arrival: s, tokens; `needs` is KV tokens as GUARANTEED_NO_EVICT reserves."""
+# What is asked of a group of servers, in order of arrival: s, tokens; `needs` is KV tokens as GUARANTEED_NO_EVICT reserves.
+Queries = namedtuple("Queries", "arrivals inputs outputs needs transfer")
 
-    arrivals: np.ndarray
-    inputs: np.ndarray
-    outputs: np.ndarray
-    needs: np.ndarray
-    transfer: np.ndarray
+# What a group's servers are allowed: see `simulate.ServerGroup`; `grows` is MAX_UTILIZATION's admission.
+_LIMITS = "servers balanced by_tokens max_num_tokens max_batch pp chunks_overlap kv_capacity grows bin_s"
+Limits = namedtuple("Limits", _LIMITS)
 
+# What the loops fill: load over time, refusals for want of a slot and of KV room; per query its server, first token and end (s).
+Served = namedtuple("Served", "busy blocked server first end")
 
-class Limits(NamedTuple):
-    """What a group's servers are allowed: see `simulate.ServerGroup`; `grows` is MAX_UTILIZATION's admission."""
+# How long steps take: tables of the rules; `steps` of `tabulate_generation`. None: the group's servers have no such steps.
+Tables = namedtuple("Tables", "context generation steps", defaults=(None, None, None))
 
-    servers: int
-    balanced: bool
-    by_tokens: bool
-    max_num_tokens: int
-    max_batch: int
-    pp: int
-    chunks_overlap: bool
-    kv_capacity: int
-    grows: bool
-    bin_s: float
-
-
-class Served(NamedTuple):
-    """What the loops fill: load over time, refusals for want of a slot and of KV room; per query its server, first token and end (s)."""
-
-    busy: np.ndarray
-    blocked: np.ndarray
-    server: np.ndarray
-    first: np.ndarray
-    end: np.ndarray
+# The state of a group, first index the server (then the pipeline batch).
+_STATE = (
+    "queries limits served"
+    # What each has to do, in queries or tokens; `out` are its queries in order of their ends, which count until then.
+    " loads weights out ended settled"
+    # Who waits, in order of arrival: head to taken are admitted, taken to tail wait for that. `wake` is when the next step
+    # begins, infinite with nothing to do; `free` when each stage is.
+    " line left done busy_until head taken tail now wake free chunks"
+    # Sequences that get a token each step; `crossing` counts those whose KV cache needs a further block at an emission with this
+    # remainder.
+    " active token_sum emissions calendar following crossing admitted kv_used"
+    # Whose KV cache is on its way to a generation server, and ready when; whose `turn` it is, and when each batch's step ends.
+    " moving in_move ready turn ends"
+)
+Group = namedtuple("Group", _STATE)
 
 
-class Router(NamedTuple):
-    """What each server has to do, in queries or tokens; `out` are its queries in order of their ends, which count until then."""
-
-    loads: np.ndarray
-    weights: np.ndarray
-    out: np.ndarray
-    ended: np.ndarray
-    settled: np.ndarray
-
-
-class Prompts(NamedTuple):
-    """Prompts in line, in order of arrival: head to taken are admitted, taken to tail wait for that."""
-
-    line: np.ndarray
-    left: np.ndarray
-    done: np.ndarray
-    busy_until: np.ndarray
-    head: np.ndarray
-    taken: np.ndarray
-    tail: np.ndarray
-    now: np.ndarray
-    wake: np.ndarray
-    free: np.ndarray
-    chunks: np.ndarray
-
-
-class Batches(NamedTuple):
-    """Sequences that get a token each step, by server and pipeline batch; `crossing` counts those whose KV cache needs a further
-    block at an emission with this remainder."""
-
-    active: np.ndarray
-    token_sum: np.ndarray
-    emissions: np.ndarray
-    calendar: np.ndarray
-    following: np.ndarray
-    crossing: np.ndarray
-    admitted: np.ndarray
-    kv_used: np.ndarray
-
-
-class Arrivals(NamedTuple):
-    """A generation server's side of the transfer: who waits for admission, whose KV cache is on its way and ready when."""
-
-    line: np.ndarray
-    head: np.ndarray
-    tail: np.ndarray
-    moving: np.ndarray
-    in_move: np.ndarray
-    ready: np.ndarray
-    turn: np.ndarray
-    now: np.ndarray
-    wake: np.ndarray
-    ends: np.ndarray
-    free: np.ndarray
-
-
-def _make_router(queries, limits):
-    weights = queries.inputs if limits.by_tokens else np.ones_like(queries.inputs)
-    zeros = np.zeros((3, limits.servers), np.int64)
-    out = np.empty((limits.servers, len(weights) if limits.balanced else 0), np.int64)
-    return Router(zeros[0], weights, out, zeros[1], zeros[2])
-
-
-def _make_prompts(queries, limits):
-    servers, n = limits.servers, len(queries.inputs)
-    most = n if limits.balanced else n // servers + 1
-    counts, times = np.zeros((3, servers), np.int64), np.zeros((2, servers))
-    times[1] = np.inf
-    return Prompts(
-        np.empty((servers, most), np.int64), np.empty((servers, most), np.int64), np.zeros((servers, most), np.int64),
-        np.zeros((servers, most)), counts[0], counts[1], counts[2], times[0], times[1], np.zeros((servers, limits.pp)),
-        np.empty(most, np.int64),
-    )  # fmt: skip
-
-
-def _make_batches(queries, limits):
-    servers, pp = limits.servers, limits.pp
-    counts, totals = np.zeros((3, servers, pp), np.int64), np.zeros((2, servers), np.int64)
-    calendar = np.full((servers, pp, queries.outputs.max() + 1), -1, np.int64)
-    following = np.empty(len(queries.inputs), np.int64)
-    crossing = np.zeros((servers, pp, _BLOCK), np.int64)
-    return Batches(counts[0], counts[1], counts[2], calendar, following, crossing, totals[0], totals[1])
-
-
-def _make_arrivals(queries, limits):
-    servers, n = limits.servers, len(queries.inputs)
-    line = np.empty((servers, n if limits.balanced else n // servers + 1), np.int64)
-    moving = np.empty((servers, limits.max_batch * limits.pp), np.int64)
-    counts, times = np.zeros((4, servers), np.int64), np.zeros((2, servers))
-    times[1] = np.inf
-    stages = np.zeros((2, servers, limits.pp))
-    return Arrivals(
-        line, counts[0], counts[1], moving, counts[2], np.empty(n), counts[3], times[0], times[1], stages[0], stages[1]
-    )  # fmt: skip
+def _new_group(queries, limits, served) -> Group:
+    servers, pp, n = limits.servers, limits.pp, len(queries.inputs)
+    most = n if limits.balanced else n // servers + 1  # queries of one server
+    numbers = {
+        "loads ended settled head taken tail admitted kv_used in_move turn": (),
+        "out": (most if limits.balanced else 0,),
+        "line left done": (most,),
+        "active token_sum emissions": (pp,),
+        "crossing": (pp, _BLOCK),
+        "moving": (limits.max_batch * pp,),
+    }
+    times = {"now": (), "busy_until": (most,), "free ends": (pp,)}
+    state = {
+        name: np.zeros((servers, *shape), dtype)
+        for dtype, shapes in ((np.int64, numbers), (float, times))
+        for names, shape in shapes.items()
+        for name in names.split()
+    }
+    state |= {"wake": np.full(servers, np.inf), "ready": np.empty(n), "following": np.empty(n, np.int64)}
+    state["calendar"] = np.full((servers, pp, queries.outputs.max() + 1), -1)
+    state["weights"] = queries.inputs if limits.by_tokens else np.ones_like(queries.inputs)
+    return Group(queries, limits, served, chunks=np.empty(most, np.int64), **state)
 
 
 @_jit
-def _choose(router, limits, turn, now, ends):
+def _choose(g, turn, now):
     """The server for a query that comes at `now`; its load counts from here."""
-    if not limits.balanced:
-        return turn % limits.servers
-    for s in range(limits.servers):
-        while router.settled[s] < router.ended[s] and ends[router.out[s, router.settled[s]]] <= now:
-            router.loads[s] -= router.weights[router.out[s, router.settled[s]]]
-            router.settled[s] += 1
-    return _rules.least_loaded(router.loads, turn)
+    if not g.limits.balanced:
+        return turn % g.limits.servers
+    for s in range(g.limits.servers):
+        while g.settled[s] < g.ended[s] and g.served.end[g.out[s, g.settled[s]]] <= now:
+            g.loads[s] -= g.weights[g.out[s, g.settled[s]]]
+            g.settled[s] += 1
+    return _rules.least_loaded(g.loads, turn)
 
 
 @_jit
-def _leave(router, limits, s, q):
-    if limits.balanced:
-        router.out[s, router.ended[s]] = q
-        router.ended[s] += 1
+def _end(g, s, q, when):
+    g.served.end[q] = when
+    if g.limits.balanced:
+        g.out[s, g.ended[s]] = q
+        g.ended[s] += 1
 
 
 @_jit
-def _record(busy, server, start, bin_s, seconds):
-    busy[server, min(int(start / bin_s), busy.shape[1] - 1)] += seconds
+def _pass(g, s, start, step):
+    """Send a step through the stages, note it as load, and return its end."""
+    busy = g.served.busy
+    busy[s, min(int(start / g.limits.bin_s), busy.shape[1] - 1)] += step / g.limits.pp
+    return _rules.stage_pass(start, step, g.free[s])
 
 
 @_jit
-def _emit(batches, queries, limits, router, s, g, when, ends):
+def _emit(g, s, b, when):
     """Give each sequence of a batch its next token; end those whose last one it is."""
-    b, ring = batches, batches.calendar.shape[2]
-    b.emissions[s, g] += 1
-    b.token_sum[s, g] += b.active[s, g]
-    turn = b.emissions[s, g]
-    if limits.grows:
-        b.kv_used[s] += _BLOCK * b.crossing[s, g, turn % _BLOCK]
-    q = b.calendar[s, g, turn % ring]
-    b.calendar[s, g, turn % ring] = -1
+    queries, ring = g.queries, g.calendar.shape[2]
+    g.emissions[s, b] += 1
+    g.token_sum[s, b] += g.active[s, b]
+    turn = g.emissions[s, b]
+    if g.limits.grows:
+        g.kv_used[s] += _BLOCK * g.crossing[s, b, turn % _BLOCK]
+    q = g.calendar[s, b, turn % ring]
+    g.calendar[s, b, turn % ring] = -1
     while q >= 0:
-        tokens = queries.inputs[q] + queries.outputs[q]
-        ends[q] = when
-        b.active[s, g] -= 1
-        b.token_sum[s, g] -= tokens
-        b.admitted[s] -= 1
-        b.kv_used[s] -= _rules.kv_held(queries.inputs[q], queries.outputs[q], queries.needs[q], limits.grows)
-        b.crossing[s, g, (turn + 1 - tokens) % _BLOCK] -= 1
-        _leave(router, limits, s, q)
-        q = b.following[q]
+        inputs, outputs, needs = queries.inputs[q], queries.outputs[q], queries.needs[q]
+        tokens = inputs + outputs
+        g.active[s, b] -= 1
+        g.token_sum[s, b] -= tokens
+        g.admitted[s] -= 1
+        g.kv_used[s] -= _rules.kv_held(inputs, outputs, needs, g.limits.grows)
+        g.crossing[s, b, (turn + 1 - tokens) % _BLOCK] -= 1
+        _end(g, s, q, when)
+        q = g.following[q]
 
 
 @_jit
-def _join(batches, queries, limits, s, g, q, when, firsts):
+def _join(g, s, b, q, when):
     """Give a sequence its first token and a place in the batch."""
-    b, inputs, needs = batches, queries.inputs[q], queries.needs[q]
-    firsts[q] = when
-    b.active[s, g] += 1
-    b.token_sum[s, g] += inputs + 1
-    slot = (b.emissions[s, g] + queries.outputs[q] - 1) % b.calendar.shape[2]
-    b.following[q] = b.calendar[s, g, slot]
-    b.calendar[s, g, slot] = q
-    b.crossing[s, g, (b.emissions[s, g] - inputs) % _BLOCK] += 1
-    grown = _rules.kv_held(inputs, 1, needs, limits.grows) - _rules.kv_held(inputs, 0, needs, limits.grows)
-    b.kv_used[s] += grown
+    inputs, needs, grows = g.queries.inputs[q], g.queries.needs[q], g.limits.grows
+    g.served.first[q] = when
+    g.active[s, b] += 1
+    g.token_sum[s, b] += inputs + 1
+    slot = (g.emissions[s, b] + g.queries.outputs[q] - 1) % g.calendar.shape[2]
+    g.following[q] = g.calendar[s, b, slot]
+    g.calendar[s, b, slot] = q
+    g.crossing[s, b, (g.emissions[s, b] - inputs) % _BLOCK] += 1
+    g.kv_used[s] += _rules.kv_held(inputs, 1, needs, grows) - _rules.kv_held(inputs, 0, needs, grows)
 
 
 @_jit
-def _admits(batches, queries, limits, s, q, blocked):
+def _admits(g, s, q):
     """Whether there is a slot and KV room for a query; if so, it takes them."""
-    b, inputs, needs = batches, queries.inputs[q], queries.needs[q]
-    if b.admitted[s] >= limits.max_batch * limits.pp:
-        blocked[0] += 1
+    inputs, needs, limits = g.queries.inputs[q], g.queries.needs[q], g.limits
+    if g.admitted[s] >= limits.max_batch * limits.pp:
+        g.served.blocked[0] += 1
         return False
-    if b.kv_used[s] + _rules.kv_asked(inputs, needs, limits.grows) > limits.kv_capacity:
-        blocked[1] += 1
+    if g.kv_used[s] + _rules.kv_asked(inputs, needs, limits.grows) > limits.kv_capacity:
+        g.served.blocked[1] += 1
         return False
-    b.admitted[s] += 1
-    b.kv_used[s] += _rules.kv_held(inputs, 0, needs, limits.grows)
+    g.admitted[s] += 1
+    g.kv_used[s] += _rules.kv_held(inputs, 0, needs, limits.grows)
     return True
 
 
 @_jit
-def _next_prompt_step(prompts, s):
-    p = prompts
-    start = max(p.now[s], p.free[s, 0])
-    return _rules.context_start(p.left[s], p.busy_until[s], p.head[s], p.tail[s], start)
-
-
-@_jit
-def _queue_prompt(prompts, router, s, q, now, tokens):
-    p = prompts
-    p.now[s] = now
-    p.line[s, p.tail[s]] = q
-    p.left[s, p.tail[s]] = tokens
-    p.tail[s] += 1
-    router.loads[s] += router.weights[q]
-
-
-@_jit
-def _advance(prompts, limits, s, count, end):
-    """Book the chunks of a step that ends at `end`; return how many of the prompts before the first unfinished one to pass."""
-    p, first = prompts, prompts.head[s]
+def _prompt_step(g, s, context, generation):
+    """Run the step that begins at the server's wake: a context server's (no generation table), or an aggregated one's, which also
+    admits prompts and has one token for each sequence."""
+    start, first, active, limits = g.wake[s], g.head[s], g.active[s, 0], g.limits
+    if generation is None:
+        g.taken[s] = g.tail[s]
+    else:
+        while g.taken[s] < g.tail[s] and _admits(g, s, g.line[s, g.taken[s]]):
+            g.taken[s] += 1
+    last, room = g.taken[s], max(limits.max_num_tokens - active, 0)
+    prompts = g.left[s], g.busy_until[s], first, last
+    count = _rules.context_chunks(*prompts, start, room, limits.max_batch, g.chunks)
+    if generation is None:
+        step = 1e-3 * _rules.context_step_ms(context, g.chunks, g.done[s, first:], count)
+        end = _pass(g, s, start, step)
+    else:
+        mean_tokens = g.token_sum[s, 0] / max(active, 1)
+        chunks = g.chunks, g.done[s, first:], count
+        step = 1e-3 * _rules.mixed_step_ms(context, generation, *chunks, active, mean_tokens)
+        end = _pass(g, s, start, step)
+        _emit(g, s, 0, end)
     for k in range(first, first + count):
-        p.left[s, k] -= p.chunks[k - first]
-        p.done[s, k] += p.chunks[k - first]
-        if p.chunks[k - first] > 0 and not limits.chunks_overlap:
-            p.busy_until[s, k] = end
-    while p.head[s] < p.taken[s] and p.left[s, p.head[s]] == 0:
-        p.head[s] += 1
+        g.left[s, k] -= g.chunks[k - first]
+        g.done[s, k] += g.chunks[k - first]
+        if g.chunks[k - first] > 0 and not limits.chunks_overlap:
+            g.busy_until[s, k] = end
+        if g.chunks[k - first] > 0 and g.left[s, k] == 0:
+            if generation is None:
+                _end(g, s, g.line[s, k], end)
+            else:
+                _join(g, s, 0, g.line[s, k], end)
+    while g.head[s] < g.taken[s] and g.left[s, g.head[s]] == 0:
+        g.head[s] += 1
 
 
 @_jit
-def _context_step(prompts, limits, router, table, served, s):
-    """Run the step that begins at the server's wake; prompts that it completes end with it."""
-    p, start, first = prompts, prompts.wake[s], prompts.head[s]
-    p.taken[s] = p.tail[s]
-    count = _rules.context_chunks(
-        p.left[s], p.busy_until[s], first, p.tail[s], start, limits.max_num_tokens, limits.max_batch, p.chunks
-    )
-    step = 1e-3 * _rules.context_step_ms(table, p.chunks, p.done[s, first:], count)
-    end = _rules.stage_pass(start, step, p.free[s])
-    _record(served.busy, s, start, limits.bin_s, step / limits.pp)
-    _advance(p, limits, s, count, end)
-    for k in range(first, first + count):
-        if p.chunks[k - first] > 0 and p.left[s, k] == 0:
-            served.end[p.line[s, k]] = end
-            _leave(router, limits, s, p.line[s, k])
-    p.wake[s] = _next_prompt_step(p, s)
-
-
-@_jit
-def _serve_prompts(p, router, queries, limits, table, served):
-    for i in range(len(queries.inputs)):
-        now = queries.arrivals[i]
-        for s in range(limits.servers):
-            while p.wake[s] < now:
-                _context_step(p, limits, router, table, served, s)
-        s = _choose(router, limits, i, now, served.end)
-        served.server[i] = s
-        _queue_prompt(p, router, s, i, now, queries.inputs[i])
-        p.wake[s] = _next_prompt_step(p, s)
-    for s in range(limits.servers):
-        while p.wake[s] < np.inf:
-            _context_step(p, limits, router, table, served, s)
-
-
-@_jit
-def _next_mixed_step(prompts, batches, s):
-    if batches.active[s, 0] > 0:
-        return max(prompts.now[s], prompts.free[s, 0])
-    return _next_prompt_step(prompts, s)
-
-
-@_jit
-def _mixed_step(prompts, batches, queries, limits, router, tables, served, s):
-    """Run an aggregated server's step: chunks of admitted prompts, and one token for each sequence."""
-    p, start, first, active = prompts, prompts.wake[s], prompts.head[s], batches.active[s, 0]
-    while p.taken[s] < p.tail[s] and _admits(
-        batches, queries, limits, s, p.line[s, p.taken[s]], served.blocked
-    ):
-        p.taken[s] += 1
-    room = max(limits.max_num_tokens - active, 0)
-    count = _rules.context_chunks(
-        p.left[s], p.busy_until[s], first, p.taken[s], start, room, limits.max_batch, p.chunks
-    )
-    mean_tokens = batches.token_sum[s, 0] / max(active, 1)
-    step = 1e-3 * _rules.mixed_step_ms(
-        tables[0], tables[1], p.chunks, p.done[s, first:], count, active, mean_tokens
-    )
-    end = _rules.stage_pass(start, step, p.free[s])
-    _record(served.busy, s, start, limits.bin_s, step)
-    _emit(batches, queries, limits, router, s, 0, end, served.end)
-    _advance(p, limits, s, count, end)
-    for k in range(first, first + count):
-        if p.chunks[k - first] > 0 and p.left[s, k] == 0:
-            _join(batches, queries, limits, s, 0, p.line[s, k], end, served.first)
-    p.wake[s] = _next_mixed_step(p, batches, s)
-
-
-@_jit
-def _serve_both(p, b, router, queries, limits, tables, served):
-    for i in range(len(queries.inputs)):
-        now = queries.arrivals[i]
-        for s in range(limits.servers):
-            while p.wake[s] < now:
-                _mixed_step(p, b, queries, limits, router, tables, served, s)
-        s = _choose(router, limits, i, now, served.end)
-        served.server[i] = s
-        _queue_prompt(p, router, s, i, now, queries.inputs[i])
-        p.wake[s] = _next_mixed_step(p, b, s)
-    for s in range(limits.servers):
-        while p.wake[s] < np.inf:
-            _mixed_step(p, b, queries, limits, router, tables, served, s)
-
-
-@_jit
-def _next_boundary(arrivals, batches, s):
-    a = arrivals
-    if batches.admitted[s] == a.in_move[s]:  # nobody generates
-        if a.in_move[s] > 0:
+def _next_boundary(g, s):
+    if g.admitted[s] == g.in_move[s]:  # nobody generates
+        if g.in_move[s] > 0:
             soonest = np.inf
-            for k in range(a.in_move[s]):
-                soonest = min(soonest, a.ready[a.moving[s, k]])
-            a.now[s] = max(a.now[s], soonest)
-        elif a.head[s] == a.tail[s]:
+            for k in range(g.in_move[s]):
+                soonest = min(soonest, g.ready[g.moving[s, k]])
+            g.now[s] = max(g.now[s], soonest)
+        elif g.head[s] == g.tail[s]:
             return np.inf
-    return max(a.now[s], a.free[s, 0], a.ends[s, a.turn[s]])
+    return max(g.now[s], g.free[s, 0], g.ends[s, g.turn[s]])
 
 
 @_jit
-def _join_ready(arrivals, batches, queries, limits, s, g, start, firsts):
-    """Let those join whose KV cache has come, as far as the batch has room."""
-    a, kept = arrivals, 0
-    for k in range(a.in_move[s]):
-        q = a.moving[s, k]
-        if a.ready[q] > start or batches.active[s, g] == limits.max_batch:
-            a.moving[s, kept] = q
+def _generation_step(g, s, steps):
+    """Run the boundary at the server's wake: tokens of the step before go out, requests are admitted and join, the next step begins."""
+    b, start = g.turn[s], g.wake[s]
+    if g.active[s, b] > 0:
+        _emit(g, s, b, start)
+    while g.head[s] < g.tail[s] and _admits(g, s, g.line[s, g.head[s]]):
+        q = g.line[s, g.head[s]]
+        g.head[s] += 1
+        g.ready[q] = start + g.queries.transfer[q]
+        g.moving[s, g.in_move[s]] = q
+        g.in_move[s] += 1
+    kept = 0
+    for k in range(g.in_move[s]):
+        q = g.moving[s, k]
+        if g.ready[q] > start or g.active[s, b] == g.limits.max_batch:
+            g.moving[s, kept] = q
             kept += 1
         else:
-            _join(batches, queries, limits, s, g, q, start, firsts)
-    a.in_move[s] = kept
-
-
-@_jit
-def _generation_step(arrivals, batches, queries, limits, router, steps, served, s):
-    """Run the boundary at the server's wake: tokens of the step before go out, requests are admitted and join, the next step begins."""
-    a, b, g, start = arrivals, batches, arrivals.turn[s], arrivals.wake[s]
-    if b.active[s, g] > 0:
-        _emit(b, queries, limits, router, s, g, start, served.end)
-    while a.head[s] < a.tail[s] and _admits(b, queries, limits, s, a.line[s, a.head[s]], served.blocked):
-        q = a.line[s, a.head[s]]
-        a.head[s] += 1
-        a.ready[q] = start + queries.transfer[q]
-        a.moving[s, a.in_move[s]] = q
-        a.in_move[s] += 1
-    _join_ready(a, b, queries, limits, s, g, start, served.first)
-    size = b.active[s, g]
+            _join(g, s, b, q, start)
+    g.in_move[s] = kept
+    size = g.active[s, b]
     if size > 0:
         kv_lengths, step_ms, floor_ms = steps
-        by_length = _rules.interpolate(kv_lengths, step_ms[size], b.token_sum[s, g] / size)
-        step = 1e-3 * max(by_length, floor_ms[size])
-        a.ends[s, g] = _rules.stage_pass(start, step, a.free[s])
-        _record(served.busy, s, start, limits.bin_s, step / limits.pp)
-    a.turn[s] = (g + 1) % limits.pp
-    a.wake[s] = _next_boundary(a, b, s)
+        by_length = _rules.interpolate(kv_lengths, step_ms[size], g.token_sum[s, b] / size)
+        g.ends[s, b] = _pass(g, s, start, 1e-3 * max(by_length, floor_ms[size]))
+    g.turn[s] = (b + 1) % g.limits.pp
 
 
 @_jit
-def _serve_sequences(a, b, router, order, queries, limits, steps, served):
+def _next_step(g, s, steps):
+    if steps is not None:
+        g.wake[s] = _next_boundary(g, s)
+        return
+    start = max(g.now[s], g.free[s, 0])
+    if g.active[s, 0] == 0:
+        start = _rules.context_start(g.left[s], g.busy_until[s], g.head[s], g.tail[s], start)
+    g.wake[s] = start
+
+
+@_jit
+def _run_until(g, when, context, generation, steps):
+    for s in range(g.limits.servers):
+        while g.wake[s] < when:
+            if context is not None:  # one `if` a table, since numba leaves out what is under a None's
+                _prompt_step(g, s, context, generation)
+            if steps is not None:
+                _generation_step(g, s, steps)
+            _next_step(g, s, steps)
+
+
+@_jit
+def _serve(g, order, context, generation, steps):
     for i in range(len(order)):
         q = order[i]
-        now = queries.arrivals[q]
-        for s in range(limits.servers):
-            while a.wake[s] < now:
-                _generation_step(a, b, queries, limits, router, steps, served, s)
-        s = _choose(router, limits, i, now, served.end)
-        served.server[q] = s
-        router.loads[s] += router.weights[q]
-        if a.wake[s] == np.inf:
-            a.now[s] = now
-        a.line[s, a.tail[s]] = q
-        a.tail[s] += 1
-        a.wake[s] = _next_boundary(a, b, s)
-    for s in range(limits.servers):
-        while a.wake[s] < np.inf:
-            _generation_step(a, b, queries, limits, router, steps, served, s)
+        now = g.queries.arrivals[q]
+        _run_until(g, now, context, generation, steps)
+        s = _choose(g, i, now)
+        g.served.server[q] = s
+        g.now[s] = now
+        g.line[s, g.tail[s]] = q
+        g.left[s, g.tail[s]] = g.queries.inputs[q]
+        g.tail[s] += 1
+        g.loads[s] += g.weights[q]
+        _next_step(g, s, steps)
+    _run_until(g, np.inf, context, generation, steps)
 
 
-def run_context(queries, limits, table, served):
-    """Serve every prompt; fills served.busy, server and end."""
-    _serve_prompts(
-        _make_prompts(queries, limits), _make_router(queries, limits), queries, limits, table, served
-    )
+def serve(queries, limits, tables, served, order=None):
+    """Serve every query, in `order` of their arrivals if that is not their own; fills served.
 
-
-def run_generation(order, queries, limits, steps, served):
-    """Serve every sequence, in the order that the context servers hand them over; fills served."""
-    arrivals, batches = _make_arrivals(queries, limits), _make_batches(queries, limits)
-    _serve_sequences(arrivals, batches, _make_router(queries, limits), order, queries, limits, steps, served)
-
-
-def run_aggregated(queries, limits, tables, served):
-    """Serve every query on servers (of one stage) that compute prompts and generate; tables are a context and a generation one."""
-    prompts, batches = _make_prompts(queries, limits), _make_batches(queries, limits)
-    _serve_both(prompts, batches, _make_router(queries, limits), queries, limits, tables, served)
+    Which tables there are says what the servers do: `context` compute prompts; `context` and `generation` (of one stage) both compute
+    prompts and generate; `steps` generate.
+    """
+    order = np.arange(len(queries.inputs)) if order is None else order
+    _serve(_new_group(queries, limits, served), order, *tables)
 
 
 @_jit

@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from ..results.style import BLUE, INK, MID, ORANGE, new_figure, set_title
 from . import rules
 from .latency import LatencyTable, read_table, server_shapes
 from .lengths import length_draws
-from .loadgen_rules import OfficialLoads
+from .loadgen_rules import Loads
 from .plan import qps_over_draws
 from .simulate import Deployment, SimulatedRun, queue_lengths
 
@@ -56,17 +57,12 @@ def figure_generation_step(system: str = "gb200", context_tokens: int = 9700) ->
     for table, look in _tables(system):
         room = int(table.kv_capacity_tokens(0.95, 512) / context_tokens)
         batches = np.arange(1, min(room, 512), 3)
-        step = [
-            rules.generation_step_ms(table.generation, b, context_tokens, (b,), False, 0.0) for b in batches
-        ]
-        axis.plot(batches, step, **look)
+        step_ms = partial(rules.generation_step_ms, table.generation)
+        axis.plot(batches, [step_ms(b, context_tokens, (b,), False, 0.0) for b in batches], **look)
     axis.axhline(80, color=INK, linewidth=0.8)
     axis.annotate("limit 80 ms", (5, 82), color=INK)
-    axis.set_ylim(0, 90)
-    axis.set(
-        xlabel=f"requests in a generation step, {context_tokens} tokens each, as far as the KV cache holds them",
-        ylabel="TPOT (ms)",
-    )
+    requests = f"{context_tokens} tokens each, as far as the KV cache holds them"
+    axis.set(xlabel=f"requests in a generation step, {requests}", ylabel="TPOT (ms)", ylim=(0, 90))
     axis.legend(frameon=False)
     set_title(figure, f"Generation steps, {system}", "simulated")
     return figure
@@ -87,7 +83,7 @@ def figure_queues(run: SimulatedRun) -> Figure:
     return figure
 
 
-def heat_map(best: Deployment, gpus: int, lengths: np.ndarray, loads: OfficialLoads) -> pd.DataFrame:
+def heat_map(best: Deployment, gpus: int, lengths: np.ndarray, loads: Loads) -> pd.DataFrame:
     """Highest VALID queries/s over (context servers, generation servers) of the best topology's server sizes; NaN: too many GPUs.
 
     Half the choice's context servers and more; up to twice its generation servers and two.
@@ -102,9 +98,8 @@ def heat_map(best: Deployment, gpus: int, lengths: np.ndarray, loads: OfficialLo
     ]
 
     def one(cell):
-        d = replace(
-            best, context=replace(context, count=cell[0]), generation=replace(generation, count=cell[1])
-        )
+        d = replace(best, context=replace(context, count=cell[0]))
+        d = replace(d, generation=replace(generation, count=cell[1]))
         return float(qps_over_draws(d, [lengths], loads, guess=1.2 * cell[0], error=0.01)[0])
 
     with ThreadPoolExecutor(2) as pool:
@@ -124,14 +119,11 @@ def figure_heat_map(table: pd.DataFrame, best: Deployment) -> Figure:
             value = table.iloc[i, j]
             if np.isnan(value):
                 continue
-            dark = value < np.nanmax(table.to_numpy()) * 0.6
-            axis.text(
-                j, i, f"{value:.1f}", ha="center", va="center", color="white" if dark else INK, fontsize=8
-            )
+            color = "white" if value < np.nanmax(table.to_numpy()) * 0.6 else INK
+            axis.text(j, i, f"{value:.1f}", ha="center", va="center", color=color, fontsize=8)
             if (count, other) == (best.context.count, best.generation.count):
-                axis.add_patch(
-                    Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor=ORANGE, linewidth=2.5)
-                )
+                frame = {"fill": False, "edgecolor": ORANGE, "linewidth": 2.5}
+                axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, **frame))
     axis.set(xticks=range(columns), xticklabels=table.columns, yticks=range(rows), yticklabels=table.index)
     axis.set(xlabel="generation servers", ylabel="context servers")
     set_title(figure, "Highest VALID queries/s", "simulated")
@@ -139,7 +131,7 @@ def figure_heat_map(table: pd.DataFrame, best: Deployment) -> Figure:
 
 
 def sensitivity(
-    best: Deployment, spreads: Sequence[tuple[str, Sequence[np.ndarray]]], loads: OfficialLoads
+    best: Deployment, spreads: Sequence[tuple[str, Sequence[np.ndarray]]], loads: Loads
 ) -> pd.DataFrame:
     """Highest VALID queries/s of a topology if prompts spread otherwise or are longer or shorter, or steps take 10 % more or less."""
     assumed, stack = spreads[0][1][:4], best.stack
@@ -147,10 +139,8 @@ def sensitivity(
     cases += [(f"prompt {name}", lengths[:4], 1.0, 1.0) for name, lengths in spreads[1:]]
     if len(spreads) > 1:  # no lengths file
         outputs = float(assumed[0]["output_tokens"].mean())
-        cases += [
-            (f"prompts of {mean} on average", length_draws(4, outputs, mean=mean), 1.0, 1.0)
-            for mean in (9000, 9800)
-        ]
+        for mean in (9000, 9800):
+            cases += [(f"prompts of {mean} on average", length_draws(4, outputs, mean=mean), 1.0, 1.0)]
     for sign, factor in (("+10 %", 1.1), ("-10 %", 0.9)):
         cases += [(f"context steps {sign}", assumed, factor, 1.0)]
         cases += [(f"generation steps {sign}", assumed, 1.0, factor)]
@@ -174,9 +164,8 @@ def figure_sensitivity(table: pd.DataFrame) -> Figure:
     figure, axis = new_figure(7, 3.2)
     middle = table["target_qps"]
     spread = [middle - table["lowest"], table["highest"] - middle]
-    axis.barh(
-        table["case"], middle, xerr=spread, color=[MID] + [BLUE] * (len(table) - 1), ecolor=INK, height=0.6
-    )
+    colors = [MID] + [BLUE] * (len(table) - 1)
+    axis.barh(table["case"], middle, xerr=spread, color=colors, ecolor=INK, height=0.6)
     axis.axvline(middle[0], color=INK, linewidth=0.8, linestyle="--")
     axis.invert_yaxis()
     axis.set(xlabel="highest VALID queries/s (bar: median, line: range over draws of the lengths)")

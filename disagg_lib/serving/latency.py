@@ -5,9 +5,13 @@ the files in disagg_lib/data/ were made so and are read without it. A step split
 on the tokens in it, and attention, which depends on each request's new and past tokens: small grids instead of one big one.
 """
 
+import argparse
 import json
+import logging
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
+from operator import add
 from pathlib import Path
 
 from ..errors import LatencyTableError
@@ -46,36 +50,33 @@ class LatencyTable:
     @property
     def context(self) -> tuple:
         """What `rules.context_step_ms` takes."""
-        dense = _sums(self.context_ms, self.context_comm_ms)
+        dense = tuple(map(add, self.context_ms, self.context_comm_ms))
         return self.context_tokens, dense, self.attention_new, self.attention_past, self.attention_ms
 
     @property
     def generation(self) -> tuple:
         """What `rules.generation_step_ms` takes."""
-        dense = _sums(self.generation_ms, self.generation_comm_ms)
+        dense = tuple(map(add, self.generation_ms, self.generation_comm_ms))
         return self.generation_batch, dense, self.kv_batch, self.kv_length, self.kv_ms
 
     def under(self, stack: Stack) -> "LatencyTable":
         """The step times of a stack."""
         context, generation = stack.context_factor, stack.generation_factor
-        return replace(
-            self,
-            context_ms=_sums(self.context_ms, scale=context),
-            context_comm_ms=_sums(self.context_comm_ms, scale=context * stack.b_context),
-            attention_ms=_sums(self.attention_ms, scale=context),
-            generation_ms=_sums(self.generation_ms, [stack.host_ms] * len(self.generation_ms), generation),
-            generation_comm_ms=_sums(self.generation_comm_ms, scale=generation * stack.b_generation),
-            kv_ms=_sums(self.kv_ms, scale=generation * stack.generation_attention),
-        )
+        scaled = {
+            "context_ms": context,
+            "context_comm_ms": context * stack.b_context,
+            "attention_ms": context,
+            "generation_comm_ms": generation * stack.b_generation,
+            "kv_ms": generation * stack.generation_attention,
+        }
+        times = {key: tuple(factor * ms for ms in getattr(self, key)) for key, factor in scaled.items()}
+        times["generation_ms"] = tuple(generation * (ms + stack.host_ms) for ms in self.generation_ms)
+        return replace(self, **times)
 
     def kv_capacity_tokens(self, fraction: float, max_num_tokens: int) -> int:
         """KV-cache tokens of one server: `fraction` of what weights and activations leave free."""
         free = self.free_bytes - self.activation_bytes_per_token * max_num_tokens
         return max(0, int(free * fraction / self.kv_bytes_per_token))
-
-
-def _sums(ms, more_ms=None, scale: float = 1.0) -> tuple[float, ...]:
-    return tuple(scale * (a + b) for a, b in zip(ms, more_ms or [0.0] * len(ms), strict=True))
 
 
 @cache
@@ -99,12 +100,7 @@ def server_shapes(system: str) -> list[tuple[int, int]]:
 
 
 def read_table(system: str, tp: int, pp: int = 1) -> LatencyTable:
-    """The table of one server shape.
-
-    Raises
-    ------
-    LatencyTableError : no table for the system, or none for this TP and PP; says which there are.
-    """
+    """The table of one server shape; LatencyTableError for a system, TP or PP without one says which there are."""
     content = _system_file(system)
     entry = content["servers"].get(f"{tp}x{pp}")
     if entry is None:
@@ -135,10 +131,8 @@ def compile_engine(system: str, tp: int, pp: int):
     """The library's model of one server shape."""
     from aiconfigurator_core.sdk import EngineHandle
 
-    parallel = {"tp_size": tp, "pp_size": pp, **QUANTISATION}
-    return EngineHandle.compile(
-        MODEL, library_system(system), "trtllm", backend_version="current", **parallel
-    )
+    how = {"backend_version": "current", "tp_size": tp, "pp_size": pp, **QUANTISATION}
+    return EngineHandle.compile(MODEL, library_system(system), "trtllm", **how)
 
 
 def library_system(system: str) -> str:
@@ -169,13 +163,10 @@ def _measure(handle) -> dict[str, list[float]]:
     def attention(new, past):
         return handle.predict_prefill_latency(1, new + past, past) - sum(context(new)[:2])
 
-    dense = [context(n) for n in GRID["context_tokens"]]
+    values, dense = {}, [context(n) for n in GRID["context_tokens"]]
     steps = [generation(b, 1024) for b in GRID["generation_batch"]]
-    values = {"context_ms": [parts[0] for parts in dense], "context_comm_ms": [parts[1] for parts in dense]}
-    values |= {
-        "generation_ms": [parts[0] for parts in steps],
-        "generation_comm_ms": [parts[1] for parts in steps],
-    }
+    values["context_ms"], values["context_comm_ms"], _ = zip(*dense, strict=True)
+    values["generation_ms"], values["generation_comm_ms"], _ = zip(*steps, strict=True)
     values["attention_ms"] = [attention(n, p) for n in GRID["attention_new"] for p in GRID["attention_past"]]
     values["kv_ms"] = [generation(b, n)[2] for b in GRID["kv_batch"] for n in GRID["kv_length"]]
     return {key: [float(f"{v:.4g}") for v in row] for key, row in values.items()}
@@ -183,8 +174,6 @@ def _measure(handle) -> dict[str, list[float]]:
 
 def build_table(system: str, shapes: list[tuple[int, int]]) -> dict:
     """Build a system's table with aiconfigurator-core 0.12; shapes are (TP, PP). Shapes that do not fit are left out."""
-    from importlib.metadata import version
-
     from aiconfigurator_core.sdk import estimate_kv_cache
 
     servers = {}
@@ -218,9 +207,6 @@ def build_table(system: str, shapes: list[tuple[int, int]]) -> dict:
 
 def main(arguments: list[str] | None = None) -> None:
     """Build one system's table file."""
-    import argparse
-    import logging
-
     parser = argparse.ArgumentParser(prog="python -m disagg_lib.serving.latency", description=__doc__)
     parser.add_argument("system", help="gb200, gb300 or b200")
     parser.add_argument("--tp", type=int, nargs="+", default=[2, 4, 8, 16])

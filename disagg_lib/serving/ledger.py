@@ -26,25 +26,18 @@ def observed(run_dir: Path, e: Experiment | None = None) -> Observed:
 def compare(run_dir: Path, e: Experiment | None = None) -> pd.DataFrame:
     """TTFT and TPOT quantiles of a run: measured, predicted for its own parameters, load and lengths, and which side of the limits.
 
-    Returns
-    -------
-    one row a figure: figure, measured_ms, predicted_ms, error, limit_ms, agrees (both on one side of the limit). A rehearsal's times are the
-    model's: divided by its time scale.
-
-    Raises
-    ------
-    CalibrationError : the run kept no record of its queries, or some failed.
+    One row a figure: figure, measured_ms, predicted_ms, error, limit_ms, agrees (both on one side of the limit). A rehearsal's times are
+    the model's: divided by its time scale. CalibrationError: the run kept no record of its queries, or some failed.
     """
     e = e or load_recorded(run_dir)
     run, limits = observed(run_dir, e), limits_of(e)
-    predicted, rows = predict(run), []
-    for figure in FIGURES:
-        measured, limit = run.figures[figure], limits[figure.startswith("tpot")]
-        agrees = (measured <= limit) == (predicted[figure] <= limit)
-        error = predicted[figure] / measured - 1
-        rows.append((figure, measured, predicted[figure], error, limit, agrees))
-    columns = ["figure", "measured_ms", "predicted_ms", "error", "limit_ms", "agrees"]
-    return pd.DataFrame(rows, columns=columns).assign(predicted_source="simulated")
+    figures = pd.Series(FIGURES)
+    measured, predicted = figures.map(run.figures), figures.map(predict(run))
+    limit = figures.map(lambda figure: limits[figure.startswith("tpot")])
+    values = {"figure": figures, "measured_ms": measured, "predicted_ms": predicted}
+    values |= {"error": predicted / measured - 1, "limit_ms": limit}
+    values["agrees"] = (measured <= limit) == (predicted <= limit)
+    return pd.DataFrame(values).assign(predicted_source="simulated")
 
 
 def figure_comparison(table: pd.DataFrame, source: str) -> Figure:
@@ -63,32 +56,20 @@ def figure_comparison(table: pd.DataFrame, source: str) -> Figure:
 
 
 def read_ledger(path: Path) -> pd.DataFrame:
-    """All runs of the ledger; empty before the first.
-
-    Raises
-    ------
-    CalibrationError : the file is not a ledger.
-    """
+    """All runs of the ledger; empty before the first; CalibrationError if the file is not one."""
     if not Path(path).exists():
         return pd.DataFrame(columns=["run"])
     try:
         return pd.read_csv(path, dtype={"run": str}).astype({"run": str})
     except (OSError, KeyError, ValueError) as error:
-        raise CalibrationError(
-            f"{path}: cannot be read as a ledger ({error}). Move it away; 05 begins a new one."
-        ) from None
+        fix = "Move it away; 05 begins a new one."
+        raise CalibrationError(f"{path}: cannot be read as a ledger ({error}). {fix}") from None
 
 
 def record(path: Path, run_dir: Path, e: Experiment, table: pd.DataFrame, source: str) -> pd.DataFrame:
     """Write a run's row into the ledger, in place of an earlier one of the same run, and return the whole of it."""
-    deployment = deployment_of(e)
-    row = {
-        "run": Path(run_dir).name,
-        "source": source,
-        "layout": layout_of(deployment),
-        "system": e.gpu_system,
-    }
-    row |= {"stack": Path(e.serving_stack).name, "target_qps": e.server_target_qps}
+    row = {"run": Path(run_dir).name, "source": source, "layout": layout_of(deployment_of(e))}
+    row |= {"system": e.gpu_system, "stack": Path(e.serving_stack).name, "target_qps": e.server_target_qps}
     by_figure = table.set_index("figure")
     for figure in KEPT:
         for word in ("predicted_ms", "measured_ms", "error"):
@@ -111,7 +92,5 @@ def compared(run_dir: Path, e: Experiment) -> list:
         return [f"Not compared: {error}"]
     source = "rehearsed" if e.engine == "rehearsal" else "measured"
     record(Path(run_dir).parent / "ledger.csv", run_dir, e, table, source)
-    return [
-        as_image(figure_comparison(table, source)),
-        table.round({"measured_ms": 1, "predicted_ms": 1, "error": 3}),
-    ]
+    rounded = table.round({"measured_ms": 1, "predicted_ms": 1, "error": 3})
+    return [as_image(figure_comparison(table, source)), rounded]

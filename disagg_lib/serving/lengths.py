@@ -1,8 +1,4 @@
-"""Prompt and output lengths of the data set: the built-in shapes, and the CSV file that carries lengths between parts.
-
-The MLPerf data set itself is not public, so its shapes are a stated assumption (facts on token lengths), fixed before any
-comparison and replaceable: every function that needs lengths takes an array, whoever made it.
-"""
+"""Lengths of the data set's prompts and outputs: built-in shapes, assumed since it is not public, or a CSV file's."""
 
 import csv
 import math
@@ -21,34 +17,28 @@ MAX_INPUT_TOKENS = 20000
 INPUT_RANGE = (400, MAX_INPUT_TOKENS)
 INPUT_MEAN, INPUT_CV = 9400, 0.40
 MAX_OUTPUT_TOKENS = 2000
-OUTPUTS_BY_SAMPLE = (
-    DATA / "output_lengths.csv"
-)  # of 485 samples: medians over the TEST06 logs of 73 v5.1 and v6.0 submissions
-# Percentile -> output tokens of 297 published data-set items; the ends (0, 100) are the smallest and largest medians.
-OUTPUT_PERCENTILES = ((0, 180), (1, 186), (5, 205), (10, 215), (25, 438), (50, 706), (75, 817), (90, 900), (95, 960),
-                      (99, 1042), (100, 1097))  # fmt: skip
+# Output tokens at percentiles of 297 published data-set items; the ends (0, 100) are the smallest and largest medians.
+PERCENTS = (0, 1, 5, 10, 25, 50, 75, 90, 95, 99, 100)
+OUTPUTS = (180, 186, 205, 215, 438, 706, 817, 900, 960, 1042, 1097)
 
 
 def output_tokens_at(quantile):
     """Output length at a quantile (0 to 1; number or array) of the built-in shape."""
-    percent, tokens = zip(*OUTPUT_PERCENTILES, strict=True)
-    return np.floor(np.interp(100 * quantile, percent, tokens) + 0.5).astype(int)
+    return np.floor(np.interp(100 * quantile, PERCENTS, OUTPUTS) + 0.5).astype(int)
 
 
 @cache
 def known_outputs() -> np.ndarray:
-    """Output tokens of the data set's samples as far as they are published, shape (8313,); 0 where not."""
+    """Output tokens by sample, shape (8313,): medians over the TEST06 logs of 73 v5.1 and v6.0 submissions; 0 where not published."""
+    samples, tokens = np.loadtxt(DATA / "output_lengths.csv", int, delimiter=",", skiprows=1, unpack=True)
     known = np.zeros(SAMPLE_COUNT, int)
-    rows = np.loadtxt(OUTPUTS_BY_SAMPLE, int, delimiter=",", skiprows=1)
-    known[rows[:, 0]] = rows[:, 1]
+    known[samples] = tokens
     return known
 
 
 def _beta_quantiles(quantiles: np.ndarray, mean: float, cv: float) -> np.ndarray:
     """Quantiles of a Beta on INPUT_RANGE, by integrating its density in x = sin^2(angle), where it is bounded."""
     low, high = INPUT_RANGE
-    if not 0.05 <= cv <= 0.7:
-        raise LengthsError(f"cv of the prompt length is {cv}; this shape takes 0.05 to 0.7.")
     mu = (mean - low) / (high - low)
     sigma = cv * mean / (high - low)
     spread = mu * (1 - mu) / sigma**2 - 1
@@ -73,16 +63,8 @@ def built_in_lengths(
     Inputs: Beta scaled to 400..20000, of this mean and coefficient of variation; or, if given, a histogram (`read_histogram`).
     Outputs: piecewise linear through the published percentiles, independent of the input. Both are stratified, at quantiles
     (i + 0.5) / count, then shuffled by RandomState, whose stream numpy has frozen. Of the whole data set, samples whose output is
-    published have that.
-
-    Returns
-    -------
-    array of shape (count,), fields input_tokens and output_tokens (int32).
+    published have that. Shape (count,), fields input_tokens and output_tokens (int32).
     """
-    if not INPUT_RANGE[0] < mean < INPUT_RANGE[1]:
-        raise LengthsError(f"mean of the prompt length is {mean:g}; this shape takes 401 to 19999 tokens.")
-    if count < 1:
-        raise LengthsError(f"count is {count}; a data set has at least 1 sample.")
     quantiles = (np.arange(count) + 0.5) / count
     if input_histogram is None:
         inputs = _beta_quantiles(quantiles, mean, cv)
@@ -114,10 +96,8 @@ def _rows(path: Path, columns: Sequence[str], need: str) -> Iterator[tuple[str, 
                     values = [float(text) for text in found]
                 except (TypeError, ValueError):
                     values = [math.nan] * len(columns)
-                yield (
-                    f"{path}, line {reader.line_num}: found {','.join(map(str, found))}; needs {need}",
-                    values,
-                )
+                said = f"{path}, line {reader.line_num}: found {','.join(map(str, found))}"
+                yield f"{said}; needs {need}", values
     except (OSError, UnicodeDecodeError) as error:
         raise LengthsError(f"{path}: cannot be read ({error}).") from None
 
@@ -126,11 +106,7 @@ def read_histogram(path: Path) -> list[tuple[float, float]]:
     """Prompt lengths as a histogram, for those who may not show more: CSV with the header up_to_tokens,samples.
 
     Rows ascend; each counts the samples above the row before and not above its own up_to_tokens. The first row is the lower edge
-    and has 0 samples.
-
-    Raises
-    ------
-    LengthsError : says the line, what was found and what is needed.
+    and has 0 samples. LengthsError says the line, what was found and what is needed.
     """
     need = "up_to_tokens,samples: edges that ascend from 1, samples of 0 or more, 0 in the first row, the lower edge."
     rows: list[tuple[float, float]] = []
@@ -155,11 +131,8 @@ def is_histogram(path: Path | str) -> bool:
 def data_set_lengths(path: Path | str | None = None, seed: int = 405, mean: float = INPUT_MEAN) -> np.ndarray:
     """Lengths of the data set's 8313 samples: the built-in shapes, a file of lengths in sample order, or a histogram of prompts.
 
-    `seed` is the draw where the order is not known, `mean` that of the built-in prompts.
-
-    Raises
-    ------
-    LengthsError : a file whose count or order is not the data set's, which the published outputs tell.
+    `seed` is the draw where the order is not known, `mean` that of the built-in prompts. LengthsError: a file whose count or order is
+    not the data set's, which the published outputs tell.
     """
     if path is None:
         return built_in_lengths(seed=seed, mean=mean)
@@ -206,15 +179,13 @@ def write_lengths_csv(lengths: np.ndarray, path: Path) -> None:
 def read_lengths_csv(path: Path) -> np.ndarray:
     """Read what write_lengths_csv wrote, or any CSV with these two columns of whole numbers (input >= 1, output >= 2)."""
     need = (
-        f"the header {','.join(LENGTHS.names)} and whole numbers, input_tokens >= 1 and output_tokens >= 2."
+        "the header input_tokens,output_tokens and whole numbers, input_tokens >= 1 and output_tokens >= 2."
     )
     rows = []
-    for message, (inputs, outputs) in _rows(path, LENGTHS.names, need):
-        if not (
-            1 <= inputs < 2**31 and 2 <= outputs < 2**31 and inputs.is_integer() and outputs.is_integer()
-        ):
+    for message, row in _rows(path, LENGTHS.names, need):
+        if not all(least <= n < 2**31 and n.is_integer() for least, n in zip((1, 2), row, strict=True)):
             raise LengthsError(message)
-        rows.append((inputs, outputs))
+        rows.append(tuple(row))
     if not rows:
         raise LengthsError(f"{path}: no samples below the header.")
     return np.array(rows, LENGTHS)

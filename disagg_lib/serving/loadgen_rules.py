@@ -1,6 +1,7 @@
 """LoadGen's own rules for scenario Server: which samples, when, how many, and when a run is VALID."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,11 +19,6 @@ class Load:
     target_qps: float
     arrivals_s: np.ndarray
     samples: np.ndarray
-
-    @property
-    def arrivals_ns(self) -> np.ndarray:
-        """LoadGen's own unit; exact, since a run is far shorter than 2^53 ns."""
-        return np.rint(self.arrivals_s * 1e9).astype(np.int64)
 
 
 def seeds_of(claimed: str) -> tuple[int, int, int]:
@@ -61,22 +57,17 @@ def _shuffle(items: list[int], words) -> None:
 
 
 @cache
-def _official_samples(
-    claimed: str, permutations: int, offline: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
+def _official_samples(claimed: str, permutations: int) -> tuple[np.ndarray, np.ndarray]:
     """The samples as loaded, and the order in which they are issued: `permutations` of them, each of all samples.
 
-    LoadGen draws one order for another kind of sampling and leaves it unused. Each further order shuffles the one before; those
-    of Offline, which leaves a second one unused, begin from the loaded order again.
+    LoadGen draws one order for another kind of sampling and leaves it unused. Each further order shuffles the one before.
     """
     qsl_seed, sample_seed, _ = seeds_of(claimed)
     loaded, order, issued = list(range(SAMPLE_COUNT)), list(range(SAMPLE_COUNT)), []
     _shuffle(loaded, iter(_words(qsl_seed, SAMPLE_COUNT)))
     words = iter(_words(sample_seed, SAMPLE_COUNT * (permutations + 2)))
-    for _ in range(1 + offline):
-        _shuffle(list(order), words)
+    _shuffle(list(order), words)
     for _ in range(permutations):
-        order = list(range(SAMPLE_COUNT)) if offline else order
         _shuffle(order, words)
         issued += order
     return np.array(loaded), np.array(loaded)[issued]
@@ -91,31 +82,15 @@ def _unit_gaps(claimed: str, count: int) -> np.ndarray:
 
 
 def official_load(
-    claimed: str,
-    target_qps: float,
-    min_duration_ms: int = 600_000,
-    min_query_count: int = 100,
-    scenario: str = "Server",
+    claimed: str, target_qps: float, min_duration_ms: int = 600_000, min_query_count: int = 100
 ) -> Load:
-    """The queries of a run of round `claimed`, as LoadGen issues them: to the ns, sample by sample, whoever runs it.
+    """The queries of a run of round `claimed`, as LoadGen issues them, to the ns; SimulationError if the round is not known.
 
-    Whole permutations of the data set until the last query is due at or after min_duration_ms. There are as many different ones as
-    the unpadded min_query_count asks for, repeated in turn. Scenario Interactive is Server with other limits; Offline issues all
-    samples at once. Source: mlcommons/inference loadgen (loadgen.cc, libstdc++); seen equal to what 5.1.2 issues.
-
-    Raises
-    ------
-    SimulationError : the round is not known.
+    Whole permutations of the data set until the last query is due at or after min_duration_ms; as many different ones as the unpadded
+    min_query_count asks for, repeated in turn. Source: mlcommons/inference loadgen (loadgen.cc, libstdc++); 5.1.2 issues the same.
     """
-    if scenario == "Offline":  # as many samples as the target promises for the duration, and a tenth more
-        min_query_count = max(int(1.1 * target_qps * min_duration_ms / 1000), min_query_count)
     permutations = math.ceil(min_query_count / SAMPLE_COUNT)
-    order, count = (
-        _official_samples(claimed, permutations, scenario == "Offline")[1],
-        permutations * SAMPLE_COUNT,
-    )
-    if scenario == "Offline":
-        return Load(target_qps, np.zeros(count), order)
+    order, count = _official_samples(claimed, permutations)[1], permutations * SAMPLE_COUNT
     while True:
         gaps_ns = (_unit_gaps(claimed, count) / target_qps * 1e9).astype(np.int64)
         arrivals_ns = np.concatenate(([0], np.cumsum(gaps_ns[:-1])))
@@ -124,35 +99,11 @@ def official_load(
         count += SAMPLE_COUNT
 
 
-@dataclass(frozen=True)
-class OfficialLoads:
-    """The loads of a round at any target QPS: one sequence, stretched."""
-
-    claimed: str = "v5.1"
-    min_query_count: int = 100
-
-    def at(self, target_qps: float) -> Load:
-        """The queries at this target."""
-        return official_load(self.claimed, target_qps, min_query_count=self.min_query_count)
-
-
-@dataclass(frozen=True)
-class RandomLoads:
-    """Loads of other seeds than a round's."""
-
-    seed: int
-
-    def at(self, target_qps: float) -> Load:
-        """The queries at this target."""
-        return random_load(target_qps, self.seed)
-
-
 def random_load(
     target_qps: float,
     seed: int,
     min_duration_s: float = 600.0,
     min_query_count: int = 100,
-    sample_count: int = SAMPLE_COUNT,
     equal_issue: bool = True,
 ) -> Load:
     """A load like LoadGen's with other seeds than a round's: for rehearsals, and to see how lucky a round's seeds are.
@@ -162,7 +113,7 @@ def random_load(
     without, samples are drawn with replacement and the run ends with the first arrival past min_duration_s that completes
     min_query_count.
     """
-    unit = sample_count if equal_issue else 1
+    unit = SAMPLE_COUNT if equal_issue else 1
     passed = count = math.ceil(min_query_count / unit) * unit
     drawn = 0
     while drawn < passed:  # a longer draw of one seed begins with the shorter one
@@ -171,12 +122,15 @@ def random_load(
         arrivals = np.concatenate(([0.0], np.cumsum(gaps))) / target_qps
         # Whole units until the last arrival has passed the duration.
         passed = max(count, unit * math.ceil((np.searchsorted(arrivals, min_duration_s) + 1) / unit))
-    samples_stream = np.random.RandomState([seed, 1])
+    stream = np.random.RandomState([seed, 1])
     if equal_issue:
-        samples = np.concatenate([samples_stream.permutation(sample_count) for _ in range(passed // unit)])
+        samples = np.concatenate([stream.permutation(SAMPLE_COUNT) for _ in range(passed // unit)])
     else:
-        samples = samples_stream.randint(0, sample_count, passed)
+        samples = stream.randint(0, SAMPLE_COUNT, passed)
     return Load(target_qps, arrivals[:passed], samples)
+
+
+Loads = Callable[[float], Load]  # at any target QPS: one sequence, stretched
 
 
 def percentile(values: np.ndarray, p: float) -> float:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
+import pandas as pd
 
 from ..errors import PlanError
 from ..experiment.cuda_graphs import cuda_graph_sizes
@@ -16,8 +17,8 @@ from ..experiment.parameters import Experiment
 from ..results import rounds
 from .latency import server_shapes
 from .lengths import MAX_OUTPUT_TOKENS
-from .loadgen_rules import OfficialLoads, RandomLoads
-from .screen import CONTEXT_TOKENS, Budget, screen, shape_of
+from .loadgen_rules import Loads, random_load
+from .screen import CONTEXT_TOKENS, OF_V5_1, Budget, screen, shape_of
 from .simulate import INTERACTIVE_LIMITS_MS, Deployment, ServerGroup, simulate, summarise
 from .stacks import read_stack
 
@@ -62,20 +63,12 @@ class PlanRow:
 
     def as_dict(self) -> dict:
         """The row for a table: layout, settings, figures."""
-        row = asdict(self)
+        row, settings = asdict(self), {"layout": self.layout}
         d = row.pop("deployment")
-        settings = {
-            f"{prefix}_{key}": d[group][key]
-            for prefix, group in (("ctx", "context"), ("gen", "generation"))
-            if d[group]
-            for key in ("count", "tp", "pp", "max_batch_size", "max_num_tokens")
-        }
-        return {"layout": self.layout, **settings, **row}
-
-    def _graphs(self) -> dict[str, str]:
-        sizes = self.deployment.generation.cuda_graph_sizes
-        original = sizes == tuple(cuda_graph_sizes(sizes[-1]))
-        return {} if original else {"gen_cuda_graphs": "powers_of_two"}
+        for prefix, group in (("ctx", d["context"]), ("gen", d["generation"])):
+            for key in ("count", "tp", "pp", "max_batch_size", "max_num_tokens") if group else ():
+                settings[f"{prefix}_{key}"] = group[key]
+        return settings | row
 
     def params(self) -> dict[str, int | float]:
         """The keys of a params file that make this topology (disaggregated ones only)."""
@@ -84,6 +77,8 @@ class PlanRow:
             raise PlanError(
                 f"{self.layout}: an aggregated server has no params file; it answers only whether to disaggregate."
             )
+        sizes = generation.cuda_graph_sizes
+        original = sizes == tuple(cuda_graph_sizes(sizes[-1]))
         return {
             "num_ctx_servers": context.count,
             "ctx_tp_size": context.tp,
@@ -94,7 +89,7 @@ class PlanRow:
             "gen_tp_size": generation.tp,
             "gen_batch_size": generation.max_batch_size,
             "gen_max_num_tokens": generation.max_num_tokens,
-            **self._graphs(),
+            **({} if original else {"gen_cuda_graphs": "powers_of_two"}),
             "server_target_qps": math.floor(self.recommended_qps * 100) / 100,
             "target_qps_min": math.floor(SEARCH_BOUNDS[0] * self.target_qps_low * 100) / 100,
             "target_qps_max": math.ceil(SEARCH_BOUNDS[1] * self.target_qps_high * 100) / 100,
@@ -119,12 +114,7 @@ def limits_of(e: Experiment) -> tuple[float, float]:
 
 
 def deployment_of(e: Experiment) -> Deployment:
-    """The deployment that an Experiment describes, under its stack.
-
-    Raises
-    ------
-    CalibrationError : no such stack, or one without constants for the system.
-    """
+    """The deployment that an Experiment describes, under its stack; CalibrationError: no such stack, or none of its system."""
     server_shapes(e.gpu_system)  # names the systems that there are
     stack = read_stack(e.serving_stack)
     stack.check_system(e.gpu_system)
@@ -145,18 +135,15 @@ def deployment_of(e: Experiment) -> Deployment:
 def highest_valid_qps(
     deployment: Deployment,
     lengths: np.ndarray,
-    loads: OfficialLoads | RandomLoads = OfficialLoads(),  # noqa: B008
+    loads: Loads = OF_V5_1,
     limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
     guess: float = 4.0,
     error: float = QPS_ERROR,
 ) -> float:
-    """The highest target QPS at which a run is VALID, to a relative `error`; 0 if none above 0.01 is.
-
-    The arrivals are the same at every QPS, only stretched, so that the search is on one curve.
-    """
+    """The highest target QPS at which a run is VALID, to a relative `error`; 0 if none above 0.01 is."""
 
     def valid(qps: float) -> bool:
-        return summarise(simulate(deployment, loads.at(qps), lengths), limits_ms)["valid"]
+        return summarise(simulate(deployment, loads(qps), lengths), limits_ms)["valid"]
 
     low = high = max(guess, 0.01)
     factor = 1.06  # bracket with growing steps: the guess is near, or it is nowhere near
@@ -177,7 +164,7 @@ def highest_valid_qps(
 def qps_over_draws(
     deployment: Deployment,
     draws: Sequence[np.ndarray],
-    loads: OfficialLoads | RandomLoads = OfficialLoads(),  # noqa: B008
+    loads: Loads = OF_V5_1,
     limits_ms: tuple[float, float] = INTERACTIVE_LIMITS_MS,
     guess: float = 4.0,
     error: float = QPS_ERROR,
@@ -190,53 +177,47 @@ def qps_over_draws(
     return np.array(found)
 
 
-def _tray_down(d: Deployment, role: str, gpus_per_node: int) -> Deployment | None:
-    """The deployment without the servers of this role that one tray holds; None if nothing is left."""
-    group = getattr(d, role)
-    lost = math.ceil(gpus_per_node / (group.tp * group.pp)) if group else 0
-    if not lost or group.count <= lost:
-        return None
-    return replace(d, **{role: replace(group, count=group.count - lost)})
-
-
 def _row(budget: Budget, d: Deployment, qps: np.ndarray) -> PlanRow:
-    limits_ms = budget.limits_ms
+    limits_ms, median_qps = budget.limits_ms, float(np.median(qps))
     recommended = max(float(qps.min()), 0.01)  # 0: never VALID
-    at_it = [simulate(d, budget.loads.at(recommended), lengths) for lengths in budget.draws]
-    rows = [summarise(run, limits_ms) for run in at_it]
-    others = [
-        summarise(simulate(d, RandomLoads(1000 + k).at(recommended), lengths), limits_ms)["valid"]
-        for k, lengths in enumerate((budget.draws * 8)[:8])
-    ]
-    names = "completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms", "context_utilisation"
-    median = {name: float(np.median([row[name] for row in rows])) for name in names}
-    binding = [row["binds"] for row in rows]
+
+    def at(load, lengths):
+        return summarise(simulate(d, load, lengths), limits_ms)
+
+    rows = pd.DataFrame([at(budget.loads(recommended), lengths) for lengths in budget.draws])
+    eight = (budget.draws * 8)[:8]
+    others = [at(random_load(recommended, 1000 + k), lengths)["valid"] for k, lengths in enumerate(eight)]
+    names = ["completed_tokens_per_s", "ttft_p99_ms", "tpot_p99_ms", "context_utilisation"]
+    median = rows[names].median().to_dict()
     return PlanRow(
         deployment=d,
         gpus=d.gpus,
         gpus_idle=budget.gpus - d.gpus,
-        target_qps=float(np.median(qps)),
+        target_qps=median_qps,
         target_qps_low=recommended,
         target_qps_high=float(qps.max()),
         recommended_qps=recommended,
         p_valid=float(np.mean(others)),
         tokens_per_s_per_gpu=median["completed_tokens_per_s"] / budget.gpus,
-        binds=max(set(binding), key=binding.count),
-        kv_refused=any(run.blocked_by_kv for run in at_it),
-        without_context_server_qps=_without(budget, d, "context", float(np.median(qps))),
-        without_generation_server_qps=_without(budget, d, "generation", float(np.median(qps))),
+        binds=rows["binds"].mode()[0],
+        kv_refused=bool(rows["kv_refused"].any()),
+        without_context_server_qps=_without(budget, d, "context", median_qps),
+        without_generation_server_qps=_without(budget, d, "generation", median_qps),
         **median,
     )
 
 
+def _quick_qps(budget: Budget, d: Deployment, guess: float) -> np.ndarray:
+    return qps_over_draws(d, budget.draws[:2], budget.loads, budget.limits_ms, guess, QUICK_QPS_ERROR)
+
+
 def _without(budget: Budget, d: Deployment, role: str, qps: float) -> float:
-    """Highest VALID QPS with a tray of this role down."""
-    smaller = _tray_down(d, role, budget.gpus_per_node)
-    if smaller is None:
+    """Highest VALID QPS without the servers of this role that one tray holds; 0 if none is left."""
+    group = getattr(d, role)
+    left = group.count - math.ceil(budget.gpus_per_node / (group.tp * group.pp)) if group else 0
+    if left < 1:
         return 0.0
-    draws = budget.draws[:2]
-    found = qps_over_draws(smaller, draws, budget.loads, budget.limits_ms, 0.9 * qps, QUICK_QPS_ERROR)
-    return float(np.median(found))
+    return float(np.median(_quick_qps(budget, replace(d, **{role: replace(group, count=left)}), 0.9 * qps)))
 
 
 def _first(scored: list[tuple[float, Deployment]], count: int) -> list[tuple[float, Deployment]]:
@@ -249,9 +230,8 @@ def _quick(budget: Budget, pool, pairs) -> list[tuple[float, Deployment]]:
     """(median QPS over two draws, deployment) of each, best first; those that are never VALID are left out."""
 
     def one(pair):
-        guess, d = max(pair[0], 0.05), pair[1]
-        qps = qps_over_draws(d, budget.draws[:2], budget.loads, budget.limits_ms, guess, QUICK_QPS_ERROR)
-        return float(np.median(qps)) if qps.min() > 0 else 0.0, d
+        qps = _quick_qps(budget, pair[1], max(pair[0], 0.05))
+        return float(np.median(qps)) if qps.min() > 0 else 0.0, pair[1]
 
     return sorted((p for p in pool.map(one, pairs) if p[0] > 0), key=lambda p: (-p[0], p[1].gpus))
 
@@ -261,10 +241,7 @@ def plan(budget: Budget, simulated: int = 16, ranked: int = 6) -> list[PlanRow]:
 
     The formula picks `simulated` layouts out of all; two draws each pick `ranked` of those, and the chunk size of the first three; these
     get all draws. The best layout whose context servers have one stage is always among them: PP is the least proven part.
-
-    Raises
-    ------
-    PlanError : nothing fits the budget, or nothing that fits can meet the limits at any QPS.
+    PlanError: nothing fits the budget, or nothing that fits can meet the limits at any QPS.
     """
     limits_ms = budget.limits_ms
     with ThreadPoolExecutor(2) as pool:  # the simulation's loops hold no lock
@@ -285,9 +262,8 @@ def plan(budget: Budget, simulated: int = 16, ranked: int = 6) -> list[PlanRow]:
             layouts.setdefault((shape_of(d.context), shape_of(d.generation)), (qps, d))
 
         def full(pair):
-            return _row(
-                budget, pair[1], qps_over_draws(pair[1], budget.draws, budget.loads, limits_ms, pair[0])
-            )
+            guess, d = pair
+            return _row(budget, d, qps_over_draws(d, budget.draws, budget.loads, limits_ms, guess))
 
         rows = list(pool.map(full, layouts.values()))
     return sorted(rows, key=lambda row: -row.target_qps)

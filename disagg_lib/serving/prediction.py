@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,38 +12,35 @@ from ..experiment.loading import load_experiment
 from ..experiment.parameters import Experiment
 from . import plan, screen
 from .lengths import INPUT_CV, data_set_lengths, is_histogram, length_draws, scale_outputs
-from .loadgen_rules import Load, OfficialLoads, RandomLoads, random_load
+from .loadgen_rules import Load, Loads, official_load, random_load
 from .simulate import SimulatedRun, simulate, summarise
-from .stacks import read_stack, shipped_stacks
+from .stacks import NO_STACK, read_stack, shipped_stacks
 
 PROMPT_CVS = (INPUT_CV, 0.30, 0.50)  # the built-in spread of prompt lengths, and the two reported beside it
 DRAWS = 8
+VERDICT = {True: "VALID", False: "INVALID"}
 
 
 def spreads(e: Experiment, draws: int = DRAWS) -> list[tuple[str, tuple[np.ndarray, ...]]]:
     """(name, draws of the lengths) of what is reported side by side: the lengths file (one), or the built-in shape with three spreads."""
     if e.lengths_file:
         count = draws if is_histogram(e.lengths_file) else 1
-        return [
-            (
-                Path(e.lengths_file).name,
-                tuple(data_set_lengths(e.lengths_file, 405 + k) for k in range(count)),
-            )
-        ]
+        drawn = tuple(data_set_lengths(e.lengths_file, 405 + k) for k in range(count))
+        return [(Path(e.lengths_file).name, drawn)]
     outputs, mean = read_stack(e.serving_stack).mean_output_tokens, e.prompt_mean_tokens
     return [(f"cv {cv}", length_draws(draws, outputs, cv, mean)) for cv in PROMPT_CVS]
 
 
-def loads_of(e: Experiment) -> OfficialLoads:
+def loads_of(e: Experiment) -> Loads:
     """The loads of the round that the experiment claims."""
-    return OfficialLoads(e.round, e.min_query_count or 100)
+    return partial(official_load, e.round, min_query_count=e.min_query_count or 100)
 
 
 def _load(e: Experiment, seed: int | None) -> Load:
     """A rehearsal's load, the claimed round's, or (with a seed) another like it."""
     if e.shortened:
         return random_load(e.server_target_qps, seed or 0, 0.001, e.rehearsal_queries, equal_issue=False)
-    return (loads_of(e) if seed is None else RandomLoads(seed)).at(e.server_target_qps)
+    return loads_of(e)(e.server_target_qps) if seed is None else random_load(e.server_target_qps, seed)
 
 
 def _as_served(e: Experiment, lengths: np.ndarray) -> np.ndarray:
@@ -53,10 +51,7 @@ def simulate_table(e: Experiment, draws: int = DRAWS, other_seeds: bool = False)
     """One row a prompt-length spread and draw of the lengths, at server_target_qps; a rehearsal is simulated as shortened.
 
     `other_seeds`: with random loads in place of the claimed round's, to see how lucky that is. A lengths file is one exact run.
-
-    Raises
-    ------
-    PlanError : the QPS is beyond what the servers can keep up with.
+    PlanError: the QPS is beyond what the servers can keep up with.
     """
     deployment, limits, rows = plan.deployment_of(e), plan.limits_of(e), []
     for name, drawn in spreads(e, draws):
@@ -65,12 +60,10 @@ def simulate_table(e: Experiment, draws: int = DRAWS, other_seeds: bool = False)
         screen.check_saturation(deployment, e.server_target_qps, _as_served(e, drawn[0]))
         for draw, lengths in enumerate(drawn):
             load = _load(e, draw if e.shortened or other_seeds else None)
-            row = summarise(simulate(deployment, load, _as_served(e, lengths)), limits)
-            row |= {"ttft_limit_ms": limits[0], "tpot_limit_ms": limits[1]}
-            settings = {"topology": plan.layout_of(deployment), "prompt_lengths": name, "draw": draw}
-            verdict = {"loadgen_valid": "VALID" if row["valid"] else "INVALID", "submittable": False}
-            rows.append(settings | row | verdict)
-    return pd.DataFrame(rows)
+            row = {"topology": plan.layout_of(deployment), "prompt_lengths": name, "draw": draw}
+            rows.append(row | summarise(simulate(deployment, load, _as_served(e, lengths)), limits))
+    table = pd.DataFrame(rows).assign(ttft_limit_ms=limits[0], tpot_limit_ms=limits[1])
+    return table.assign(loadgen_valid=table["valid"].map(VERDICT), submittable=False)
 
 
 def highest_qps_table(e: Experiment, draws: int = DRAWS) -> pd.DataFrame:
@@ -78,18 +71,15 @@ def highest_qps_table(e: Experiment, draws: int = DRAWS) -> pd.DataFrame:
     deployment = plan.deployment_of(e)
     row = {"GPUs": e.gpu_count, "topology": plan.layout_of(deployment), "stack": deployment.stack.name}
     for name, drawn in spreads(e, draws):
-        row[name] = _range(
-            plan.qps_over_draws(deployment, drawn, loads_of(e), plan.limits_of(e), e.server_target_qps)
-        )
+        qps = plan.qps_over_draws(deployment, drawn, loads_of(e), plan.limits_of(e), e.server_target_qps)
+        row[name] = _range(qps)
     return pd.DataFrame([row | {"server_target_qps": e.server_target_qps, "source": "simulated"}])
 
 
 def advice_table(draws: int = DRAWS) -> pd.DataFrame:
     """`highest_qps_table` of the original's topologies, beside what the original advises for them (server_target_qps there)."""
-    files = [f"params/gb200_{gpus}gpu.yaml" for gpus in (20, 40, 60)]
-    table = pd.concat(
-        [highest_qps_table(load_experiment([file]), draws) for file in files], ignore_index=True
-    )
+    params = [load_experiment([f"params/gb200_{gpus}gpu.yaml"]) for gpus in (20, 40, 60)]
+    table = pd.concat([highest_qps_table(e, draws) for e in params], ignore_index=True)
     return table.rename(columns={"server_target_qps": "the original's advice"})
 
 
@@ -136,12 +126,10 @@ def budget_of(e: Experiment, gpus: int | None = None, draws: int = DRAWS) -> scr
 
 def plan_table(ranked: Sequence[plan.PlanRow]) -> pd.DataFrame:
     """One row a topology with all its settings and figures, for a CSV file."""
-    rows = []
-    for rank, row in enumerate(ranked, 1):
-        values, valid = row.as_dict(), row.p_valid >= 0.5
-        verdict = {"loadgen_valid": "VALID" if valid else "INVALID", "valid": valid, "submittable": "no"}
-        rows.append({"topology": values.pop("layout"), "rank": rank, **values, **verdict})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame([row.as_dict() for row in ranked]).rename(columns={"layout": "topology"})
+    table.insert(1, "rank", range(1, len(table) + 1))
+    valid = table["p_valid"] >= 0.5
+    return table.assign(loadgen_valid=valid.map(VERDICT), valid=valid, submittable="no")
 
 
 # CPU seconds of the real orchestrators: a request of 9400 ids, a streamed token (150 requests, Python 3.11, no uvloop).
@@ -184,15 +172,12 @@ def plan_notes(e: Experiment, ranked: Sequence[plan.PlanRow], draws: int = 4) ->
         why = f"{cores:.2f} of a core at {best.target_qps:.2f} queries/s, measured on another processor"
         notes.append(f"The orchestrator is one Python process: {why}. Above about 0.8 it is the limit")
     if best.kv_refused:
-        waits = (
-            "a server may pause requests there, which is not modelled"
-            if e.gen_capacity_policy == "MAX_UTILIZATION"
-            else "they wait"
-        )
+        pauses = e.gen_capacity_policy == "MAX_UTILIZATION"
+        waits = "a server may pause requests there, which is not modelled" if pauses else "they wait"
         notes.append(f"KV room was refused to requests at times: {waits}")
     # The aggregated engine has a stack of its own; where it knows nothing of the system, the table as it is.
     stack = shipped_stacks()["aggregated"]
-    stack = stack if e.gpu_system in stack.systems else shipped_stacks()["none"]
+    stack = stack if e.gpu_system in stack.systems else NO_STACK
     together = plan.aggregated_alternative(replace(budget_of(e, gpus, draws), stack=stack))
     ratio = best.target_qps / together.target_qps if together.target_qps else float("inf")
     notes.append(

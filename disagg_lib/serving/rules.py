@@ -71,16 +71,22 @@ def context_chunks(left, busy_until, first, last, start, max_num_tokens, max_bat
     return count
 
 
-def context_step_ms(table, chunks, done, count):
-    """Time of a context step: the dense part of all its tokens, plus attention of each request (new x past)."""
+def context_step_ms(table, chunks, done, count, batch=0):
+    """Time of a context step: the dense part of all its tokens, plus attention of each request (new x past).
+
+    With a batch, what the chunks add to a step that has one token for each of so many sequences.
+    """
     tokens, dense_ms, new, past, attention_ms = table
-    total = 0
+    total = batch
     attention = 0.0
     for i in range(count):
         if chunks[i] > 0:
             total += chunks[i]
             attention += interpolate_grid(new, past, attention_ms, chunks[i], done[i])
-    return interpolate(tokens, dense_ms, total) + attention
+    dense = interpolate(tokens, dense_ms, total)
+    if batch > 0:
+        dense -= interpolate(tokens, dense_ms, batch)
+    return dense + attention
 
 
 def captured_batch(batch, sizes, padding):
@@ -92,10 +98,7 @@ def captured_batch(batch, sizes, padding):
 
 
 def generation_step_ms(table, batch, mean_tokens, sizes, padding, eager_floor_ms):
-    """Time of a generation step: dense part of the padded batch, attention of the real one.
-
-    Without a captured graph no step is shorter than eager_floor_ms, the time the host needs to launch it.
-    """
+    """Time of a generation step: dense part of the padded batch, attention of the real one; without a graph eager_floor_ms at least."""
     batches, dense_ms, kv_batches, kv_lengths, kv_ms = table
     graph = captured_batch(batch, sizes, padding)
     attention = interpolate_grid(kv_batches, kv_lengths, kv_ms, batch, mean_tokens)
@@ -105,31 +108,18 @@ def generation_step_ms(table, batch, mean_tokens, sizes, padding, eager_floor_ms
 
 
 def mixed_step_ms(context, generation, chunks, done, count, batch, mean_tokens):
-    """Time of a step with `count` prompt chunks and one token for each of `batch` sequences (aggregated servers, no graphs).
-
-    What the sequences alone would take is a generation step; what the chunks add to it is of a context step.
-    """
+    """Time of a step with `count` prompt chunks and one token for each of `batch` sequences (aggregated servers, no graphs)."""
+    added = context_step_ms(context, chunks, done, count, batch)
     if batch == 0:
-        return context_step_ms(context, chunks, done, count)
-    tokens, dense_ms, new, past, attention_ms = context
+        return added
     batches, batch_ms, kv_batches, kv_lengths, kv_ms = generation
     alone = interpolate(batches, batch_ms, batch)
     alone += interpolate_grid(kv_batches, kv_lengths, kv_ms, batch, mean_tokens)
-    total = batch
-    added = 0.0
-    for i in range(count):
-        total += chunks[i]
-        added += interpolate_grid(new, past, attention_ms, chunks[i], done[i])
-    if count > 0:
-        added += interpolate(tokens, dense_ms, total) - interpolate(tokens, dense_ms, batch)
     return alone + added
 
 
 def stage_pass(start, step, stage_free):
-    """Send one step through the pipeline stages, each an equal share of it; return its end.
-
-    stage_free[s] is when stage s can start its next step; it is moved on. With one stage the end is start + step.
-    """
+    """Send a step through the stages, each an equal share of it, and return its end; stage_free, when each is free again, moves on."""
     share = step / len(stage_free)
     for stage in range(len(stage_free)):
         start = max(start, stage_free[stage]) + share

@@ -1,12 +1,9 @@
-"""Which topologies fit a GPU budget, and what a formula makes of them: it only decides what is simulated.
-
-Waits for the context servers by Kingman (round robin) or Sakasegawa (least tokens), a fixed point for the generation batch.
-"""
+"""Which topologies fit a GPU budget, and what a formula makes of them: it only decides what is simulated."""
 
 import itertools
 import math
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -15,7 +12,7 @@ from ..experiment.cuda_graphs import cuda_graph_sizes
 from . import rules
 from .latency import LatencyTable, read_table, server_shapes
 from .lengths import built_in_lengths
-from .loadgen_rules import OfficialLoads
+from .loadgen_rules import Loads, official_load
 from .simulate import INTERACTIVE_LIMITS_MS, Deployment, ServerGroup
 from .stacks import NO_STACK, Stack
 
@@ -23,6 +20,7 @@ CONTEXT_TOKENS = (2048, 4096, 8192)
 GENERATION_BATCHES = (256, 512, 1024)
 GRAPHS = ("original", "powers_of_two")
 MOST_GPUS = 576
+OF_V5_1 = partial(official_load, "v5.1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +39,7 @@ class Budget:
     chunks_overlap: bool = False
     routing: str = "round_robin"
     gen_capacity_policy: str = "GUARANTEED_NO_EVICT"
-    loads: OfficialLoads = OfficialLoads()
+    loads: Loads = OF_V5_1
 
 
 def shape_of(group: ServerGroup) -> str:
@@ -58,17 +56,13 @@ def _table(system: str, tp: int, pp: int, stack: Stack) -> LatencyTable:
 @cache
 def _prompt_seconds(system: str, tp: int, pp: int, stack: Stack, max_num_tokens: int):
     """Prompt lengths (a grid) and the seconds that one such prompt keeps an idle context server busy."""
-    table = _table(system, tp, pp, stack).context
-    grid = np.arange(200, 20_200, 200)
-    seconds = []
-    for length in grid:
-        done, total = 0, 0.0
-        while done < length:
-            chunk = min(int(length) - done, max_num_tokens)
-            total += rules.context_step_ms(table, [chunk], [done], 1)
-            done += chunk
-        seconds.append(total / 1e3)
-    return grid, np.array(seconds)
+    table, grid = _table(system, tp, pp, stack).context, range(200, 20_200, 200)
+
+    def step_ms(length, done):
+        return rules.context_step_ms(table, [min(length - done, max_num_tokens)], [done], 1)
+
+    seconds = [sum(step_ms(n, done) for done in range(0, n, max_num_tokens)) / 1e3 for n in grid]
+    return np.array(grid), np.array(seconds)
 
 
 def prompt_seconds(d: Deployment, inputs: np.ndarray) -> np.ndarray:
@@ -100,18 +94,16 @@ def _context_qps(d: Deployment, inputs: np.ndarray, ttft_limit_s: float) -> floa
 def _generation_ms(d: Deployment, batch: float, mean_tokens: float) -> float:
     """A generation server's step with `batch` sequences in all its stages."""
     group = d.generation
-    t = _table(d.system, group.tp, group.pp, d.stack)
-    return rules.generation_step_ms(
-        t.generation, batch / group.pp, mean_tokens, group.cuda_graph_sizes, group.cuda_graph_padding, rules.EAGER_FLOOR_MS
-    )  # fmt: skip
+    table = _table(d.system, group.tp, group.pp, d.stack).generation
+    graphs = group.cuda_graph_sizes, group.cuda_graph_padding, rules.EAGER_FLOOR_MS
+    return rules.generation_step_ms(table, batch / group.pp, mean_tokens, *graphs)
 
 
 def _most_sequences(d: Deployment, mean_input: float, mean_output: float) -> float:
     """Sequences that one generation server's slots and KV cache hold, on average."""
     group = d.generation
-    capacity = read_table(d.system, group.tp, group.pp).kv_capacity_tokens(
-        group.kv_fraction, group.max_num_tokens
-    )
+    table = read_table(d.system, group.tp, group.pp)
+    capacity = table.kv_capacity_tokens(group.kv_fraction, group.max_num_tokens)
     grows = group.capacity_policy == "MAX_UTILIZATION"
     held = mean_output / 2 if grows else max(mean_output, d.reserve_output_tokens or 0)
     return min(group.max_batch_size * group.pp, capacity / (mean_input + held))
@@ -146,15 +138,8 @@ def _candidates(budget: Budget) -> list[Deployment]:
             if count < 1:
                 continue
             for tokens, batch, graphs in itertools.product(CONTEXT_TOKENS, GENERATION_BATCHES, GRAPHS):
-                context = ServerGroup(
-                    count,
-                    ctx_tp,
-                    ctx_pp,
-                    128,
-                    tokens,
-                    router=budget.routing,
-                    chunks_overlap=budget.chunks_overlap,
-                )
+                shape = count, ctx_tp, ctx_pp, 128, tokens
+                context = ServerGroup(*shape, router=budget.routing, chunks_overlap=budget.chunks_overlap)
                 generation = ServerGroup(
                     servers, gen_tp, 1, batch, batch, tuple(cuda_graph_sizes(batch, graphs)), router=budget.routing,
                     capacity_policy=budget.gen_capacity_policy,
@@ -164,12 +149,7 @@ def _candidates(budget: Budget) -> list[Deployment]:
 
 
 def screen(budget: Budget) -> list[tuple[float, Deployment]]:
-    """All layouts within the budget with the formula's QPS, best first; of each layout the best chunk and batch.
-
-    Raises
-    ------
-    PlanError : nothing fits, or too much to search; says the nearest budget that can be planned.
-    """
+    """Layouts within the budget, each with its best chunk and batch and the formula's QPS, best first; PlanError: none, or too many GPUs."""
     gpus, lengths, limits_ms = budget.gpus, budget.draws[0], budget.limits_ms
     budget.stack.check_system(budget.system)
     if gpus > MOST_GPUS:
@@ -188,9 +168,8 @@ def screen(budget: Budget) -> list[tuple[float, Deployment]]:
     by_context = {d.context: d for d in candidates}
     by_generation = {d.generation: d for d in candidates}
     context = {g: _context_qps(d, inputs, limits_ms[0] / 1e3) for g, d in by_context.items()}
-    generation = {
-        g: _generation_qps(d, mean_input, mean_output, limits_ms[1]) for g, d in by_generation.items()
-    }
+    means = mean_input, mean_output
+    generation = {g: _generation_qps(d, *means, limits_ms[1]) for g, d in by_generation.items()}
     scored = [(min(context[d.context], generation[d.generation]), d) for d in candidates]
     # Of equals the smaller batch, and the original's graphs, which stand first.
     scored.sort(key=lambda pair: (-pair[0], pair[1].gpus, pair[1].generation.max_batch_size))
@@ -211,12 +190,7 @@ def saturation_qps(deployment: Deployment, lengths: np.ndarray) -> tuple[float, 
 
 
 def check_saturation(deployment: Deployment, target_qps: float, lengths: np.ndarray | None = None) -> None:
-    """Refuse a QPS that a disaggregated deployment cannot keep up with.
-
-    Raises
-    ------
-    PlanError : names the servers that saturate, the QPS from which they do, and the nearest feasible choice.
-    """
+    """Refuse a QPS that a disaggregated deployment cannot keep up with; says which servers saturate, and the nearest feasible choice."""
     if deployment.context is None:
         return
     context, generation = saturation_qps(deployment, built_in_lengths() if lengths is None else lengths)

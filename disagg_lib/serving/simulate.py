@@ -1,9 +1,4 @@
-"""One run of a deployment in virtual time: TTFT and TPOT of every query, in milliseconds of computing.
-
-The scheduling rules are those of `rules`, compiled by numba; the loops (`engines`) are those of the rehearsal's `engine`, with two
-changes that leave the result the same: servers are visited as requests come (context servers first, since nothing flows back
-from generation), and sequences that end are found in a calendar, so a step costs the same for any batch.
-"""
+"""One run of a deployment in virtual time: TTFT and TPOT of every query, in milliseconds of computing; `engines` has the loops."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,16 +7,7 @@ import numpy as np
 
 from ..errors import SimulationError
 from . import rules
-from .engines import (
-    TRACE_BINS,
-    Limits,
-    Queries,
-    Served,
-    run_aggregated,
-    run_context,
-    run_generation,
-    tabulate_generation,
-)
+from .engines import TRACE_BINS, Limits, Queries, Served, Tables, serve, tabulate_generation
 from .latency import read_table
 from .lengths import MAX_OUTPUT_TOKENS
 from .loadgen_rules import Load, percentile, worst_allowed
@@ -119,24 +105,23 @@ def _tables(system: str, tp: int, pp: int, stack: Stack):
 
 @lru_cache(64)
 def _generation_steps(system: str, group: ServerGroup, stack: Stack):
-    sizes = np.array(sorted(group.cuda_graph_sizes), np.int64)
     table = _tables(system, group.tp, group.pp, stack)[1]
-    return tabulate_generation(
-        table, sizes, group.cuda_graph_padding, rules.EAGER_FLOOR_MS, group.max_batch_size
-    )
+    graphs = np.array(sorted(group.cuda_graph_sizes), np.int64), group.cuda_graph_padding
+    return tabulate_generation(table, *graphs, rules.EAGER_FLOOR_MS, group.max_batch_size)
 
 
-def _limits(group: ServerGroup, kv_capacity: int, bin_s: float) -> Limits:
-    return Limits(
+def _serve(
+    group: ServerGroup, queries: Queries, kv_capacity: int, bin_s: float, tables: Tables, order=None
+) -> Served:
+    busy, blocked, count = np.zeros((group.count, TRACE_BINS)), np.zeros(2, np.int64), len(queries.inputs)
+    served = Served(busy, blocked, np.empty(count, np.int64), *np.full((2, count), np.inf))
+    limits = Limits(
         group.count, group.router != "round_robin", group.router == "least_tokens",
         group.max_num_tokens, group.max_batch_size, group.pp, group.chunks_overlap, kv_capacity,
         group.capacity_policy == "MAX_UTILIZATION", bin_s,
     )  # fmt: skip
-
-
-def _unfilled(group: ServerGroup, queries: int) -> Served:
-    busy, blocked = np.zeros((group.count, TRACE_BINS)), np.zeros(2, np.int64)
-    return Served(busy, blocked, np.empty(queries, np.int64), *np.full((2, queries), np.inf))
+    serve(queries, limits, tables, served, order)
+    return served
 
 
 def _kv_capacity(d: Deployment, queries: Queries) -> int:
@@ -156,13 +141,9 @@ def _kv_capacity(d: Deployment, queries: Queries) -> int:
 def simulate(deployment: Deployment, load: Load, lengths: np.ndarray) -> SimulatedRun:
     """Run one load on a deployment; the same arguments give the same result.
 
-    Parameters
-    ----------
     lengths : fields input_tokens and output_tokens (`lengths.LENGTHS`); load.samples index it.
 
-    Raises
-    ------
-    SimulationError : a request that no server can ever admit (says what would fit), or a router that is not modelled.
+    SimulationError: a request that no server can ever admit (says what would fit), or a router that is not modelled.
     """
     d, c, g = deployment, deployment.context, deployment.generation
     for group in filter(None, (c, g)):
@@ -170,23 +151,21 @@ def simulate(deployment: Deployment, load: Load, lengths: np.ndarray) -> Simulat
             raise SimulationError(
                 f"router {group.router!r} is not modelled; round_robin, load_balancing and least_tokens are."
             )
-    chosen, count = lengths[load.samples], len(load.samples)
+    chosen = lengths[load.samples]
     inputs, outputs = chosen["input_tokens"].astype(np.int64), chosen["output_tokens"].astype(np.int64)
     needs = rules.kv_tokens(inputs, np.maximum(outputs, d.reserve_output_tokens or 0))
-    asked = Queries(load.arrivals_s + d.stack.ttft_ms / 1e3, inputs, outputs, needs, np.zeros(count))
+    asked = Queries(load.arrivals_s + d.stack.ttft_ms / 1e3, inputs, outputs, needs, np.zeros(len(inputs)))
     capacity = _kv_capacity(d, asked)
     bin_s = max(float(load.arrivals_s[-1]) * 1.1, 1.0) / TRACE_BINS
-    served = _unfilled(g, count)
     if c is None:
-        run_aggregated(asked, _limits(g, capacity, bin_s), _tables(d.system, g.tp, g.pp, d.stack)[:2], served)
+        served = _serve(g, asked, capacity, bin_s, Tables(*_tables(d.system, g.tp, g.pp, d.stack)[:2]))
         prompts = served._replace(end=served.first)
     else:
-        prompts = _unfilled(c, count)
-        run_context(asked, _limits(c, 0, bin_s), _tables(d.system, c.tp, c.pp, d.stack)[0], prompts)
+        prompts = _serve(c, asked, 0, bin_s, Tables(_tables(d.system, c.tp, c.pp, d.stack)[0]))
         moved = 1e-3 * rules.transfer_ms(inputs, c.tp * c.pp, g.tp * g.pp)
         handed = asked._replace(arrivals=prompts.end, transfer=moved)
-        steps, order = _generation_steps(d.system, g, d.stack), np.argsort(prompts.end, kind="stable")
-        run_generation(order, handed, _limits(g, capacity, bin_s), steps, served)
+        tables = Tables(steps=_generation_steps(d.system, g, d.stack))
+        served = _serve(g, handed, capacity, bin_s, tables, np.argsort(prompts.end, kind="stable"))
     return SimulatedRun(
         load, inputs, outputs, prompts.server, prompts.end, served.server, served.first, served.end, bin_s,
         prompts.busy / bin_s, served.busy / bin_s, *served.blocked.tolist(),
@@ -200,19 +179,15 @@ def summarise(run: SimulatedRun, limits_ms: tuple[float, float] = INTERACTIVE_LI
     of it, at the query that early stopping looks at (negative: INVALID); `binds` names that limit: ttft or tpot, or kv or batch
     where the slowest first tokens waited longer for admission to generation than for their context.
     """
-    row = {"target_qps": run.load.target_qps, "queries": len(run.end_s)}
-    # Without ramp-up and drain.
-    row["context_utilisation"] = float(run.context_busy[:, 20:200].mean())
-    row["generation_utilisation"] = float(run.generation_busy[:, 20:200].mean())
-    margins = {}
+    row, margins = {"target_qps": run.load.target_qps, "queries": len(run.end_s)}, {}
+    for name, busy in (("context", run.context_busy), ("generation", run.generation_busy)):
+        row[f"{name}_utilisation"] = float(busy[:, 20:200].mean())  # without ramp-up and drain
     for name, values, limit in (("ttft", run.ttft_ms, limits_ms[0]), ("tpot", run.tpot_ms, limits_ms[1])):
         row[f"{name}_mean_ms"] = float(values.mean())
         for p in (50, 90, 99):
             row[f"{name}_p{p}_ms"] = percentile(values, p / 100)
         margins[name] = 1 - worst_allowed(values) / limit
-    duration = float(run.end_s.max())
-    margin = min(margins.values())
-    binds = min(margins, key=margins.get)
+    duration, binds = float(run.end_s.max()), min(margins, key=margins.get)
     slowest = run.ttft_ms >= row["ttft_p99_ms"]
     admission, context = run.first_token_s - run.context_end_s, run.context_end_s - run.load.arrivals_s
     if binds == "ttft" and admission[slowest].mean() > context[slowest].mean():
@@ -221,18 +196,17 @@ def summarise(run: SimulatedRun, limits_ms: tuple[float, float] = INTERACTIVE_LI
         **row,
         "samples_per_s": len(run.end_s) / duration,
         "completed_tokens_per_s": float(run.output_tokens.sum()) / duration,
-        "margin": margin,
+        "margin": min(margins.values()),
         "binds": binds,
         "kv_refused": run.blocked_by_kv > 0,
-        "valid": margin >= 0,
+        "valid": min(margins.values()) >= 0,
         "source": "simulated",
     }
 
 
-def queue_lengths(run: SimulatedRun, points: int = TRACE_BINS) -> dict[str, np.ndarray]:
-    """Requests over time at each server: `time_s` (points,); `context` (servers, points): waiting or computing;
-    `generation_waiting` and `generation_active` (servers, points)."""
-    time_s = np.linspace(0, run.end_s.max(), points)
+def queue_lengths(run: SimulatedRun) -> dict[str, np.ndarray]:
+    """Requests at each server (servers, TRACE_BINS) at `time_s`: `context` (waiting or computing), `generation_waiting`, `generation_active`."""
+    time_s = np.linspace(0, run.end_s.max(), TRACE_BINS)
 
     def between(servers, start, end):
         def passed(times, s):

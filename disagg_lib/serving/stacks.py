@@ -4,7 +4,7 @@ The constants are the same for every system and TP that the stack lists. Shipped
 files of the same form, one stack each. Source of the shipped values: facts on the serving model (published runs of v5.1 and v6.0).
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -59,7 +59,6 @@ NO_STACK = Stack()
 
 def _checked(values: dict, where) -> Stack:
     """A stack from plain values; CalibrationError says what does not fit."""
-    known = {f.name for f in fields(Stack)}
     try:
         numbers = [k for k, v in values.items() if isinstance(getattr(NO_STACK, k, None), float)]
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -68,7 +67,9 @@ def _checked(values: dict, where) -> Stack:
         wrong = [k for k in numbers if not 0 <= values[k] < 100_000]
         wrong += [k for k in ("context_factor", "generation_factor") if not 0 < getattr(stack, k) < 100]
         wrong += ["router"] if stack.router not in ROUTERS else []
-        wrong += [k for k in known if k.endswith("_policy") and getattr(stack, k) not in POLICIES]
+        wrong += [
+            k for k in ("ctx_capacity_policy", "gen_capacity_policy") if getattr(stack, k) not in POLICIES
+        ]
     except (AttributeError, TypeError, ValueError) as error:
         raise CalibrationError(f"{where}: cannot be used as a stack ({error}).") from None
     if wrong or not stack.fitted_on:
@@ -86,12 +87,7 @@ def shipped_stacks() -> dict[str, Stack]:
 
 
 def read_stack(name: str) -> Stack:
-    """A shipped stack by its name, or the one in a file that `calibrate` wrote.
-
-    Raises
-    ------
-    CalibrationError : neither, or the file is not a stack's.
-    """
+    """A shipped stack by its name, or the one in a file that `calibrate` wrote; CalibrationError if it is neither."""
     if name in shipped_stacks():
         return shipped_stacks()[name]
     try:

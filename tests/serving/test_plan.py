@@ -1,6 +1,7 @@
 """The planner."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from disagg_lib.experiment.cuda_graphs import cuda_graph_sizes
 from disagg_lib.experiment.loading import load_experiment
 from disagg_lib.serving import plan
 from disagg_lib.serving.lengths import built_in_lengths, length_draws
-from disagg_lib.serving.loadgen_rules import RandomLoads, official_load, random_load
+from disagg_lib.serving.loadgen_rules import official_load, random_load
 from disagg_lib.serving.plan import aggregated_alternative, highest_valid_qps
 from disagg_lib.serving.screen import Budget, check_saturation, saturation_qps, screen
 from disagg_lib.serving.simulate import Deployment, ServerGroup, simulate, summarise
@@ -122,7 +123,7 @@ def test_slower_steps_and_wider_prompts_cost_qps():
 
 def test_other_seeds_than_a_rounds_give_another_answer():
     lengths = built_in_lengths()
-    found = {highest_valid_qps(TWENTY_GPUS, lengths, loads) for loads in (RandomLoads(1), RandomLoads(2))}
+    found = {highest_valid_qps(TWENTY_GPUS, lengths, partial(random_load, seed=k)) for k in (1, 2)}
     assert len(found) == 2
 
 
@@ -173,10 +174,11 @@ def test_beyond_saturation_queues_grow_and_below_they_do_not():
     assert waits[0] < 10 < 100 < waits[1]
 
 
-def test_a_tray_of_two_small_servers_loses_both():
+def test_a_tray_of_two_small_servers_loses_both(monkeypatch):
+    monkeypatch.setattr(plan, "_quick_qps", lambda budget, d, guess: np.array([d.context.count]))
     small = dataclasses.replace(TWENTY_GPUS, context=ServerGroup(8, 2))
-    assert plan._tray_down(small, "context", 4).context.count == 6
-    assert plan._tray_down(TWENTY_GPUS, "generation", 4) is None
+    assert plan._without(Budget(20), small, "context", 1.0) == 6
+    assert plan._without(Budget(20), TWENTY_GPUS, "generation", 1.0) == 0
 
 
 def test_an_aggregated_alternative_is_judged_by_the_same_limits():

@@ -59,7 +59,9 @@ def waits(service_s, utilisation, seed):
     tokens = np.maximum(1, np.rint(service_s * 1000)).astype(np.int64)
     served = unfilled(n)
     limits = engines.Limits(1, False, False, 2**40, 1, 1, False, 0, False, 1e9)
-    engines.run_context(asked(arrivals, tokens, np.ones_like(tokens)), limits, ONE_MS_A_TOKEN, served)
+    engines.serve(
+        asked(arrivals, tokens, np.ones_like(tokens)), limits, engines.Tables(ONE_MS_A_TOKEN), served
+    )
     end, busy = served.end, served.busy
     assert busy.sum() == pytest.approx(tokens.sum() / 1000)
     return end - arrivals - tokens / 1000
@@ -142,7 +144,7 @@ def test_each_step_gives_each_sequence_one_token(servers, max_batch, drawn):
         unfilled(n, servers),
         engines.Limits(servers, False, False, 1, max_batch, 1, False, 2**40, False, 1e9),
     )
-    engines.run_generation(np.arange(n), asked(arrivals, inputs, outputs, 0.005), limits, steps, served)
+    engines.serve(asked(arrivals, inputs, outputs, 0.005), limits, engines.Tables(steps=steps), served)
     first, end = served.first, served.end
     assert (end - first) / 0.010 == pytest.approx(outputs - 1)
     assert (first >= arrivals + 0.005 - 1e-9).all()
@@ -210,13 +212,11 @@ async def run_engines(deployment, load, lengths):
         await asyncio.sleep(arrival - loop.time())
         prompt = Sequence(inputs, 1)
         with routed(0, contexts, c, inputs) as context:
-            context.submit(prompt)
-            await prompt.done.wait()
+            await context.serve(prompt)
         answer = Sequence(inputs, outputs, transport=Clock(), frame=lambda s: b"")
         answer.transfer_s = rules.transfer_ms(inputs, c.tp * c.pp, g.tp * g.pp) / 1e3
         with routed(1, generations, g, inputs) as generation:
-            generation.submit(answer)
-            await answer.done.wait()
+            await generation.serve(answer)
         assert len(answer.transport.times) == outputs
         return answer.transport.times[0], answer.transport.times[-1]
 
