@@ -169,7 +169,7 @@ def compare(params: str, queries: int | None) -> pd.DataFrame:
     """One experiment both ways, figures in ms: columns (way, `simulate`), (way, `mocker`) and (way, `difference`) in %."""
     e = load_experiment([params])
     d, lengths = deployment_of(e), spreads(e, 1)[0][1][0]
-    load = loads_of(e).at(e.server_target_qps)
+    load = loads_of(e)(e.server_target_qps)
     load = Load(load.target_qps, load.arrivals_s[:queries], load.samples[:queries])
     added_ms = d.stack.ttft_ms + rules.TRANSFER_FIXED_MS
     columns = {}

@@ -24,7 +24,12 @@ def _array_shape(path: Path) -> str:
 
 
 def data_checks(scratch_dir: str, dataset_path: str | None = None, needed: bool = False) -> list[Check]:
-    """The harness's second folder and the data set: what is there, its digest, how to get it; warnings unless `needed`. Opens no pickle."""
+    """The harness's second folder and the data set: what is there, its digest, and how to get it. Opens no pickle.
+
+    Parameters
+    ----------
+    needed : whether the run fails without them (client: nvidia_harness); otherwise they are warnings.
+    """
     # Of the original model's folder the harness wants config and tokenizer alone.
     second = Path(scratch_dir) / "models/Llama3.1-405B/Meta-Llama-3.1-405B-Instruct"
     data = Path(scratch_dir) / "preprocessed_data/llama3.1-405b"

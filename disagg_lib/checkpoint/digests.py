@@ -157,8 +157,11 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 def verify_digests(folder: Path) -> list[Check]:
     """Hash every file, compare with the hub's metadata where the manifest has it, and write the manifest.
 
-    A file whose size and time have not changed is not read again; a verification that was killed goes on. ModelError: the folder is
-    not there, or the manifest cannot be read or written.
+    A file whose size and time have not changed is not read again; a verification that was killed goes on.
+
+    Raises
+    ------
+    ModelError : the folder is not there, or the manifest cannot be read or written.
     """
     require_folder(folder)
     manifest = Manifest(folder)
@@ -183,7 +186,12 @@ def verify_digests(folder: Path) -> list[Check]:
 
 
 def cite_model(folder: Path) -> dict | None:
-    """What a run's manifest says of the checkpoint, by its manifest; None without one. ModelError: not verified whole, or changed since."""
+    """What a run's manifest says of the checkpoint; None if it has no manifest yet. Reads no file's content.
+
+    Raises
+    ------
+    ModelError : the checkpoint was not verified whole, or has changed since.
+    """
     if not manifest_path(folder).exists():
         return None
     manifest = Manifest(folder)

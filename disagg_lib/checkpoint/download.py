@@ -68,10 +68,14 @@ def download_checkpoint(
     complete. Without a revision the branch's commit is looked up once and kept in the manifest: later calls stay
     with it, and a complete folder needs no network.
 
+    Parameters
+    ----------
     workers : files that are fetched at a time.
     margin_bytes : room to be left on the file system.
 
-    HubError: its `kind` says what: gated, no token, no network, disk full, locked, ...
+    Raises
+    ------
+    HubError : its `kind` says what: gated, no token, no network, disk full, locked, ...
     """
     with file_system(folder), _locked(folder):
         manifest = Manifest(folder)

@@ -97,7 +97,12 @@ def require_folder(folder: Path) -> None:
 
 
 def verify_checkpoint(folder: Path, sizes: dict[str, int], max_seq_len: int) -> list[Check]:
-    """Whether the folder is the checkpoint that the experiment assumes, a row a requirement; ModelError if it cannot be read."""
+    """Whether the folder is the checkpoint that the experiment assumes; one row a requirement.
+
+    Raises
+    ------
+    ModelError : the folder, config.json or the index is absent or unreadable.
+    """
     require_folder(folder)
     config = read_json(folder / "config.json")
     quantization = read_json(folder / "hf_quant_config.json").get("quantization", {})

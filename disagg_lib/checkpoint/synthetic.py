@@ -92,7 +92,14 @@ def is_synthetic(folder: Path) -> bool:
 
 
 def make_rehearsal_checkpoint(folder: Path) -> Path:
-    """Make the folder hold a valid two-layer checkpoint of zeros; right files stay untouched. ModelError: it holds something else."""
+    """Make the folder hold a valid two-layer checkpoint of zeros; files that are right already stay untouched.
+
+    It has the real one's file and tensor names, so `verify_checkpoint` reads both alike.
+
+    Raises
+    ------
+    ModelError : the folder holds something else.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     others = any(not path.name.startswith(".") for path in folder.iterdir())
     if others and not is_synthetic(folder):  # in this order: another process may be writing its first file

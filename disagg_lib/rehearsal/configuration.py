@@ -133,7 +133,12 @@ def _instances(where: str, group: str, entry: dict, inherited: dict, first_rank:
 
 
 def read_serve_file(path: Path) -> ServeFile:
-    """The shared file: dialect, servers in rank order, routers. Refuses what the release's reader does; engine keys are left to workers."""
+    """Read the shared file: dialect, servers in rank order, routers.
+
+    Raises
+    ------
+    ServeConfigError : what the release's own reader refuses; engine keys are checked by `engine_args`, in workers only.
+    """
     content = load_yaml(path)
     dialect = dialect_of(content)
     inherited = {k: v for k, v in content.items() if k not in known_keys("orchestrator", dialect)}

@@ -56,8 +56,11 @@ def observe_record(
 ) -> Observed:
     """A run of the project's own client, with the arrivals and lengths that it recorded in job/queries_performance.csv.
 
-    Times are divided by `time_scale`, so that a rehearsal at another pace compares in the model's time. CalibrationError: no such
-    record, one that is cut short, or one with failed requests.
+    Times are divided by `time_scale`, so that a rehearsal at another pace compares in the model's time.
+
+    Raises
+    ------
+    CalibrationError : no such record, one that is cut short, or one with failed requests.
     """
     path = Path(run_dir) / "job" / "queries_performance.csv"
     try:
@@ -85,7 +88,12 @@ def observe_record(
 
 
 def observe_log(folder: Path, deployment: Deployment, draws: int = DRAWS) -> Observed:
-    """A LoadGen Server log with a round's seeds: its load is known to the ns, its lengths by shape and mean. LogError, CalibrationError."""
+    """A LoadGen log of scenario Server with a round's seeds: its load is known to the ns, its lengths by shape and mean.
+
+    Raises
+    ------
+    LogError, CalibrationError : no such log, other seeds, failed queries, or no token figures.
+    """
     run = read_run(find_logs(folder).performance)
     claimed = [name for name, r in load_rules()["rounds"].items() if tuple(r["seeds"]) == tuple(run.seeds)]
     if not claimed or run.loadgen_scenario != "Server" or run.error_count:
@@ -159,7 +167,12 @@ def _bisect(run: Observed, factor: str, names: Sequence[str], bracket=BRACKET) -
 
 
 def invert(run: Observed, base: Stack) -> Observed:
-    """The run with the two factors on `base` that give its TPOT p50 and its TTFT quantiles on the whole; CalibrationError if none do."""
+    """The run with the two factors on `base` that give its TPOT p50 and, on the whole, its TTFT quantiles.
+
+    Raises
+    ------
+    CalibrationError : a run that no factor reaches, or one whose TTFT is too short to fit.
+    """
     if run.figures["ttft_p50_ms"] < LEAST_TTFT_MS:
         raise CalibrationError(
             f"{run.name}: TTFT p50 is {run.figures['ttft_p50_ms']:.0f} ms; below {LEAST_TTFT_MS:g} ms a request's constant of about 10 ms"
@@ -238,8 +251,14 @@ def solve(steps: Sequence[dict[str, float]], base: Stack, fitted_on: Sequence[st
 def calibrate(runs: Sequence[Observed], base: Stack, name: str) -> tuple[Stack, pd.DataFrame]:
     """Solve a stack on all runs, and show how well the constants of the *other* runs predict each one.
 
-    One row a run: needed and table step times, the stack's residual in them, errors in-sample and left out (NaN for a single run,
-    which has no others). CalibrationError: no runs, aggregated ones, or one that cannot be reached.
+    Returns
+    -------
+    the stack, and one row a run: needed and table step times, the stack's residual in them, errors in-sample and left out
+    (NaN for a single run, which has no others).
+
+    Raises
+    ------
+    CalibrationError : no runs, aggregated ones, or one that cannot be reached.
     """
     if not runs or any(run.deployment.context is None for run in runs):
         raise CalibrationError(

@@ -48,7 +48,12 @@ def _published_row(name: str, params: str) -> Observed:
 
 
 def calibrate_runs(folders: Sequence[Path], logs: Pairs, published: Pairs, base: str, out: Path) -> str:
-    """Fit on all, write the stack file, and say step times and errors; CalibrationError: a run cannot be used, or the file is there."""
+    """Fit on all of them, write the stack file, and say the step times and errors.
+
+    Raises
+    ------
+    CalibrationError : a run that cannot be used, or the file is there already.
+    """
     if out.exists():
         raise CalibrationError(f"{out} is there already, and nothing is overwritten. Choose another name.")
     runs = [observed(folder) for folder in folders]

@@ -100,7 +100,12 @@ def server_shapes(system: str) -> list[tuple[int, int]]:
 
 
 def read_table(system: str, tp: int, pp: int = 1) -> LatencyTable:
-    """The table of one server shape; LatencyTableError for a system, TP or PP without one says which there are."""
+    """The table of one server shape.
+
+    Raises
+    ------
+    LatencyTableError : no table for the system, or none for this TP and PP; says which there are.
+    """
     content = _system_file(system)
     entry = content["servers"].get(f"{tp}x{pp}")
     if entry is None:

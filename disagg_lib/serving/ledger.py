@@ -26,8 +26,14 @@ def observed(run_dir: Path, e: Experiment | None = None) -> Observed:
 def compare(run_dir: Path, e: Experiment | None = None) -> pd.DataFrame:
     """TTFT and TPOT quantiles of a run: measured, predicted for its own parameters, load and lengths, and which side of the limits.
 
-    One row a figure: figure, measured_ms, predicted_ms, error, limit_ms, agrees (both on one side of the limit). A rehearsal's times are
-    the model's: divided by its time scale. CalibrationError: the run kept no record of its queries, or some failed.
+    Returns
+    -------
+    one row a figure: figure, measured_ms, predicted_ms, error, limit_ms, agrees (both on one side of the limit). A rehearsal's times are the
+    model's: divided by its time scale.
+
+    Raises
+    ------
+    CalibrationError : the run kept no record of its queries, or some failed.
     """
     e = e or load_recorded(run_dir)
     run, limits = observed(run_dir, e), limits_of(e)
@@ -56,7 +62,12 @@ def figure_comparison(table: pd.DataFrame, source: str) -> Figure:
 
 
 def read_ledger(path: Path) -> pd.DataFrame:
-    """All runs of the ledger; empty before the first; CalibrationError if the file is not one."""
+    """All runs of the ledger; empty before the first.
+
+    Raises
+    ------
+    CalibrationError : the file is not a ledger.
+    """
     if not Path(path).exists():
         return pd.DataFrame(columns=["run"])
     try:

@@ -63,7 +63,11 @@ def built_in_lengths(
     Inputs: Beta scaled to 400..20000, of this mean and coefficient of variation; or, if given, a histogram (`read_histogram`).
     Outputs: piecewise linear through the published percentiles, independent of the input. Both are stratified, at quantiles
     (i + 0.5) / count, then shuffled by RandomState, whose stream numpy has frozen. Of the whole data set, samples whose output is
-    published have that. Shape (count,), fields input_tokens and output_tokens (int32).
+    published have that.
+
+    Returns
+    -------
+    array of shape (count,), fields input_tokens and output_tokens (int32).
     """
     quantiles = (np.arange(count) + 0.5) / count
     if input_histogram is None:
@@ -106,7 +110,11 @@ def read_histogram(path: Path) -> list[tuple[float, float]]:
     """Prompt lengths as a histogram, for those who may not show more: CSV with the header up_to_tokens,samples.
 
     Rows ascend; each counts the samples above the row before and not above its own up_to_tokens. The first row is the lower edge
-    and has 0 samples. LengthsError says the line, what was found and what is needed.
+    and has 0 samples.
+
+    Raises
+    ------
+    LengthsError : says the line, what was found and what is needed.
     """
     need = "up_to_tokens,samples: edges that ascend from 1, samples of 0 or more, 0 in the first row, the lower edge."
     rows: list[tuple[float, float]] = []
@@ -131,8 +139,11 @@ def is_histogram(path: Path | str) -> bool:
 def data_set_lengths(path: Path | str | None = None, seed: int = 405, mean: float = INPUT_MEAN) -> np.ndarray:
     """Lengths of the data set's 8313 samples: the built-in shapes, a file of lengths in sample order, or a histogram of prompts.
 
-    `seed` is the draw where the order is not known, `mean` that of the built-in prompts. LengthsError: a file whose count or order is
-    not the data set's, which the published outputs tell.
+    `seed` is the draw where the order is not known, `mean` that of the built-in prompts.
+
+    Raises
+    ------
+    LengthsError : a file whose count or order is not the data set's, which the published outputs tell.
     """
     if path is None:
         return built_in_lengths(seed=seed, mean=mean)

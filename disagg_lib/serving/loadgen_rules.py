@@ -84,10 +84,15 @@ def _unit_gaps(claimed: str, count: int) -> np.ndarray:
 def official_load(
     claimed: str, target_qps: float, min_duration_ms: int = 600_000, min_query_count: int = 100
 ) -> Load:
-    """The queries of a run of round `claimed`, as LoadGen issues them, to the ns; SimulationError if the round is not known.
+    """The queries of a run of round `claimed`, as LoadGen issues them: to the ns, sample by sample, whoever runs it.
 
-    Whole permutations of the data set until the last query is due at or after min_duration_ms; as many different ones as the unpadded
-    min_query_count asks for, repeated in turn. Source: mlcommons/inference loadgen (loadgen.cc, libstdc++); 5.1.2 issues the same.
+    Whole permutations of the data set until the last query is due at or after min_duration_ms. There are as many different ones as
+    the unpadded min_query_count asks for, repeated in turn. Scenario Interactive is Server with other limits.
+    Source: mlcommons/inference loadgen (loadgen.cc, libstdc++); seen equal to what 5.1.2 issues.
+
+    Raises
+    ------
+    SimulationError : the round is not known.
     """
     permutations = math.ceil(min_query_count / SAMPLE_COUNT)
     order, count = _official_samples(claimed, permutations)[1], permutations * SAMPLE_COUNT

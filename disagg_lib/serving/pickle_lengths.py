@@ -15,10 +15,14 @@ def read_pickle_lengths(
 ) -> np.ndarray:
     """Prompt lengths from the pickle's tok_input; output lengths of a run's accuracy log, else as published or by the shape.
 
+    Parameters
+    ----------
     sha256, trust : a pickle runs code when it is read, so it is opened only if its checksum is given and right, or it is trusted.
     answers : mlperf_log_accuracy.json of a whole accuracy run.
 
-    LengthsError: not opened, or not the data set.
+    Raises
+    ------
+    LengthsError : not opened, or not the data set.
     """
     try:
         with Path(path).open("rb") as file:

@@ -114,7 +114,12 @@ def limits_of(e: Experiment) -> tuple[float, float]:
 
 
 def deployment_of(e: Experiment) -> Deployment:
-    """The deployment that an Experiment describes, under its stack; CalibrationError: no such stack, or none of its system."""
+    """The deployment that an Experiment describes, under its stack.
+
+    Raises
+    ------
+    CalibrationError : no such stack, or one without constants for the system.
+    """
     server_shapes(e.gpu_system)  # names the systems that there are
     stack = read_stack(e.serving_stack)
     stack.check_system(e.gpu_system)
@@ -241,7 +246,10 @@ def plan(budget: Budget, simulated: int = 16, ranked: int = 6) -> list[PlanRow]:
 
     The formula picks `simulated` layouts out of all; two draws each pick `ranked` of those, and the chunk size of the first three; these
     get all draws. The best layout whose context servers have one stage is always among them: PP is the least proven part.
-    PlanError: nothing fits the budget, or nothing that fits can meet the limits at any QPS.
+
+    Raises
+    ------
+    PlanError : nothing fits the budget, or nothing that fits can meet the limits at any QPS.
     """
     limits_ms = budget.limits_ms
     with ThreadPoolExecutor(2) as pool:  # the simulation's loops hold no lock

@@ -51,7 +51,10 @@ def simulate_table(e: Experiment, draws: int = DRAWS, other_seeds: bool = False)
     """One row a prompt-length spread and draw of the lengths, at server_target_qps; a rehearsal is simulated as shortened.
 
     `other_seeds`: with random loads in place of the claimed round's, to see how lucky that is. A lengths file is one exact run.
-    PlanError: the QPS is beyond what the servers can keep up with.
+
+    Raises
+    ------
+    PlanError : the QPS is beyond what the servers can keep up with.
     """
     deployment, limits, rows = plan.deployment_of(e), plan.limits_of(e), []
     for name, drawn in spreads(e, draws):

@@ -149,7 +149,12 @@ def _candidates(budget: Budget) -> list[Deployment]:
 
 
 def screen(budget: Budget) -> list[tuple[float, Deployment]]:
-    """Layouts within the budget, each with its best chunk and batch and the formula's QPS, best first; PlanError: none, or too many GPUs."""
+    """All layouts within the budget with the formula's QPS, best first; of each layout the best chunk and batch.
+
+    Raises
+    ------
+    PlanError : nothing fits, or too much to search; says the nearest budget that can be planned.
+    """
     gpus, lengths, limits_ms = budget.gpus, budget.draws[0], budget.limits_ms
     budget.stack.check_system(budget.system)
     if gpus > MOST_GPUS:
@@ -190,7 +195,12 @@ def saturation_qps(deployment: Deployment, lengths: np.ndarray) -> tuple[float, 
 
 
 def check_saturation(deployment: Deployment, target_qps: float, lengths: np.ndarray | None = None) -> None:
-    """Refuse a QPS that a disaggregated deployment cannot keep up with; says which servers saturate, and the nearest feasible choice."""
+    """Refuse a QPS that a disaggregated deployment cannot keep up with.
+
+    Raises
+    ------
+    PlanError : names the servers that saturate, the QPS from which they do, and the nearest feasible choice.
+    """
     if deployment.context is None:
         return
     context, generation = saturation_qps(deployment, built_in_lengths() if lengths is None else lengths)

@@ -141,9 +141,13 @@ def _kv_capacity(d: Deployment, queries: Queries) -> int:
 def simulate(deployment: Deployment, load: Load, lengths: np.ndarray) -> SimulatedRun:
     """Run one load on a deployment; the same arguments give the same result.
 
+    Parameters
+    ----------
     lengths : fields input_tokens and output_tokens (`lengths.LENGTHS`); load.samples index it.
 
-    SimulationError: a request that no server can ever admit (says what would fit), or a router that is not modelled.
+    Raises
+    ------
+    SimulationError : a request that no server can ever admit (says what would fit), or a router that is not modelled.
     """
     d, c, g = deployment, deployment.context, deployment.generation
     for group in filter(None, (c, g)):

@@ -87,7 +87,12 @@ def shipped_stacks() -> dict[str, Stack]:
 
 
 def read_stack(name: str) -> Stack:
-    """A shipped stack by its name, or the one in a file that `calibrate` wrote; CalibrationError if it is neither."""
+    """A shipped stack by its name, or the one in a file that `calibrate` wrote.
+
+    Raises
+    ------
+    CalibrationError : neither, or the file is not a stack's.
+    """
     if name in shipped_stacks():
         return shipped_stacks()[name]
     try:

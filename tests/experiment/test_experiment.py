@@ -90,6 +90,7 @@ def test_a_server_of_eight_takes_two_whole_nodes(experiment):
         ({"ctx_pp_size": 4}, ["ctx_pp_size", "found 4", "126 layers"]),
         ({"engine": "vllm"}, ["engine", "found 'vllm'", "'trtllm', 'rehearsal', 'external'"]),
         ({"test_modes": []}, ["test_modes", "at least one"]),
+        ({"prompt_mean_tokens": 17000}, ["prompt_mean_tokens", "13000"]),
         ({"test_modes": ["power"]}, ["test_modes", "found 'power'"]),
         ({"max_seq_len": 20001}, ["max_seq_len", "multiple of 32", "20032"]),
         ({"time_limit": 30}, ["time_limit", "h:mm:ss"]),
