@@ -60,16 +60,15 @@ def _literal_assignments(source: str) -> list[str]:
         return []
     names = []
     for statement in statements:
-        targets = (
-            statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        )
-        if not isinstance(statement, ast.Assign | ast.AnnAssign) or not isinstance(targets[0], ast.Name):
-            return []
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name), *_]) | ast.AnnAssign(target=ast.Name(id=name)):
+                names.append(name)
+            case _:
+                return []
         try:
             ast.literal_eval(statement.value)
         except ValueError:
             return []
-        names.append(targets[0].id)
     return names
 
 
