@@ -9,7 +9,7 @@ from ..errors import JobError
 from ..files import GrowingLines
 from .launch import SCRIPT_LOG, JobState, job_state, read_record
 
-ASK_EVERY_S = 10.0
+ASK_EVERY_S, SAY_EVERY_S = 10.0, 5.0
 
 
 def follow(run_dir: Path, poll_s: float = 0.5) -> Iterator[JobState]:
@@ -63,12 +63,10 @@ def trial_line(row: dict) -> str:
     return f"trial: {row['queries']} queries at {row['qps']:g} queries/s: {', '.join(words)}"
 
 
-def watch(run_dir: Path, every_s: float = 5.0, out=print) -> JobState:
-    """Follow the job to its end, with a line at each new phase and every `every_s` seconds.
+def watch(run_dir: Path, out=print) -> JobState:
+    """Follow the job to its end, with a line at each new phase and every SAY_EVERY_S.
 
-    Raises
-    ------
-    JobError : the job failed or was lost; the message has the reason and where to look.
+    Raises JobError: the job failed or was lost; the message has the reason and where to look.
     """
     said_at, said, before = 0.0, None, None
     trials = GrowingLines(run_dir / "job/find_target_qps.jsonl")
@@ -77,7 +75,7 @@ def watch(run_dir: Path, every_s: float = 5.0, out=print) -> JobState:
         for row in trials.new_rows():
             out(f"{time.strftime('%H:%M:%S')}  {trial_line(row)}")
         words = (state.phase, state.note, state.state)
-        if words == said and now - said_at < every_s and not state.ended:
+        if words == said and now - said_at < SAY_EVERY_S and not state.ended:
             continue
         p, speed = state.progress, None
         if p is not None and before is not None and p["mode"] == before["mode"]:

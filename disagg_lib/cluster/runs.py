@@ -37,16 +37,15 @@ def run_for(purpose: str) -> Path:
     RunFolderError : there is none, or there are several active ones; the message lists them.
     """
     runs = [run for run in newest_runs() if run.name != EXAMPLE]
+    unsent = [run for run in runs if launch.job_state(run, ask=False).state == "not started"]
     if purpose == "read":
-        candidates = [run for run in runs if measured(run)]
-        candidates += [run for run in runs if launch.job_state(run, ask=False).state != "not started"]
+        candidates = [run for run in runs if measured(run)] + [run for run in runs if run not in unsent]
         return _first(candidates, "a run whose job was submitted (04_launch)")
     active = active_runs()
     if len(active) > 1:
         raise RunFolderError(f"{len(active)} jobs are active, needed one: name it.\n{labels(active)}")
     if purpose == "follow":
         return _first(active, "a run whose job is queued or running")
-    unsent = [run for run in runs if launch.job_state(run, ask=False).state == "not started"]
     needed = "a run whose job is active or not submitted yet: write one in 03_configuration"
     return _first([*active, *unsent], needed)
 

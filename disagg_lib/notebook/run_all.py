@@ -63,8 +63,9 @@ class Chain:
                     parameters=dict(self.parameters),
                     cwd=NOTEBOOKS,
                     progress_bar=False,
+                    stdout_file=sys.stdout if self.verbose else None,
+                    stderr_file=sys.stderr if self.verbose else None,
                     config=kernel,
-                    **({"stdout_file": sys.stdout, "stderr_file": sys.stderr} if self.verbose else {}),
                 )
         except papermill.PapermillExecutionError as error:
             raise DisaggError(

@@ -110,9 +110,7 @@ class TopologyForm:
     def write(self) -> Path:
         """The run folder of what the form describes: the one that is written already, else a new one.
 
-        Raises
-        ------
-        ParameterError, RunFolderError
+        Raises ParameterError, RunFolderError.
         """
         if self._written is None or self._written[0] != self.experiment:
             self._written = (self.experiment, create_run(self.experiment, self._run_dir))
