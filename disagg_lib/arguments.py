@@ -62,11 +62,10 @@ def given_values(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
 
 def params_paths(names: Sequence[str]) -> list[str] | None:
     """The params files of a command line: looked for from the repository's root, then from here; None: none was given."""
-    here = [expand(name).absolute() for name in names]
-    found = [
-        str(path) if path.exists() and not (REPOSITORY / name).exists() else name
-        for path, name in zip(here, names, strict=True)
-    ]
+    found = []
+    for name in names:
+        here = expand(name).absolute()
+        found.append(str(here) if here.exists() and not (REPOSITORY / name).exists() else name)
     return found or None
 
 
@@ -74,12 +73,16 @@ def experiment_of(params: Sequence[str], given: Sequence[tuple[str, str]]) -> Ex
     return experiment_from(params_paths(params), given_values(given), "-p")
 
 
+def refuse_existing(option: str, path: str | Path) -> None:
+    if Path(path).exists():
+        raise ParameterError(
+            f"{option}: {path} is there already, and nothing is overwritten. Choose another name"
+        )
+
+
 def write_csv(table, path: str | None) -> None:
     if path:
-        if Path(path).exists():
-            raise ParameterError(
-                f"--csv: {path} is there already, and nothing is overwritten. Choose another name"
-            )
+        refuse_existing("--csv", path)
         try:
             table.to_csv(path, index=False)
         except OSError as error:
@@ -93,9 +96,8 @@ def run_folder(run_dir: str, purpose: str = "read") -> Path:
 
     if not run_dir:
         return run_for(purpose)
-    return find_run(
-        str(Path(run_dir).absolute()) if (Path(run_dir) / "experiment.yaml").is_file() else run_dir
-    )
+    is_here = (Path(run_dir) / "experiment.yaml").is_file()
+    return find_run(str(Path(run_dir).absolute()) if is_here else run_dir)
 
 
 def completed_runs(context, parameter, incomplete: str) -> list[str]:
@@ -120,4 +122,7 @@ given_option = click.option(
 )  # fmt: skip
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="Print all that the notebooks print.")
 beside_option = click.option("--beside", is_flag=True, help="Submit although another job is active.")
+trust_option = click.option(
+    "--trust-dataset", is_flag=True, help="Open a pickle of unknown checksum (a pickle can run code)."
+)
 csv_option = click.option("--csv", "csv_file", type=click.Path(), help="Write the rows here, too.")

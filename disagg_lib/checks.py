@@ -21,11 +21,8 @@ class Table(pd.DataFrame):
             return f"<p>No {self.columns[0]} to show.</p>"
         with pd.option_context("display.max_colwidth", None):
             html = self.to_html(index=False, border=0)
-        return re.sub(
-            "<t([dh])>",
-            r'<t\1 style="text-align: left; white-space: normal; overflow-wrap: break-word">',
-            html,
-        )
+        style = "text-align: left; white-space: normal; overflow-wrap: break-word"
+        return re.sub("<t([dh])>", rf'<t\1 style="{style}">', html)
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,11 @@ def checks_text(checks: Iterable[Check]) -> str:
     """For a terminal: a line a check, and below what is not met what it prevents and what to do."""
     lines = []
     for check in checks:
-        word = "ok" if check.ok else check.level
-        lines.append(
-            f"{word:7}  {check.rule or check.requirement}: {check.found}"
-            + ("" if check.ok else f" (needed: {check.requirement})")
-        )
-        if not check.ok:
-            lines += [f"         prevents: {check.prevents}"] if check.prevents else []
-            lines.append(f"         to do:    {check.fix}")
+        what = f"{check.rule or check.requirement}: {check.found}"
+        if check.ok:
+            lines.append(f"ok       {what}")
+            continue
+        lines.append(f"{check.level:7}  {what} (needed: {check.requirement})")
+        lines += [f"         prevents: {check.prevents}"] if check.prevents else []
+        lines.append(f"         to do:    {check.fix}")
     return "\n".join(lines)

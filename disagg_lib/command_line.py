@@ -16,12 +16,14 @@ from .arguments import (
     given_values,
     params_argument,
     params_paths,
+    refuse_existing,
     run_argument,
     run_folder,
+    trust_option,
     verbose_option,
     write_csv,
 )
-from .errors import DisaggError, ParameterError
+from .errors import DisaggError
 from .experiment.parameters import Experiment, parameter_names
 from .files import REPOSITORY
 
@@ -92,13 +94,9 @@ def check(params, given):
     sys.exit(1 if errors else 0)
 
 
+draw_counts = click.IntRange(1, 1000)
 draws_option = click.option(
-    "--draws",
-    "--seeds",
-    default=8,
-    type=click.IntRange(1, 1000),
-    show_default=True,
-    help="Draws of the lengths.",
+    "--draws", "--seeds", default=8, type=draw_counts, show_default=True, help="Draws of the lengths."
 )
 
 
@@ -121,10 +119,8 @@ def plan(gpus, params, given, draws, csv_file, write_file):
     from .serving.plan import plan as plan_topologies
 
     experiment = experiment_of(params, given)
-    if write_file and write_file.exists():
-        raise ParameterError(
-            f"--write: {write_file} is there already, and nothing is overwritten. Choose another name"
-        )
+    if write_file:
+        refuse_existing("--write", write_file)
     ranked = plan_topologies(prediction.budget_of(experiment, gpus, draws))
     write_csv(prediction.plan_table(ranked), csv_file)
     click.echo(
@@ -184,9 +180,8 @@ def calibrate(runs, logs, published, base, out):
     from .run.folder import RESULTS
     from .serving import calibration_runs
 
-    runs = (
-        list(runs) if runs or logs or published else calibration_runs.runs_of_ledger(RESULTS / "ledger.csv")
-    )
+    if not (runs or logs or published):
+        runs = calibration_runs.runs_of_ledger(RESULTS / "ledger.csv")
     folders = [run_folder(name) for name in runs]
     click.echo(calibration_runs.calibrate_runs(folders, logs, published, base, Path(out)))
 
@@ -198,28 +193,20 @@ def calibrate(runs, logs, published, base, out):
     "--answers", type=click.Path(), help="mlperf_log_accuracy.json of a whole accuracy run, for the outputs."
 )
 @click.option("--sha256", help="The pickle's checksum, if you know it.")
-@click.option(
-    "--trust-dataset", is_flag=True, help="Open a pickle of unknown checksum (a pickle can run code)."
-)
+@trust_option
 def lengths(dataset, out, answers, sha256, trust_dataset):
     """Token lengths of MLPerf's pickle DATASET in sample order, for lengths_file; nothing of its texts leaves it."""
     from .serving.lengths import write_lengths_csv
     from .serving.pickle_lengths import read_pickle_lengths
 
-    if Path(out).exists():
-        raise ParameterError(
-            f"--out: {out} is there already, and nothing is overwritten. Choose another name"
-        )
+    refuse_existing("--out", out)
     found = read_pickle_lengths(Path(dataset), sha256, trust_dataset, Path(answers) if answers else None)
     write_lengths_csv(found, Path(out))
-    words = (
-        "of the accuracy log"
-        if answers
-        else "published ones of 485 samples, the built-in shape for the others"
-    )
-    click.echo(
-        f"{out}: {len(found)} samples, prompts {found['input_tokens'].mean():.0f} tokens on average; outputs: {words}"
-    )
+    words = "published ones of 485 samples, the built-in shape for the others"
+    if answers:
+        words = "of the accuracy log"
+    mean = found["input_tokens"].mean()
+    click.echo(f"{out}: {len(found)} samples, prompts {mean:.0f} tokens on average; outputs: {words}")
 
 
 @main.command(short_help="Runs as a table.")
@@ -263,15 +250,15 @@ def results(
     if as_line:
         from .notebook.outcome import outcome_line
 
-        text = "\n".join(
-            outcome_line(Path(row.folder)) for row in readable.itertuples() if row.source != "published"
-        )
+        ours = readable.loc[readable["source"] != "published", "folder"]
+        text = "\n".join(outcome_line(Path(folder)) for folder in ours)
     else:
         text = (json_rows if as_json else format_table if wide else list_runs)(readable)
         if not as_json and (line := best_share(readable)):
             click.echo(line)
     click.echo(text)
-    errors = [row.error if row.error.startswith(row.folder) else f"{row.folder}: {row.error}" for row in table.itertuples() if isinstance(row.error, str) and row.error]  # fmt: skip
+    told = [(row.folder, row.error) for row in table.itertuples() if isinstance(row.error, str) and row.error]
+    errors = [error if error.startswith(folder) else f"{folder}: {error}" for folder, error in told]
     for line in [*asides, *errors]:
         click.echo(line, err=True)
     differs = recompute and not _recomputed(runs)
@@ -333,9 +320,7 @@ def _recomputed(runs: Sequence[Path]) -> bool:
 @click.option(
     "--tokenizer", type=click.Path(), help="Folder with tokenizer.json; default: the run's model folder."
 )
-@click.option(
-    "--trust-dataset", is_flag=True, help="Open a pickle of unknown checksum (a pickle can run code)."
-)
+@trust_option
 def evaluate(run_dir, dataset, tokenizer, trust_dataset):
     """Score a run's accuracy log as the reference evaluation does, and write accuracy.txt."""
     from .experiment.loading import load_recorded
@@ -344,15 +329,12 @@ def evaluate(run_dir, dataset, tokenizer, trust_dataset):
     folder = run_folder(run_dir)
     e = load_recorded(folder)
     chosen = dataset or e.dataset_path
-    result = evaluate(
-        folder,
-        Path(chosen) if chosen else None,
-        Path(tokenizer or e.model_path) if chosen else None,
-        trust=trust_dataset or e.trust_dataset,
-        progress=lambda done, total: click.echo(
-            f"\r{done}/{total} answers scored", nl=done == total, err=True
-        ),
-    )
+
+    def progress(done, total):
+        click.echo(f"\r{done}/{total} answers scored", nl=done == total, err=True)
+
+    inputs = (Path(chosen), Path(tokenizer or e.model_path)) if chosen else (None, None)
+    result = evaluate(folder, *inputs, trust=trust_dataset or e.trust_dataset, progress=progress)
     for name, value in result.items():
         click.echo(f"{name}: {value}")
 

@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-REPOSITORY_URL = (
-    ""  # where others get this package: a fork puts its own here; stands in pages, crates, submissions
-)
+# Where others get this package: a fork puts its own here; stands in pages, crates, submissions.
+REPOSITORY_URL = ""
 DATA = Path(__file__).resolve().parent / "data"
 
 

@@ -32,9 +32,7 @@ def wheels_folder(e: Experiment) -> Path:
 def client_script(e: Experiment, brought: bool = False) -> str:
     """The job that installs LoadGen (built from its source package), numpy and uvloop into `client_folder`.
 
-    Parameters
-    ----------
-    brought : whether the packages come from `wheels_folder`; then nothing else is asked.
+    `brought`: the packages come from `wheels_folder`; then nothing else is asked.
 
     Raises
     ------
@@ -51,11 +49,9 @@ def client_script(e: Experiment, brought: bool = False) -> str:
             why = "pyxis would expand or split it. Use a path of letters, digits and _./+@=~-"
             raise SetupError(f"scratch_dir: found {e.scratch_dir!r}; {why}")
         mounts = dict.fromkeys([f"{e.scratch_dir}:{e.scratch_dir}", *(e.container_mounts or "").split(",")])
-        options = [
-            f"--container-image={e.container_image}",
-            f"--container-mounts={','.join(filter(None, mounts))}",
-        ]
-        step = shlex.join(["srun", *options, "--container-remap-root"])
+        mounted = f"--container-mounts={','.join(filter(None, mounts))}"
+        image = f"--container-image={e.container_image}"
+        step = shlex.join(["srun", image, mounted, "--container-remap-root"])
     return (
         job_header(e, "client", "0:30:00", mem="0")
         + f"""target={shlex.quote(str(client_folder(e)))}
@@ -78,10 +74,8 @@ def build_client(e: Experiment, out=print) -> dict:
     """Build the client's environment on a compute node unless it is there; returns its path, versions and digest."""
     folder = client_folder(e)
     if not folder.exists():
-        script, files = (
-            client_script(e, wheels_folder(e).is_dir()),
-            {CHECK_CLIENT.name: CHECK_CLIENT.read_text()},
-        )
+        files = {CHECK_CLIENT.name: CHECK_CLIENT.read_text()}
+        script = client_script(e, wheels_folder(e).is_dir())
         job = run_setup_job(e, "client", script, files, out=out)
         checked = json.loads((job / "check.json").read_text().splitlines()[-1])
         names = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")

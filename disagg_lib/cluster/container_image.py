@@ -94,8 +94,7 @@ def image_checks(image: str | Path, arch: str = "aarch64", min_gb: float = 1.0) 
         magic = file.read(4)
     squashfs, size_gb = magic == b"hsqs", image.stat().st_size / 1e9
     found = _image_arch(image) if squashfs else "no squashfs image"
-    unknown = found.startswith("not ")
-    see, level = (f"see that it is for {arch}", "warning") if unknown else (fix, "error")
+    see, level = (f"see that it is for {arch}", "warning") if found.startswith("not ") else (fix, "error")
     size = (f"container_image has {min_gb} GB or more", f"{size_gb:.2f} GB", size_gb >= min_gb)
     return [
         Check("container_image is a squashfs image", repr(magic), squashfs, fix),
@@ -114,9 +113,7 @@ def build_image(e: Experiment, arch: str = "aarch64", out=print, min_gb: float =
 def record_image(e: Experiment, out=print) -> dict:
     """Make an image that was brought along citable, too; its own folder is not touched.
 
-    Raises
-    ------
-    SetupError : scratch_dir cannot be written.
+    Raises SetupError: scratch_dir cannot be written.
     """
     image, record = Path(e.container_image), image_record(e)
     if cite_image(e) is None:

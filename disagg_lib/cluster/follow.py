@@ -9,23 +9,19 @@ from ..errors import JobError
 from ..files import GrowingLines
 from .launch import SCRIPT_LOG, JobState, job_state, read_record
 
+ASK_EVERY_S, SAY_EVERY_S = 10.0, 5.0
 
-def follow(run_dir: Path, poll_s: float = 0.5, ask_every_s: float = 10.0) -> Iterator[JobState]:
+
+def follow(run_dir: Path, poll_s: float = 0.5) -> Iterator[JobState]:
     """Yield the job's state until it has ended; the last one yielded has `ended`.
 
-    Parameters
-    ----------
-    poll_s : how often the run folder is read.
-    ask_every_s : how often Slurm is asked; a local job's process is looked at each time.
-
-    Raises
-    ------
-    JobError : the run has no job.
+    The run folder is read every `poll_s`, Slurm asked every ASK_EVERY_S; a local job's process is looked at each time.
+    Raises JobError: the run has no job.
     """
     asked, note, word = -1e9, "", "running"
     while True:
         local = (read_record(run_dir) or {}).get("launcher") != "slurm"
-        ask = local or time.monotonic() - asked >= ask_every_s
+        ask = local or time.monotonic() - asked >= ASK_EVERY_S
         state = job_state(run_dir, ask=ask)
         if state.state == "not started":
             raise JobError(f"{run_dir.name} has no job yet: submit it first (04_launch)")
@@ -67,12 +63,10 @@ def trial_line(row: dict) -> str:
     return f"trial: {row['queries']} queries at {row['qps']:g} queries/s: {', '.join(words)}"
 
 
-def watch(run_dir: Path, every_s: float = 5.0, out=print) -> JobState:
-    """Follow the job to its end, with a line at each new phase and every `every_s` seconds.
+def watch(run_dir: Path, out=print) -> JobState:
+    """Follow the job to its end, with a line at each new phase and every SAY_EVERY_S.
 
-    Raises
-    ------
-    JobError : the job failed or was lost; the message has the reason and where to look.
+    Raises JobError: the job failed or was lost; the message has the reason and where to look.
     """
     said_at, said, before = 0.0, None, None
     trials = GrowingLines(run_dir / "job/find_target_qps.jsonl")
@@ -81,17 +75,12 @@ def watch(run_dir: Path, every_s: float = 5.0, out=print) -> JobState:
         for row in trials.new_rows():
             out(f"{time.strftime('%H:%M:%S')}  {trial_line(row)}")
         words = (state.phase, state.note, state.state)
-        if words == said and now - said_at < every_s and not state.ended:
+        if words == said and now - said_at < SAY_EVERY_S and not state.ended:
             continue
         p, speed = state.progress, None
-        if (
-            p is not None
-            and before is not None
-            and p["mode"] == before["mode"]
-            and p["time_s"] > before["time_s"]
-            and p["tokens"] >= before["tokens"]
-        ):
-            speed = (p["tokens"] - before["tokens"]) / (p["time_s"] - before["time_s"])
+        if p is not None and before is not None and p["mode"] == before["mode"]:
+            tokens, seconds = p["tokens"] - before["tokens"], p["time_s"] - before["time_s"]
+            speed = tokens / seconds if seconds > 0 and tokens >= 0 else None
         out(f"{time.strftime('%H:%M:%S')}  {progress_line(state, speed)}")
         said_at, said, before = now, words, p
     if state.state != "done":

@@ -29,9 +29,7 @@ from .slurm import SLURM_STATES, find_by_comment, job_environment, job_word, kno
 
 SCRIPT_LOG = "job/disagg_405B_slurm_log.txt"
 
-FINAL_WORD_S = (
-    15.0  # how long a shared file system may hide the last lines of a job that Slurm says has ended
-)
+FINAL_WORD_S = 15.0  # a shared file system may hide that long the last lines of a job that has ended
 
 
 @dataclass(frozen=True)
@@ -74,13 +72,13 @@ def _write_record(run_dir: Path, record: dict) -> None:
 
 
 @contextmanager
-def _only_one(run_dir: Path) -> Iterator[int]:
-    """Two notebooks that press the button at once take turns; yields the lock's descriptor.
+def only_one(path: Path) -> Iterator[int]:
+    """Two notebooks that press the button at once take turns at this file; yields the lock's descriptor.
 
     sbatch inherits it: a kernel that is killed while sbatch is under way leaves the lock to sbatch, so that nobody
     looks for the job before it can be found.
     """
-    with (run_dir / "job/submit.lock").open("w") as lock:
+    with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock.fileno()
 
@@ -94,7 +92,7 @@ def submit(run_dir: Path) -> JobState:
     NoAnswer : Slurm does not answer; run it again, and a job that did get through is found, not sent twice.
     """
     experiment = load_recorded(run_dir)
-    with _only_one(run_dir) as lock:
+    with only_one(run_dir / "job/submit.lock") as lock:
         record = read_record(run_dir)
         if record is None or record["job_id"] is None:
             if ended(read_json_lines(run_dir / "job/phases.jsonl")):
@@ -136,32 +134,20 @@ def _submit_local(run_dir: Path, experiment: Experiment, record: dict | None, lo
 def _submit_slurm(run_dir: Path, experiment: Experiment, record: dict | None, lock: int) -> dict:
     if record is None:
         # Kept before sbatch is called: should its answer be lost, this comment finds the job.
-        record = {
-            "launcher": "slurm",
-            "job_id": None,
-            "comment": f"disagg_lib {run_dir.name} {uuid.uuid4().hex}",
-        }
+        comment = f"disagg_lib {run_dir.name} {uuid.uuid4().hex}"
+        record = {"launcher": "slurm", "job_id": None, "comment": comment}
         _write_record(run_dir, record)
-    else:
-        found = find_by_comment(record["comment"])
-        if found:
-            return record | {"job_id": found}
+    elif found := find_by_comment(record["comment"]):
+        return record | {"job_id": found}
     command = ["sbatch", "--parsable", f"--comment={record['comment']}"]
     if experiment.segment and knows_segment():
         command.append(f"--segment={experiment.segment}")
     try:
-        answer = slurm(
-            *command,
-            "job.sh",
-            tries=1,
-            cwd=run_dir,
-            environment=job_environment(experiment.engine),
-            keep=(lock,),
-        )
+        environment = job_environment(experiment.engine)
+        answer = slurm(*command, "job.sh", tries=1, cwd=run_dir, environment=environment, keep=(lock,))
         return record | {"job_id": answer.strip().split(";")[0]}
     except NoAnswer as silence:
-        found = find_by_comment(record["comment"])
-        if found:
+        if found := find_by_comment(record["comment"]):
             return record | {"job_id": found}
         raise NoAnswer(
             f"{run_dir.name}: {silence}. No job was found; submit again (it will not be sent twice)"
@@ -189,10 +175,9 @@ def _from_files(run_dir: Path, record: dict | None) -> JobState:
     phases = read_json_lines(run_dir / "job/phases.jsonl")
     progress = read_json_lines(run_dir / "job/progress.jsonl", end_bytes=4000)
     phase = phases[-1]["phase"] if phases else ""
+    state = "not started" if record is None else "running"
     if ended(phases):
         state = "done" if phase == "done" else "failed"
-    else:
-        state = "not started" if record is None else "running"
     return JobState(
         run_dir=run_dir,
         job_id=None if record is None else record["job_id"],
@@ -205,12 +190,7 @@ def _from_files(run_dir: Path, record: dict | None) -> JobState:
 
 
 def job_state(run_dir: Path, ask: bool = True) -> JobState:
-    """What the job is doing now.
-
-    Parameters
-    ----------
-    ask : False to read files alone, without a question to the launcher.
-    """
+    """What the job is doing now; `ask`: False to read files alone, without a question to the launcher."""
     record = read_record(run_dir)
     state = _from_files(run_dir, record)
     if state.state != "running" or not ask:
@@ -218,9 +198,7 @@ def job_state(run_dir: Path, ask: bool = True) -> JobState:
     if record["job_id"] is None:
         return replace(state, note="being submitted")
     if record["launcher"] == "local":
-        if _process(record) is not None:
-            return state
-        return _last_word(run_dir, record, "the job script is gone")
+        return state if _process(record) else _last_word(run_dir, record, "the job script is gone")
     try:
         word, detail = job_word(record["job_id"])
         if word == "PENDING":
@@ -232,12 +210,8 @@ def job_state(run_dir: Path, ask: bool = True) -> JobState:
     ended, meaning = SLURM_STATES.get(word, (False, "a state that this release does not know"))
     if word and not ended:
         return replace(state, note="" if word == "RUNNING" else f"{word}: {meaning}")
-    return _last_word(
-        run_dir,
-        record,
-        f"{word}: {meaning}" if word else f"Slurm knows no job {record['job_id']}",
-        FINAL_WORD_S,
-    )
+    what = f"{word}: {meaning}" if word else f"Slurm knows no job {record['job_id']}"
+    return _last_word(run_dir, record, what, FINAL_WORD_S)
 
 
 def _last_word(run_dir: Path, record: dict, what: str, patience_s: float = 0.5) -> JobState:
@@ -257,29 +231,23 @@ def _last_word(run_dir: Path, record: dict, what: str, patience_s: float = 0.5) 
 def cancel(run_dir: Path, grace_s: float = 20.0) -> JobState:
     """End the job: its teardown runs, and after `grace_s` whatever is left is killed.
 
-    Raises
-    ------
-    JobError : the run has no job, or Slurm refused.
+    Raises JobError: the run has no job, or Slurm refused.
     """
     record = read_record(run_dir)
     if record is None or record["job_id"] is None:
         raise JobError(f"{run_dir.name} has no job to cancel")
-    if job_state(run_dir, ask=False).ended:
-        return job_state(run_dir, ask=False)
+    if (state := job_state(run_dir, ask=False)).ended:
+        return state
     (run_dir / "job/cancelled").touch()  # the agent tells this end from the time limit's by it
     if record["launcher"] == "slurm":
-        if job_word(record["job_id"])[0] == "PENDING":
-            slurm("scancel", record["job_id"])
-            return job_state(run_dir)
-        slurm("scancel", "--batch", "--signal=TERM", record["job_id"])
-        deadline = time.monotonic() + grace_s
-        while not job_state(run_dir, ask=False).ended and time.monotonic() < deadline:
-            time.sleep(0.5)
+        if job_word(record["job_id"])[0] != "PENDING":
+            slurm("scancel", "--batch", "--signal=TERM", record["job_id"])
+            deadline = time.monotonic() + grace_s
+            while not job_state(run_dir, ask=False).ended and time.monotonic() < deadline:
+                time.sleep(0.5)
         if not job_state(run_dir, ask=False).ended:
             slurm("scancel", record["job_id"])
-        return job_state(run_dir)
-    process = _process(record)
-    if process is not None:
+    elif process := _process(record):
         family = process.children(recursive=True)
         process.send_signal(signal.SIGTERM)
         psutil.wait_procs([process], timeout=grace_s)

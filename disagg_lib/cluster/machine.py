@@ -28,9 +28,8 @@ def _package(name: str, pin: str) -> Check:
         found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         found = "absent"
-    return Check(
-        f"{name} {pin}", found, found == pin, "run `make demo` once: it installs requirements.lock into .venv"
-    )
+    fix = "run `make demo` once: it installs requirements.lock into .venv"
+    return Check(f"{name} {pin}", found, found == pin, fix)
 
 
 def machine_checks(e: Experiment) -> list[Check]:
@@ -70,10 +69,8 @@ def _slurm_tools(e: Experiment) -> list[Check]:
         if shutil.which("sinfo"):
             version = slurm.slurm("sinfo", "--version").strip().removeprefix("slurm ")
             release = re.search(r"(\d+)\.\d", version)  # Debian says slurm-wlm 22.05.8
-            new = bool(release) and int(release[1]) >= 22
-            checks.append(
-                Check("Slurm 22 or newer", version, new, "untried with older ones", level="warning")
-            )
+            new, fix = bool(release) and int(release[1]) >= 22, "untried with older ones"
+            checks.append(Check("Slurm 22 or newer", version, new, fix, level="warning"))
         if e.container == "pyxis":
             pyxis = bool(shutil.which("srun")) and "--container-image" in slurm.slurm("srun", "--help")
             found = "yes" if pyxis else "no"

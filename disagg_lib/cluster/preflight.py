@@ -201,10 +201,8 @@ RULES = {
 
 
 def _rule(rule: str, ok: bool, found: object, level: str = "", **words: object) -> Check:
-    requirement, prevents, fix, *stated = RULES[rule]
-    texts = (text.format(**words) for text in (requirement, fix, prevents))
-    requirement, fix, prevents = texts
-    return Check(requirement, str(found), ok, fix, rule, prevents, level or (stated or ["error"])[0])
+    requirement, prevents, fix, *stated = (text.format(**words) for text in RULES[rule])
+    return Check(requirement, str(found), ok, fix, rule, prevents, level or (*stated, "error")[0])
 
 
 def experiment_checks(e: Experiment) -> list[Check]:
@@ -225,10 +223,8 @@ def experiment_checks(e: Experiment) -> list[Check]:
 def _topology(e: Experiment) -> list[Check]:
     held, used = e.node_count * e.gpus_per_node, e.gpu_count
     found = f"{topology_arithmetic(e)}; {e.node_count} nodes x {e.gpus_per_node} = {held}"
-    wide = [server.name for server in e.servers if len(server.nodes) > 1]
-    spread = (
-        f"{', '.join(wide)} on several nodes, segment {e.segment}" if wide else "every server on one node"
-    )
+    wide = ", ".join(server.name for server in e.servers if len(server.nodes) > 1)
+    spread = f"{wide} on several nodes, segment {e.segment}" if wide else "every server on one node"
     return [
         _rule("gpu_arithmetic", held == used, found, idle=held - used),
         _rule("tp_over_nodes", not wide or e.segment is not None, spread),
@@ -261,16 +257,12 @@ def _lengths(e: Experiment) -> list[Check]:
     longest, out = MAX_INPUT_TOKENS, MAX_OUTPUT_TOKENS
     found = f"{e.gen_max_num_tokens} tokens a step for {batch} requests"
     words = {"in_": longest, "out": out, "needed": longest + out}
+    holds, buffer = e.buffer_tokens >= longest, f"{e.buffer_tokens} tokens"
+    key = "kv_buffer_tokens" if e.kv_buffer_tokens else "max_seq_len"
     return [
         _rule("gen_max_num_tokens", e.gen_max_num_tokens >= batch, found, batch=batch),
         _rule("max_seq_len", length >= longest + out, f"{length} tokens", **words),
-        _rule(
-            "transfer_buffer",
-            e.buffer_tokens >= longest,
-            f"{e.buffer_tokens} tokens",
-            longest=longest,
-            key="kv_buffer_tokens" if e.kv_buffer_tokens else "max_seq_len",
-        ),
+        _rule("transfer_buffer", holds, buffer, longest=longest, key=key),
     ]
 
 
@@ -302,10 +294,8 @@ SECRET = re.compile(
 def _secrets(e: Experiment) -> Check:
     values = e.model_dump().items()  # a mapping as text, so that API_KEY: 123 in it is seen as well
     texts = {name: str(value).replace("'", "") for name, value in values if isinstance(value, str | dict)}
-    holders = [name for name, text in texts.items() if SECRET.search(text)]
-    return _rule(
-        "secrets", not holders, f"something like a token in {', '.join(holders)}" if holders else "none"
-    )
+    holders = ", ".join(name for name, text in texts.items() if SECRET.search(text))
+    return _rule("secrets", not holders, f"something like a token in {holders}" if holders else "none")
 
 
 def _model_folder(e: Experiment) -> Check:
@@ -346,12 +336,9 @@ def _data_set(e: Experiment) -> Check:
 
 def scoring_checks(e: Experiment) -> Iterator[Check]:
     """What an accuracy run's score needs, looked at before the run, since hours later it is missed. Opens the data set."""
-    if (
-        e.engine == "rehearsal"
-        or e.client != "loadgen"
-        or not e.dataset_path
-        or "accuracy" not in e.test_modes
-    ):
+    if e.engine == "rehearsal" or e.client != "loadgen":
+        return
+    if not e.dataset_path or "accuracy" not in e.test_modes:
         return
     try:
         load_decoder(Path(e.model_path))
@@ -428,19 +415,15 @@ def cluster_checks(e: Experiment, script: str) -> list[Check]:
 def _cluster_rules(e: Experiment, script: str) -> Iterator[Check]:
     known = slurm.partitions()
     chosen = next((p for p in known if (p.name == e.partition if e.partition else p.is_default)), None)
-    checks = []
     up = "" if chosen is None else f", {'up' if chosen.is_up else 'down'}"
     names = ", ".join(p.name for p in known)
     found = f"{e.partition or 'the default'}{up}"
-    checks.append(_rule("partition", chosen is not None and chosen.is_up, found, names=names))
+    checks = [_rule("partition", chosen is not None and chosen.is_up, found, names=names)]
     if chosen is not None:
-        enough = chosen.nodes >= e.node_count
-        checks.append(
-            _rule("partition_nodes", enough, f"{chosen.name} has {chosen.nodes} nodes", nodes=e.node_count)
-        )
+        enough, found = chosen.nodes >= e.node_count, f"{chosen.name} has {chosen.nodes} nodes"
+        checks.append(_rule("partition_nodes", enough, found, nodes=e.node_count))
         allowed, limit = f"{chosen.time_limit_s:.0f} s", f"{e.time_limit} = {e.time_limit_s} s"
-        enough = chosen.time_limit_s >= e.time_limit_s
-        found = f"{chosen.name} allows {allowed}"
+        enough, found = chosen.time_limit_s >= e.time_limit_s, f"{chosen.name} allows {allowed}"
         checks.append(_rule("partition_time", enough, found, limit=limit, allowed=allowed))
     mine = slurm.accounts()
     if e.account and mine:

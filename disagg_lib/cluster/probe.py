@@ -32,13 +32,7 @@ def _look_inside(e: Experiment) -> str:
     if e.container == "none" or e.engine != "trtllm" or not e.container_image:
         return ""
     path = tensorrt_llm_path(e)
-    words = [
-        "srun",
-        f"--mpi={e.mpi}",
-        *container_options(e),
-        "env",
-        *([f"PYTHONPATH={path}"] if path else []),
-    ]
+    words = ["srun", f"--mpi={e.mpi}", *container_options(e), "env", *[f"PYTHONPATH={path}"] * bool(path)]
     asked = {"tensorrt_llm": "import tensorrt_llm as t; print('tensorrt_llm', t.__version__)"}
     if e.orchestrator == "dynamo":
         asked["dynamo"] = f"{dynamo.check_code(e)}; print('dynamo', found)"
@@ -80,12 +74,7 @@ say mpi "$(srun --mpi=list 2>&1 | paste -sd' ')"
 
 
 def read_probe(folder: Path) -> dict[str, str]:
-    """probe.txt of a probe's folder.
-
-    Raises
-    ------
-    SetupError : absent or cut short.
-    """
+    """probe.txt of a probe's folder. Raises SetupError: absent or cut short."""
     path = folder / "probe.txt"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     found = dict(line.split("\t", 1) for line in lines if "\t" in line)
@@ -155,11 +144,8 @@ def software_rows(e: Experiment, found: Mapping[str, str]) -> list[tuple[str, st
     if told := found.get("dynamo"):
         fits = told.startswith(f"{e.dynamo_release}.")
         fix = "set container_image to one with Dynamo, or orchestrator: trtllm"
-        fix = (
-            fix
-            if not re.match(r"[\d.]+$|.*Dynamo is", told)
-            else "set dynamo_release to the image's, if it is known"
-        )
+        if re.match(r"[\d.]+$|.*Dynamo is", told):
+            fix = "set dynamo_release to the image's, if it is known"
         rows.append((f"Dynamo {e.dynamo_release} and its services in the container", told[:200], fits, fix))
     return rows
 

@@ -1,9 +1,7 @@
 """Which run is meant where none is named: by what it is for and by what its job does, never by luck."""
 
-import fcntl
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import JobError, RunFolderError
@@ -39,19 +37,17 @@ def run_for(purpose: str) -> Path:
     RunFolderError : there is none, or there are several active ones; the message lists them.
     """
     runs = [run for run in newest_runs() if run.name != EXAMPLE]
+    unsent = [run for run in runs if launch.job_state(run, ask=False).state == "not started"]
     if purpose == "read":
-        candidates = [run for run in runs if measured(run)]
-        candidates += [run for run in runs if launch.job_state(run, ask=False).state != "not started"]
+        candidates = [run for run in runs if measured(run)] + [run for run in runs if run not in unsent]
         return _first(candidates, "a run whose job was submitted (04_launch)")
     active = active_runs()
     if len(active) > 1:
         raise RunFolderError(f"{len(active)} jobs are active, needed one: name it.\n{labels(active)}")
     if purpose == "follow":
         return _first(active, "a run whose job is queued or running")
-    unsent = [run for run in runs if launch.job_state(run, ask=False).state == "not started"]
-    return _first(
-        [*active, *unsent], "a run whose job is active or not submitted yet: write one in 03_configuration"
-    )
+    needed = "a run whose job is active or not submitted yet: write one in 03_configuration"
+    return _first([*active, *unsent], needed)
 
 
 def _first(runs: Sequence[Path], needed: str) -> Path:
@@ -79,23 +75,12 @@ def state_word(run: Path) -> str:
     if state.state in ACTIVE:
         state = launch.job_state(run)
     if state.state in ACTIVE:
-        minutes, seconds = divmod(int(time.time() - state.phase_time_s), 60) if state.phase else (0, 0)
-        return f"{state.phase or state.state}, for {minutes}:{seconds:02d}" if state.phase else state.state
-    return _verdict(run) if state.state == "done" else f"{state.state}: {state.reason.splitlines()[0][:60]}"
-
-
-def _verdict(run: Path) -> str:
-    """The verdict that 05 wrote, or that nobody has judged it yet."""
-    valid = read_json(run / "tables/result.json").get("valid")
+        minutes, seconds = divmod(int(time.time() - state.phase_time_s), 60)
+        return f"{state.phase}, for {minutes}:{seconds:02d}" if state.phase else state.state
+    if state.state != "done":
+        return f"{state.state}: {state.reason.splitlines()[0][:60]}"
+    valid = read_json(run / "tables/result.json").get("valid")  # the verdict that 05 wrote
     return "done, not judged yet" if valid is None else "VALID" if valid else "INVALID"
-
-
-@contextmanager
-def _in_turn(folder: Path) -> Iterator[None]:
-    """Two that submit from one folder of runs take turns: the second one sees the first one's job."""
-    with (folder / ".submit.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def submit_alone(run: Path, beside: bool = False) -> launch.JobState:
@@ -105,7 +90,7 @@ def submit_alone(run: Path, beside: bool = False) -> launch.JobState:
     ------
     JobError : another job is active; nothing was submitted.
     """
-    with _in_turn(run.parent):
+    with launch.only_one(run.parent / ".submit.lock"):  # the second one sees the first one's job
         record = launch.read_record(run)
         if not beside and (record is None or record["job_id"] is None):
             others = [other for other in active_runs(run.parent) if other.resolve() != run.resolve()]

@@ -55,32 +55,27 @@ def write_site(found: Mapping[str, tuple[object, str]], path: Path = SITE, write
     Columns: key, in the file, found, from.
     """
     if write and "partition" in found and not path.exists():
-        lines = ["# What is about this site; written once by 00_setup, yours to edit. No token belongs here."]
-        for key, (value, why) in found.items():
-            lines.append(f"{yaml.safe_dump({key: value}, width=1000).strip()}  # {why}")
         with path.open("x") as file:
-            file.write("\n".join(lines) + "\n")
+            print(
+                "# What is about this site; written once by 00_setup, yours to edit. No token belongs here.",
+                file=file,
+            )
+            for key, (value, why) in found.items():
+                print(f"{yaml.safe_dump({key: value}, width=1000).strip()}  # {why}", file=file)
     there = read_site(path)
     rows = [(key, there.get(key), *found.get(key, (None, ""))) for key in dict.fromkeys([*there, *found])]
     return Table(rows, columns=["key", "in the file", "found", "from"])
 
 
 def read_site(path: Path = SITE) -> dict:
-    """What params/site.yaml says; nothing if there is none.
-
-    Raises
-    ------
-    ParameterError : it is not a params file.
-    """
+    """What params/site.yaml says, nothing if there is none. Raises ParameterError: it is not a params file."""
     return read_params_file(path, str(path)) if path.exists() else {}
 
 
 def save_site(values: Mapping[str, object], path: Path = SITE) -> Path | None:
     """Write the site's values, whole or not at all; keys of the file that are not among them stay as they are.
 
-    Returns
-    -------
-    What the former file is called now, None if there was none.
+    Returns what the former file is called now, None if there was none.
     """
     kept = {key: value for key, value in read_site(path).items() if key not in values}
     given = {key: value for key, value in values.items() if value is not None}

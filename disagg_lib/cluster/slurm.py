@@ -13,6 +13,9 @@ from ..errors import JobError, NoAnswer
 
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW(OR)?D|API_?KEY|CREDENTIAL", re.I)  # of a variable
 
+SILENCE = re.compile(
+    "contact slurm controller|Socket timed out|Connection refused|Zero Bytes|Connection timed out", re.I
+)  # the controller did not answer, rather than said no
 COMMAND_TIMEOUT_S = 20.0  # a Slurm command that takes longer has not answered
 
 # Slurm's job states (squeue and sacct manuals): do they end a job, and what do they mean for it.
@@ -84,7 +87,7 @@ def slurm(
         if done.returncode == 0:
             return done.stdout
         problem = _reason(done.stderr) or f"status {done.returncode}"
-        if not _is_silence(done.stderr):
+        if not SILENCE.search(done.stderr):
             raise JobError(f"{command[0]}: {problem}")
     raise NoAnswer(f"{command[0]}: {problem}")
 
@@ -107,12 +110,7 @@ class Partition:
 
 
 def partitions() -> list[Partition]:
-    """Every partition that this user sees.
-
-    Raises
-    ------
-    JobError, NoAnswer
-    """
+    """Every partition that this user sees. Raises JobError, NoAnswer."""
     found = []
     for line in slurm("sinfo", "--noheader", "--summarize", "--format=%P|%a|%l|%D").splitlines():
         name, up, limit, nodes = line.strip().split("|")
@@ -128,22 +126,10 @@ def partitions() -> list[Partition]:
 
 
 def accounts() -> list[str]:
-    """The accounts that this user may charge; empty if accounting does not say.
-
-    Raises
-    ------
-    NoAnswer
-    """
+    """The accounts that this user may charge; empty if accounting does not say. Raises NoAnswer."""
     try:
-        text = slurm(
-            "sacctmgr",
-            "--noheader",
-            "--parsable2",
-            "show",
-            "associations",
-            f"user={getpass.getuser()}",
-            "format=account",
-        )
+        whose = f"user={getpass.getuser()}"
+        text = slurm("sacctmgr", "--noheader", "--parsable2", "show", "associations", whose, "format=account")
     except NoAnswer:
         raise
     except JobError:  # no accounting on this cluster
@@ -166,18 +152,6 @@ def test_submission(script: str) -> None:
     slurm("sbatch", "--test-only", environment=job_environment(), text=script)
 
 
-def _is_silence(message: str) -> bool:
-    """Whether an error says that the controller did not answer, rather than that it said no."""
-    signs = (
-        "contact slurm controller",
-        "Socket timed out",
-        "Connection refused",
-        "Zero Bytes",
-        "Connection timed out",
-    )
-    return any(sign.lower() in message.lower() for sign in signs)
-
-
 def find_by_comment(comment: str) -> str | None:
     """Id of the job with this comment, also if it has ended lately."""
     for line in slurm("squeue", "--noheader", "--states=all", "--format=%i|%k").splitlines():
@@ -190,20 +164,16 @@ def find_by_comment(comment: str) -> str | None:
 def job_word(job_id: str) -> tuple[str, str]:
     """(state, detail) of a job, from the queue, then accounting, then the controller's memory; ('', '') if unknown.
 
-    Raises
-    ------
-    NoAnswer
+    Raises NoAnswer.
     """
     try:
-        lines = slurm(
-            "squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%T|%r"
-        ).splitlines()
+        text = slurm("squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%T|%r")
     except NoAnswer:
         raise
     except JobError:  # 'Invalid job id': the controller has forgotten it
-        lines = []
-    if lines:
-        state, _, why = lines[0].strip().partition("|")
+        text = ""
+    if text:
+        state, _, why = text.splitlines()[0].strip().partition("|")
         return state, "" if why == "None" else why
     for command in (
         ("sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=State,Reason"),
@@ -225,12 +195,8 @@ def job_word(job_id: str) -> tuple[str, str]:
 def queue_note(job_id: str, why: str) -> str:
     """'place 3 of 7 in the queue (Priority)'."""
     pending = slurm("squeue", "--noheader", "--states=PENDING", "--sort=-p,i", "--format=%i").split()
-    place = (
-        f"place {pending.index(job_id) + 1} of {len(pending)} in the queue"
-        if job_id in pending
-        else "in the queue"
-    )
-    return f"{place} ({why})" if why else place
+    place = f"place {pending.index(job_id) + 1} of {len(pending)} " if job_id in pending else ""
+    return f"{place}in the queue" + (f" ({why})" if why else "")
 
 
 def job_environment(engine: str = "") -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What the widgets share: fields that check as they are typed, messages, work in a thread."""
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
@@ -36,6 +37,11 @@ def message_html(text: str, kind: str = "problem") -> str:
     """A sentence with its mark, in the theme's own ink: colour alone says nothing. `kind`: one of MARKS."""
     mark, colour, role = MARKS[kind]
     return f'<div{role} style="line-height:1.4"><b style="color:{colour}">{mark}</b> {escape(text)}</div>'
+
+
+def muted_html(text: str) -> str:
+    """A remark, paler than the rest."""
+    return f'<span style="{MUTED}">{escape(text)}</span>'
 
 
 def lines_html(text: str) -> str:
@@ -87,13 +93,13 @@ class Fields:
                 "style": {"description_width": "170px"},
                 "layout": ipw.Layout(width=f"min({640 if name in wide else 340}px, 100%)"),
             }
+            text = "" if value is None else str(value)
             if parameter_kind(name)[0] is bool:
                 field = ipw.Checkbox(bool(value), indent=True, **common)
+            elif name in choices:
+                field = ipw.Combobox(value=text, options=tuple(choices[name]), **common)
             else:
-                kind, more = (
-                    (ipw.Combobox, {"options": tuple(choices[name])}) if name in choices else (ipw.Text, {})
-                )
-                field = kind(value="" if value is None else str(value), **more, **common)
+                field = ipw.Text(value=text, **common)
             field.observe(lambda _: on_change(), "value")
             self.texts[name], self.notes[name] = field, html_box()
 
@@ -106,12 +112,7 @@ class Fields:
 
     def typed(self) -> dict[str, object]:
         """What the fields say; None where nothing is given, which for a tick is no tick."""
-        return {
-            name: (field.value or None)
-            if isinstance(field, ipw.Checkbox)
-            else _as_typed(name, field.value.strip())
-            for name, field in self.texts.items()
-        }
+        return {name: _as_typed(name, field.value) for name, field in self.texts.items()}
 
     def tell(self, problems: Mapping[str, str], remarks: Mapping[str, str] | None = None) -> None:
         for name, note in self.notes.items():
@@ -120,20 +121,17 @@ class Fields:
             elif remarks and name in remarks:
                 note.value = message_html(remarks[name], kind="warning")
             else:
-                note.value = (
-                    f'<span style="{MUTED}">{escape(Experiment.model_fields[name].description)}</span>'
-                )
+                note.value = muted_html(Experiment.model_fields[name].description)
 
 
-def _as_typed(name: str, text: str) -> object:
-    """The value that a text means for this parameter; itself where it means none, for the check to say what is needed."""
-    kind = parameter_kind(name)[0]
-    if kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            return text or None
-    return text or None
+def _as_typed(name: str, value: str | bool) -> object:
+    """The value that a text or tick means for this parameter; itself where it means none, for the check to say what is needed."""
+    if isinstance(value, str):
+        value, kind = value.strip(), parameter_kind(name)[0]
+        if kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(value)
+    return value or None
 
 
 def problems_by_field(error: ParameterError, fields: Iterable[str]) -> dict[str, str]:

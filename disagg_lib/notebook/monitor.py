@@ -30,14 +30,14 @@ LOGS = {
 }
 
 
-def tail(path: Path, lines: int = 14) -> str:
+def tail(path: Path) -> str:
     """The end of a log; reads its last 16 kB only."""
     if not path.exists():
         return "(not there yet)"
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 16_000))
         text = file.read().decode(errors="replace")
-    return "\n".join(text.splitlines()[-lines:]) or "(empty)"
+    return "\n".join(text.splitlines()[-14:]) or "(empty)"
 
 
 def server_root() -> Path | None:
@@ -45,15 +45,15 @@ def server_root() -> Path | None:
     from jupyter_server.serverapp import list_running_servers
 
     ours = (server for server in list_running_servers() if server["pid"] == os.getppid())
-    return next((Path(server["root_dir"]) for server in ours), None)
+    return next((Path(server["root_dir"]).resolve() for server in ours), None)
 
 
 def folder_link(folder: Path, words: str) -> str:
     """A link that opens a folder in JupyterLab's file browser; the path where the server does not reach it."""
     root = server_root()
-    if root is None or not folder.resolve().is_relative_to(root.resolve()):
+    if root is None or not folder.resolve().is_relative_to(root):
         return f"<code>{escape(str(folder))}</code>"
-    path = folder.resolve().relative_to(root.resolve()).as_posix()
+    path = folder.resolve().relative_to(root).as_posix()
     arguments = escape(json.dumps({"path": path}), quote=True)
     return (
         f'<a href="#" class="jupyter-button" style="display:block;width:auto;margin:0" data-commandlinker-command="filebrowser:open-path" '
@@ -64,8 +64,8 @@ def folder_link(folder: Path, words: str) -> str:
 class JobMonitor:
     """A job's phases, load and logs, kept up by a task of the kernel's loop; `state` is what was seen last."""
 
-    def __init__(self, run: Path, poll_s: float = 1.0):
-        self.run, self.poll_s = run, poll_s
+    def __init__(self, run: Path):
+        self.run = run
         self.experiment = load_recorded(run)
         self.state = launch.job_state(run, ask=False)
         self.rows: list[dict] = []
@@ -81,13 +81,10 @@ class JobMonitor:
         self.cancel_button = ipw.Button(description="Cancel", layout=ipw.Layout(width="220px"))
         self.cancel_button.on_click(lambda _: self._cancel_pressed())
         link = ipw.HTML(folder_link(run, "Open run folder"))
-        buttons = ipw.HBox(
-            [self.attach_button, self.cancel_button, link],
-            layout=ipw.Layout(flex_flow="row wrap", align_items="center"),
-        )
-        self.box = ipw.VBox(
-            [self.head, self.result, self.steps, self.progress, self.charts, buttons, self.logs], layout=WIDE
-        )
+        wrapped = ipw.Layout(flex_flow="row wrap", align_items="center")
+        buttons = ipw.HBox([self.attach_button, self.cancel_button, link], layout=wrapped)
+        parts = [self.head, self.result, self.steps, self.progress, self.charts, buttons, self.logs]
+        self.box = ipw.VBox(parts, layout=WIDE)
         self.box.add_class("disagg-monitor")
         self._draw()
 
@@ -100,7 +97,7 @@ class JobMonitor:
         self.task = loop.create_task(self._follow(), name=name)
 
     async def _follow(self) -> None:
-        states = follow(self.run, poll_s=self.poll_s)
+        states = follow(self.run, poll_s=1.0)
         try:
             while (state := await asyncio.to_thread(next, states, None)) is not None:
                 self.state = state
@@ -113,12 +110,9 @@ class JobMonitor:
         self.rows += self._new.new_rows()
         state, began = self.state, phases[0]["time_s"] if phases else 0.0
         job = f"job {escape(str(state.job_id))}: " if state.job_id else ""
-        words = f"<b>{escape(self.run.name)}</b> · {job}<b>{escape(state.state)}</b>"
-        if state.note:
-            words += f" · {escape(state.note)}"
-        if state.reason:
-            words += f"<br>{message_html(state.reason)}"
-        self.head.value = words
+        note = f" · {escape(state.note)}" if state.note else ""
+        reason = f"<br>{message_html(state.reason)}" if state.reason else ""
+        self.head.value = f"<b>{escape(self.run.name)}</b> · {job}<b>{escape(state.state)}</b>{note}{reason}"
         self.steps.value = steps_html(phase_steps(phases, self.experiment, time.time()))
         self.progress.value = progress_html(self.rows, state.ended)
         speed, outstanding = rates(self.rows, began)
@@ -175,11 +169,8 @@ _RESULT = TEMPLATES.from_string("""
 
 def result_html(run: Path) -> str:
     """What an ended job grows: its outcome, how long each phase took, the files that it left."""
-    return _RESULT.render(
-        outcome=outcome_html(run),
-        phases=phases_table(run).to_html(index=False, border=0),
-        files=left_text(run),
-    )
+    phases = phases_table(run).to_html(index=False, border=0)
+    return _RESULT.render(outcome=outcome_html(run), phases=phases, files=left_text(run))
 
 
 def left_text(run: Path) -> str:

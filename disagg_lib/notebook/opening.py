@@ -48,10 +48,8 @@ def headline(e: Experiment) -> str:
 
 def show_headline(e: Experiment, name: str = "") -> None:
     words = headline(e) + (f" · {name}" if name else "")
-    display(
-        {"text/html": f'<p style="font-size:1.15em"><b>{escape(words)}</b></p>', "text/plain": words},
-        raw=True,
-    )
+    html = f'<p style="font-size:1.15em"><b>{escape(words)}</b></p>'
+    display({"text/html": html, "text/plain": words}, raw=True)
 
 
 def show_run(namespace: MutableMapping[str, Any], run: Path, e: Experiment) -> None:
@@ -97,13 +95,11 @@ def choose_preset(namespace: MutableMapping[str, Any]) -> None:
         options.append((" + ".join(files), files))
     now = namespace.get("chosen_preset")
     value = now if now in [files for _, files in options] else None
-    _chooser(
-        "start from",
-        options,
-        value,
-        lambda files: namespace.update(chosen_preset=files),
-        "presets to start from",
-    )
+
+    def choose(files):
+        namespace.update(chosen_preset=files)
+
+    _chooser("start from", options, value, choose, "presets to start from")
 
 
 def runs_to_pick(run: Path) -> list[Path]:

@@ -29,10 +29,8 @@ GROUPS = {  # first parameter of each group of the cell -> what the group is abo
 def parameters_cell(makes_runs: bool) -> str:
     """Source of a notebook's parameters cell: one typed, commented line for every key it accepts.
 
-    Parameters
-    ----------
-    makes_runs : True for the notebooks that resolve parameters (00 to 03); False for those that take
-        a run folder as it is (04, 05), where a given value is checked against the folder.
+    `makes_runs`: True for the notebooks that resolve parameters (00 to 03); False for those that take a run folder as it is
+    (04, 05), where a given value is checked against the folder.
     """
     meaning = "a new one in results/" if makes_runs else "the one that is meant; the first cell says which"
     lines = [
@@ -60,16 +58,15 @@ def _literal_assignments(source: str) -> list[str]:
         return []
     names = []
     for statement in statements:
-        targets = (
-            statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
-        )
-        if not isinstance(statement, ast.Assign | ast.AnnAssign) or not isinstance(targets[0], ast.Name):
-            return []
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name), *_]) | ast.AnnAssign(target=ast.Name(id=name)):
+                names.append(name)
+            case _:
+                return []
         try:
             ast.literal_eval(statement.value)
         except ValueError:
             return []
-        names.append(targets[0].id)
     return names
 
 
@@ -82,11 +79,7 @@ def _cells(namespace: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def notebook_values(namespace: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a notebook's parameters have now, as given by its cell, an edit of it, or papermill.
-
-    Parameters
-    ----------
-    namespace : the notebook's `globals()`.
+    """The values in a notebook's `globals()` of its parameters, as given by its cell, an edit of it, or papermill.
 
     Raises
     ------
@@ -122,11 +115,7 @@ def origins(namespace: Mapping[str, Any]) -> dict[str, str]:
 def notebook_experiment(namespace: dict[str, Any]) -> Experiment:
     """The Experiment that a notebook's parameters describe (00 to 03), with the line that says what it is.
 
-    Live, a list of presets to start from stands below that line; see `choose_preset`.
-
-    Raises
-    ------
-    ParameterError, TopologyError
+    Live, a list of presets to start from stands below that line; see `choose_preset`. Raises ParameterError, TopologyError.
     """
     one_line_errors()
     values = notebook_values(namespace)

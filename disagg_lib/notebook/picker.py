@@ -14,7 +14,7 @@ from ..results.figures import figure_interactivity, figure_latency_distributions
 from ..results.published import beside_published
 from ..results.rows import format_table, runs_table, table_cells
 from ..serving.figures import as_image
-from .elements import MUTED, WIDE, Latest, html_box, lines_html, message_html, show
+from .elements import WIDE, Latest, html_box, lines_html, message_html, muted_html, show
 from .live import front_end_is_live
 from .opening import runs_to_pick
 
@@ -47,14 +47,11 @@ def with_difference(cells: Sequence[Sequence[str]]) -> list[list[str]]:
 def over_limit(cells: Sequence[Sequence[str]]) -> set[tuple[str, int]]:
     """The cells (heading, column) whose figure is above its limit."""
     lines = {line[0]: line[1:] for line in cells}
-    return {
-        (name, column)
-        for name, limit in LIMIT_OF.items()
-        for column, (figure, most) in enumerate(
-            zip(lines.get(name, ()), lines.get(limit, ()), strict=False), 1
-        )
-        if _number(figure) > _number(most)
-    }
+    found = set()
+    for name, limit in LIMIT_OF.items():
+        pairs = zip(lines.get(name, ()), lines.get(limit, ()), strict=False)
+        found |= {(name, x) for x, pair in enumerate(pairs, 1) if _number(pair[0]) > _number(pair[1])}
+    return found
 
 
 def _table_html(cells: Sequence[Sequence[str]]) -> str:
@@ -113,7 +110,7 @@ def run_picker(run: Path) -> None:
 
     def redraw(_=None):
         chosen = [path for path, tick in zip(runs, ticks, strict=True) if tick.value]
-        shown.value = f'<span style="{MUTED}">reading {len(chosen)} runs ...</span>'
+        shown.value = muted_html(f"reading {len(chosen)} runs ...")
         latest.start(chosen)
 
     for tick in ticks:

@@ -31,28 +31,28 @@ def svg_text(x: float, y: float, text: str, more: str = "") -> str:
     return f'<text x="{x:g}" y="{y:g}" {more}>{escape(text)}</text>'
 
 
+WIDTH, HEIGHT = CELL_WIDTH - 4, CELL_HEIGHT - 4  # of a GPU's box
+
+
+def _framed(x: float, y: float, note: str, look: str, inside: str) -> str:
+    frame = f'<rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="3" {look}/>'
+    return f"<g><title>{escape(note)}</title>{frame}{inside}</g>"
+
+
 def _box(x: float, y: float, mark: str, colour: str, leads: bool = False, note: str = "") -> str:
     """A GPU of a server; the leading one is bold and thick-edged."""
-    width, height = CELL_WIDTH - 4, CELL_HEIGHT - 4
     weight = 'font-weight="bold"' if leads else ""
-    return (
-        f'<g><title>{escape(note)}</title><rect x="{x:g}" y="{y:g}" width="{width}" height="{height}" rx="3" fill="{colour}" '
-        f'stroke="{THEME_INK}" stroke-width="{2.2 if leads else 0.6}"/>'
-        + svg_text(x + width / 2, y + height / 2 + 4, mark, f'fill="{INK}" text-anchor="middle" {weight}')
-        + "</g>"
-    )
+    text = svg_text(x + WIDTH / 2, y + HEIGHT / 2 + 4, mark, f'fill="{INK}" text-anchor="middle" {weight}')
+    look = f'fill="{colour}" stroke="{THEME_INK}" stroke-width="{2.2 if leads else 0.6}"'
+    return _framed(x, y, note, look, text)
 
 
 def _idle_box(x: float, y: float, note: str = "") -> str:
     """A GPU that no server has: hatched."""
-    width, height = CELL_WIDTH - 4, CELL_HEIGHT - 4
-    strokes = "".join(
-        f"M{x + d:g} {y + height:g}L{x + d + height / 2:g} {y:g}" for d in range(2, width - height // 2, 7)
-    )
-    return (
-        f'<g><title>{escape(note)}</title><rect x="{x:g}" y="{y:g}" width="{width}" height="{height}" rx="3" fill="none" '
-        f'stroke="{MID}" stroke-dasharray="3 2"/><path d="{strokes}" stroke="{MID}" stroke-width="1"/></g>'
-    )
+    ends = range(2, WIDTH - HEIGHT // 2, 7)
+    strokes = "".join(f"M{x + d:g} {y + HEIGHT:g}L{x + d + HEIGHT / 2:g} {y:g}" for d in ends)
+    hatch = f'<path d="{strokes}" stroke="{MID}" stroke-width="1"/>'
+    return _framed(x, y, note, f'fill="none" stroke="{MID}" stroke-dasharray="3 2"', hatch)
 
 
 def _tag(x: float, y: float, letter: str) -> str:
@@ -65,11 +65,9 @@ def _tag(x: float, y: float, letter: str) -> str:
 def topology_svg(e: Experiment) -> str:
     """Nodes with their GPUs, or above 40 nodes a square each; every GPU with its server's letter and number; a legend."""
     shown = min(e.node_count, max(1, MOST_GPUS_DRAWN // e.gpus_per_node))
-    holder = {
-        place: (server, rank)
-        for server in e.servers
-        for rank, place in zip(server.ranks, server.gpus, strict=True)
-    }
+    holder = {}
+    for server in e.servers:
+        holder |= {place: (server, rank) for rank, place in zip(server.ranks, server.gpus, strict=True)}
     draw = _nodes_in_full if shown <= MOST_NODES_IN_FULL else _squares
     body, width, y = draw(e, shown, holder)
     if shown < e.node_count:
@@ -95,15 +93,11 @@ def _nodes_in_full(e: Experiment, shown: int, holder: Holder) -> tuple[list[str]
     for node in range(shown):
         x0, y0 = 8 + node % in_row * (width + 8), 10 + node // in_row * (height + 10)
         frame = f'<rect x="{x0}" y="{y0}" width="{width}" height="{height}" rx="4" fill="{MID}" fill-opacity="0.1" stroke="{MID}"/>'
-        body += [
-            frame,
-            svg_text(x0 + 6, y0 + 16, f"node {node}"),
-            *_domain(e, node, x0, y0, width, in_row, shown),
-        ]
+        body += [frame, svg_text(x0 + 6, y0 + 16, f"node {node}")]
+        body += _domain(e, node, x0, y0, width, in_row, shown)
         letters = "O" * (node in doors) + "L" * (node == 0)
-        body += [
-            _tag(x0 + width - 2 - 20 * (len(letters) - k), y0 + 4, letter) for k, letter in enumerate(letters)
-        ]
+        ends = x0 + width - 2 - 20 * len(letters)
+        body += [_tag(ends + 20 * k, y0 + 4, letter) for k, letter in enumerate(letters)]
         for gpu in range(drawn_gpus):
             x, y = x0 + 6 + gpu % columns * CELL_WIDTH, y0 + 24 + gpu // columns * CELL_HEIGHT
             body.append(_cell(x, y, (node, gpu), holder))
@@ -130,9 +124,8 @@ def _domain(
     ends = f"M{x} {y + 2}V{y - 4}H{right}" if first else f"M{x} {y - 4}H{right}"
     yield f'<path d="{ends}{f"V{y + 2}" if last else ""}" fill="none" stroke="{THEME_INK}" stroke-width="2"/>'
     if first:
-        yield svg_text(
-            x + 50, y + 16, f"NVLink {node // e.segment}", f'font-size="11" style="fill:{MUTED_INK}"'
-        )
+        name, look = f"NVLink {node // e.segment}", f'font-size="11" style="fill:{MUTED_INK}"'
+        yield svg_text(x + 50, y + 16, name, look)
 
 
 def _squares(e: Experiment, shown: int, holder: Holder) -> tuple[list[str], float, float]:
@@ -140,23 +133,17 @@ def _squares(e: Experiment, shown: int, holder: Holder) -> tuple[list[str], floa
     in_row, body = PICTURE_WIDTH // CELL_WIDTH, []
     for node in range(shown):
         x, y = 8 + node % in_row * CELL_WIDTH, 8 + node // in_row * CELL_HEIGHT
-        held = list(
-            dict.fromkeys(holder[node, gpu][0] for gpu in range(e.gpus_per_node) if (node, gpu) in holder)
-        )
+        places = [(node, gpu) for gpu in range(e.gpus_per_node)]
+        held = list(dict.fromkeys(holder[place][0] for place in places if place in holder))
         if not held:
             body.append(_idle_box(x, y, f"node {node}: idle"))
             continue
         mark, colour = server_mark(held[0].role, held[0].name)
-        names = ", ".join(server.name for server in held)
-        body.append(
-            _box(x, y, mark + "+" * (len(held) > 1), colour, held[0].node == node, f"node {node}: {names}")
-        )
+        more, note = "+" * (len(held) > 1), f"node {node}: {', '.join(server.name for server in held)}"
+        body.append(_box(x, y, mark + more, colour, held[0].node == node, note))
     y = 8 + -(-shown // in_row) * CELL_HEIGHT
-    body.append(
-        svg_text(
-            8, y + 12, f"A square is a node of {e.gpus_per_node} GPUs, in order; node 0 also has O and L."
-        )
-    )
+    words = f"A square is a node of {e.gpus_per_node} GPUs, in order; node 0 also has O and L."
+    body.append(svg_text(8, y + 12, words))
     return body, PICTURE_WIDTH + 8, y + 20
 
 
@@ -171,12 +158,8 @@ def _legend(e: Experiment, y: float) -> tuple[list[str], float]:
         server = next((s for s in e.servers if s.role == role), None)
         if server:
             size = f"TP{tp}" + (f" x PP{pp}" if pp > 1 else "")
-            rows.append(
-                (
-                    _box(8, 0, *server_mark(role, server.name), True),
-                    f"{count} {role} server{'s' if count > 1 else ''} of {size}",
-                )
-            )
+            words = f"{count} {role} server{'s' if count > 1 else ''} of {size}"
+            rows.append((_box(8, 0, *server_mark(role, server.name), True), words))
     rows.append((_idle_box(8, 0), f"idle GPUs: {idle}"))
     if e.doors:
         word, count = {"trtllm": "orchestrator", "dynamo": "Dynamo front end"}[e.orchestrator], len(e.doors)

@@ -70,10 +70,9 @@ def write_choice(e: Experiment, row: PlanRow, path: Path) -> Path:
 
 def free_plan_path(row: PlanRow) -> Path:
     """params/plan_<GPUs>gpu.yaml, or with a number if that is taken."""
-    stem = f"params/plan_{row.gpus + row.gpus_idle}gpu"
-    return next(
-        p for n in range(1, 1000) if not (p := REPOSITORY / f"{stem}{f'_{n}' * (n > 1)}.yaml").exists()
-    )
+    stem = REPOSITORY / f"params/plan_{row.gpus + row.gpus_idle}gpu"
+    paths = (Path(f"{stem}{f'_{n}' * (n > 1)}.yaml") for n in range(1, 1000))
+    return next(path for path in paths if not path.exists())
 
 
 _ANSWER = TEMPLATES.from_string("""
@@ -98,9 +97,8 @@ def _words(e: Experiment, row: PlanRow) -> dict[str, str]:
 def show_answer(e: Experiment, ranked: Sequence[PlanRow]) -> None:
     """The first row as a card, beside what the parameters' own topology gives."""
     words, row = _words(e, ranked[0]), ranked[0]
-    plain = (
-        f"{row.layout}: {row.recommended_qps:.2f} queries/s{words['gain']}. {words['sure']}\n{words['yours']}"
-    )
+    best = f"{row.layout}: {row.recommended_qps:.2f} queries/s{words['gain']}"
+    plain = f"{best}. {words['sure']}\n{words['yours']}"
     display({"text/html": _ANSWER.render(row=row, **words), "text/plain": plain}, raw=True)
 
 
@@ -109,10 +107,8 @@ def use_a_row(e: Experiment, ranked: Sequence[PlanRow]) -> None:
     if not front_end_is_live():
         print(choice_text(e, ranked[0]))
         return
-    options = [
-        (f"{rank}: {row.layout}, {row.recommended_qps:.2f} queries/s", row)
-        for rank, row in enumerate(ranked, 1)
-    ]
+    texts = (f"{n}: {row.layout}, {row.recommended_qps:.2f} queries/s" for n, row in enumerate(ranked, 1))
+    options = list(zip(texts, ranked, strict=True))
     style, wide = {"description_width": "60px"}, ipw.Layout(width="min(520px, 100%)")
     choice = ipw.Dropdown(options=options, description="row", style=style, layout=wide)
     button, said = ipw.Button(description="Use this row in 03", layout=ipw.Layout(width="180px")), html_box()

@@ -8,7 +8,7 @@ from ..serving import plan, prediction, screen
 from ..serving.lengths import scale_outputs
 from ..serving.simulate import INTERACTIVE_LIMITS_MS
 from .bars import Bar, bars_html
-from .elements import MUTED, lines_html
+from .elements import lines_html, muted_html
 
 
 @dataclass(frozen=True)
@@ -23,23 +23,15 @@ class Predicted:
 
     @property
     def bars(self) -> list[Bar]:
-        ttft, tpot = self.ttft_ms, self.tpot_ms
-        limits = INTERACTIVE_LIMITS_MS
-        s = [ms / 1e3 for ms in ttft]
-        return [
-            Bar(
-                "TTFT p99",
-                ttft[0],
-                limits[0],
-                f"{s[0]:.1f} s [{s[1]:.1f}, {s[2]:.1f}], limit {limits[0] / 1e3:g} s",
-            ),
-            Bar(
-                "TPOT p99",
-                tpot[0],
-                limits[1],
-                f"{tpot[0]:.1f} ms [{tpot[1]:.1f}, {tpot[2]:.1f}], limit {limits[1]:g} ms",
-            ),
-        ]
+        rows = zip(
+            ("TTFT", "TPOT"), (self.ttft_ms, self.tpot_ms), INTERACTIVE_LIMITS_MS, ("s", "ms"), strict=True
+        )
+        found = []
+        for name, values, limit_ms, unit in rows:
+            median, low, high, limit = (ms / (1e3 if unit == "s" else 1) for ms in (*values, limit_ms))
+            words = f"{median:.1f} {unit} [{low:.1f}, {high:.1f}], limit {limit:g} {unit}"
+            found.append(Bar(f"{name} p99", values[0], limit_ms, words))
+        return found
 
     @property
     def verdict(self) -> str:
@@ -54,8 +46,8 @@ class Predicted:
     def html(self) -> str:
         if self.why_not:
             return lines_html(self.text())
-        source = f'<span style="{MUTED}">Source: simulated, median [range] over the draws; 02_plan has the other spreads of prompt lengths.</span>'
-        return f"{lines_html(self.verdict)}{bars_html(self.bars)}{source}"
+        source = "Source: simulated, median [range] over the draws; 02_plan has the other spreads of prompt lengths."
+        return f"{lines_html(self.verdict)}{bars_html(self.bars)}{muted_html(source)}"
 
 
 def predict(e: Experiment) -> Predicted:
@@ -74,10 +66,7 @@ def predict(e: Experiment) -> Predicted:
         return Predicted(str(error))
     table = table[table["prompt_lengths"] == table["prompt_lengths"].iloc[0]]
     pace = "" if scale == 1 else f" ({modelled.server_target_qps:g} at the modelled GPUs' own pace)"
-    ranges = [
-        (table[name].median(), table[name].min(), table[name].max())
-        for name in ("ttft_p99_ms", "tpot_p99_ms")
-    ]
+    ranges = table[["ttft_p99_ms", "tpot_p99_ms"]].agg(["median", "min", "max"]).T.itertuples(index=False)
     return Predicted("", f"At {e.server_target_qps:g} queries/s{pace}", *ranges, int(table["valid"].sum()))
 
 

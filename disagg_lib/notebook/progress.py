@@ -12,9 +12,8 @@ def chart_svg(title: str, points: Sequence[tuple[float, float]], colour: str = "
     """A small line chart over time in seconds; its newest and its highest value in words."""
     width, height, left, top, bottom = 400, 130, 46, 30, 22
     if len(points) < 2:
-        return svg_picture(
-            width, height, title, [svg_text(10, 20, title), svg_text(10, 70, "no figures yet")]
-        )
+        words = [svg_text(10, 20, title), svg_text(10, 70, "no figures yet")]
+        return svg_picture(width, height, title, words)
     step = max(1, len(points) // 200)
     points = [*points[:-1:step], points[-1]]
     t0, t1, most = points[0][0], points[-1][0], max(value for _, value in points) or 1.0
@@ -50,38 +49,21 @@ def phase_steps(
     """(phase, state, seconds) of each phase that was and each that is to come."""
     seen = [row["phase"] for row in phases]
     begins = [row["time_s"] for row in phases] + [now_s]
-    ended = bool(seen) and (seen[-1] == "done" or seen[-1].startswith("failed"))
-    broken = (
-        next((name for name in seen[-2::-1] if name != "teardown"), "")
-        if ended and seen[-1] != "done"
-        else ""
-    )
+    failed = bool(seen) and seen[-1].startswith("failed")
+    ended = failed or seen[-1:] == ["done"]
+    broken = next((name for name in seen[-2::-1] if name != "teardown"), "") if failed else ""
     steps: list[tuple[str, str, float | None]] = []
     for place, name in enumerate(seen):
         last = place == len(seen) - 1
-        state = (
-            "failed"
-            if name.startswith("failed") or name == broken
-            else "now"
-            if last and not ended
-            else "done"
-        )
+        state = "now" if last and not ended else "done"
+        if name.startswith("failed") or name == broken:
+            state = "failed"
         seconds = None if last and ended else begins[place + 1] - begins[place]
         steps.append((name.partition(":")[0], state, seconds))
     if not ended:
-        before = ("warmup",) if e.client == "loadgen" else ()
-        before += ("find_target_qps",) if e.find_target_qps else ()
-        usual = (
-            "container",
-            "bind",
-            "workers",
-            "orchestrator",
-            "ready",
-            *before,
-            *e.test_modes,
-            "teardown",
-            "done",
-        )
+        usual = ["container", "bind", "workers", "orchestrator", "ready"]
+        usual += ["warmup"] * (e.client == "loadgen") + ["find_target_qps"] * e.find_target_qps
+        usual += [*e.test_modes, "teardown", "done"]
         left = usual[max((usual.index(name) for name in seen if name in usual), default=-1) + 1 :]
         steps += [(name, "to come", None) for name in left]
     return steps

@@ -55,11 +55,8 @@ class Chain:
 
         run = self.run if name == "04_launch" else None
         try:
-            with (
-                self.screen.row(name.replace("_", " "), run),
-                _sockets() as kernel,
-                _stderr_kept(self.verbose),
-            ):
+            row = self.screen.row(name.replace("_", " "), run)
+            with row, _sockets() as kernel, _stderr_kept(self.verbose):
                 papermill.execute_notebook(
                     NOTEBOOKS / f"{name}.ipynb",
                     folder / f"{name}.ipynb",
@@ -168,9 +165,9 @@ def run_chain(
         refuse_hopeless(experiment)
     out(f"run folder: {run}")
     RESULTS.mkdir(exist_ok=True)
-    files = (
-        {} if params_files is None else {"params_files": [str(Path(f).expanduser()) for f in params_files]}
-    )
+    files = {}
+    if params_files is not None:
+        files = {"params_files": [str(Path(f).expanduser()) for f in params_files]}
     chain = Chain(run, _parameters(run, beside) | files | dict(given), Screen(out), verbose)
     executed = Path(tempfile.mkdtemp(prefix=".notebooks-", dir=RESULTS))
     for name in CHAIN[:-2]:
@@ -181,9 +178,8 @@ def run_chain(
     executed.rmdir()
     _to_the_report(chain, out)
     if not (files or given):
-        out(
-            f"\nThe original's load, and why not: disagg run params/rehearsal.yaml -p server_target_qps={ORIGINAL_QPS:g}"
-        )
+        load = f"params/rehearsal.yaml -p server_target_qps={ORIGINAL_QPS:g}"
+        out(f"\nThe original's load, and why not: disagg run {load}")
     return run
 
 
@@ -199,22 +195,16 @@ def _parameters(run: Path, beside: bool) -> dict[str, Any]:
 
 
 def _to_the_report(chain: Chain, out: Callable[[str], None]) -> Path:
-    """04 and 05, the pages, and the outcome in words."""
+    """04 and 05, a page of HTML beside each executed notebook, and the outcome in words."""
+    from ..sharing.pages import notebook_page
+
     folder = chain.run / "notebooks"
     for name in LAST:
         chain.execute(name, folder)
-    page = _pages(folder)
-    write_manifest(chain.run)
-    out(f"\n{outcome_text(chain.run)}\n\nreport: {page}")
-    return chain.run
-
-
-def _pages(folder: Path) -> Path:
-    """HTML beside each executed notebook; returns the page of the last one."""
-    from ..sharing.pages import notebook_page
-
     notebooks = sorted(folder.glob("*.ipynb"))
     for path in notebooks:
         page = notebook_page(path.read_text(encoding="utf-8"), [other.stem for other in notebooks])
         path.with_suffix(".html").write_text(page, encoding="utf-8")
-    return notebooks[-1].with_suffix(".html")
+    write_manifest(chain.run)
+    out(f"\n{outcome_text(chain.run)}\n\nreport: {notebooks[-1].with_suffix('.html')}")
+    return chain.run

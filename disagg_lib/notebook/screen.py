@@ -34,17 +34,15 @@ def job_words(run: Path, rows: list[dict]) -> tuple[str, str]:
 
 
 class Screen:
-    """One row a notebook; `run` is where its job would be, None while there is none to look at."""
+    """One row a notebook."""
 
-    def __init__(self, out: Callable[[str], None] = print, terminal: bool | None = None):
-        self.out = out
-        self.terminal = sys.stdout.isatty() if terminal is None else terminal
+    def __init__(self, out: Callable[[str], None]):
+        self.out, self.terminal = out, sys.stdout.isatty()
         self.width = shutil.get_terminal_size().columns - 1
-        self.run: Path | None = None
 
     @contextmanager
     def row(self, name: str, run: Path | None = None) -> Iterator[None]:
-        """Show a notebook's row while its block runs, and how it ended."""
+        """Show a notebook's row while its block runs, and how it ended; `run`: where its job would be."""
         began, done = time.monotonic(), threading.Event()
         watcher = threading.Thread(target=self._watch, args=(name, run, began, done), daemon=True)
         watcher.start()

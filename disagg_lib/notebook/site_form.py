@@ -23,10 +23,8 @@ PATHS = ("scratch_dir", "model_dir", "container_image", "container_mounts", "wor
 
 def site_remarks(typed: Mapping[str, object], partitions: Iterable[str]) -> dict[str, str]:
     """What looks wrong from this machine, but may be right on the nodes or later: it does not stop the saving."""
-    paths = {
-        name: typed.get(name)
-        for name in ("scratch_dir", "model_dir", "dataset_path", "harness_dir", "client_dir")
-    }
+    names = ("scratch_dir", "model_dir", "dataset_path", "harness_dir", "client_dir")
+    paths = {name: typed.get(name) for name in names}
     image = str(typed.get("container_image") or "")
     paths["container_image"] = image if image.endswith(".sqsh") else None
     found = {
@@ -51,24 +49,18 @@ class SiteForm:
     ):
         self._base, self._path = experiment, path
         self._partitions: list[str] = []
-        self.fields = Fields(
-            {name: values.get(name) for name in NEEDED + OTHERS},
-            self._typed,
-            choices={"partition": ()},
-            wide=PATHS,
-        )
+        shown = {name: values.get(name) for name in NEEDED + OTHERS}
+        self.fields = Fields(shown, self._typed, choices={"partition": ()}, wide=PATHS)
         self.problem, self.outcome = html_box(), html_box()
         self.button = ipw.Button(description=f"Save {path.name}", layout=ipw.Layout(width="180px"))
         self.button.on_click(lambda _: self._save_pressed())
         found = "".join(f"<li>{_check_html(check)}</li>" for check in checks)
         marks = f'<ul style="list-style:none;padding:0;line-height:1.5">{found}</ul>'
-        others = ipw.Accordion(
-            [self.fields.rows(OTHERS)], titles=[f"{len(OTHERS)} more, which many sites leave empty"]
-        )
+        title = f"{len(OTHERS)} more, which many sites leave empty"
+        others = ipw.Accordion([self.fields.rows(OTHERS)], titles=[title])
         save = ipw.HBox([self.button, self.outcome])
-        self.box = ipw.VBox(
-            [ipw.HTML(marks), self.fields.rows(NEEDED), others, self.problem, save], layout=WIDE
-        )
+        parts = [ipw.HTML(marks), self.fields.rows(NEEDED), others, self.problem, save]
+        self.box = ipw.VBox(parts, layout=WIDE)
         self.box.add_class("disagg-site")
         self._typed()
         if experiment.launcher == "slurm":
@@ -94,9 +86,8 @@ class SiteForm:
         self.outcome.value = ""
         reasons = "; ".join(f"{name}: {text}" if name else text for name, text in problems.items())
         self.button.disabled = bool(problems)
-        self.button.tooltip = (
-            f"Not yet: {reasons}" if problems else "Writes the file; one that is there is kept beside it"
-        )
+        tooltip = "Writes the file; one that is there is kept beside it"
+        self.button.tooltip = f"Not yet: {reasons}" if problems else tooltip
 
     def _save_pressed(self) -> None:
         try:
@@ -104,10 +95,9 @@ class SiteForm:
         except (DisaggError, OSError) as error:
             self.outcome.value = message_html(str(error))
             return
-        words = f"{self._path.parent.name}/{self._path.name} is written."
-        self.outcome.value = message_html(
-            words + (f" The former one is {kept.name}" if kept else ""), kind="good"
-        )
+        former = f" The former one is {kept.name}" if kept else ""
+        words = f"{self._path.parent.name}/{self._path.name} is written.{former}"
+        self.outcome.value = message_html(words, kind="good")
 
 
 def _check_html(check: Check) -> str:

@@ -12,7 +12,17 @@ from ..experiment.loading import changed
 from ..experiment.parameters import Experiment
 from ..experiment.topology import topology_arithmetic
 from ..run.writing import create_run
-from .elements import MUTED, WIDE, Fields, Latest, html_box, lines_html, message_html, problems_by_field, show
+from .elements import (
+    WIDE,
+    Fields,
+    Latest,
+    html_box,
+    lines_html,
+    message_html,
+    muted_html,
+    problems_by_field,
+    show,
+)
 from .live import front_end_is_live
 from .pictures import topology_svg
 from .predicted import predict
@@ -25,11 +35,9 @@ SHARED = ("gpus_per_node", "server_target_qps")
 def topology_text(e: Experiment) -> str:
     """GPU count, nodes, and what preflight says of them."""
     lines = [f"{topology_arithmetic(e)} on {e.node_count} nodes of {e.gpus_per_node} GPUs."]
-    lines += [
-        f"{c.level}: {c.rule}: {c.found}. Needed: {c.requirement}. To do: {c.fix}."
-        for c in experiment_checks(e)
-        if not c.ok
-    ]
+    for c in experiment_checks(e):
+        if not c.ok:
+            lines.append(f"{c.level}: {c.rule}: {c.found}. Needed: {c.requirement}. To do: {c.fix}.")
     return "\n".join(lines)
 
 
@@ -70,20 +78,15 @@ class TopologyForm:
 
     def _laid_out(self) -> ipw.Box:
         """Fields to the left; picture, verdict and button to the right, or below where the screen is narrow."""
-        groups = (
-            ("Context servers", CONTEXT),
-            ("Generation servers", GENERATION),
-            ("Nodes and load", SHARED),
-        )
-        typed = [
-            part for title, names in groups for part in (ipw.HTML(f"<b>{title}</b>"), self.fields.rows(names))
-        ]
+        groups = {"Context servers": CONTEXT, "Generation servers": GENERATION, "Nodes and load": SHARED}
+        typed = []
+        for title, names in groups.items():
+            typed += [ipw.HTML(f"<b>{title}</b>"), self.fields.rows(names)]
         left = ipw.VBox(typed, layout=ipw.Layout(flex="0 1 380px", width="auto"))
         seen = [self.picture, self.words, self.predicted, ipw.HBox([self.button, self.outcome])]
         right = ipw.VBox(seen, layout=ipw.Layout(flex="1 1 420px", width="auto", min_width="0"))
-        box = ipw.Box(
-            [left, right], layout=ipw.Layout(flex_flow="row wrap", align_items="flex-start", width="auto")
-        )
+        wrapped = ipw.Layout(flex_flow="row wrap", align_items="flex-start", width="auto")
+        box = ipw.Box([left, right], layout=wrapped)
         box.add_class("disagg-topology")
         return box
 
@@ -107,9 +110,7 @@ class TopologyForm:
     def write(self) -> Path:
         """The run folder of what the form describes: the one that is written already, else a new one.
 
-        Raises
-        ------
-        ParameterError, RunFolderError
+        Raises ParameterError, RunFolderError.
         """
         if self._written is None or self._written[0] != self.experiment:
             self._written = (self.experiment, create_run(self.experiment, self._run_dir))
@@ -136,7 +137,7 @@ class TopologyForm:
             return
         self.picture.value = topology_svg(self.last_valid)
         self.words.value = lines_html(topology_text(self.last_valid))
-        self.predicted.value = f'<span style="{MUTED}">predicting ...</span>'
+        self.predicted.value = muted_html("predicting ...")
         self._prediction.start(self.last_valid)
         for redraw in self._followers:
             redraw()
@@ -149,21 +150,15 @@ class TopologyForm:
 
     def _tell_written(self) -> None:
         """What the buttons would do now, and what they did."""
-        reasons = str(self._error) if self._error else ""
-        written = not self._error and self._written is not None and self._written[0] == self.last_valid
+        tooltip = "Writes a new run folder for this topology; nothing is overwritten"
         for button in self.buttons:
             button.disabled = bool(self._error)
-            button.tooltip = (
-                f"Not yet: {reasons}"
-                if reasons
-                else "Writes a new run folder for this topology; nothing is overwritten"
-            )
-        self.outcome.value = (
-            message_html(f"{self._written[1].name} is written. Next: 04_launch", kind="good")
-            if written
-            else lines_html(NOT_WRITTEN)
-        )
-        self.files.value = f"<pre>{files_text(self._written[1])}</pre>" if written else ""
+            button.tooltip = f"Not yet: {self._error}" if self._error else tooltip
+        self.outcome.value, self.files.value = lines_html(NOT_WRITTEN), ""
+        if not self._error and self._written and self._written[0] == self.last_valid:
+            run = self._written[1]
+            self.outcome.value = message_html(f"{run.name} is written. Next: 04_launch", kind="good")
+            self.files.value = f"<pre>{files_text(run)}</pre>"
 
     def _write_pressed(self) -> None:
         try:
@@ -178,9 +173,8 @@ def files_text(run: Path) -> str:
     files = [path for path in sorted(run.rglob("*")) if path.is_file() and "program" not in path.parts]
     lines = [f"{path.stat().st_size:>9,} bytes  {path.relative_to(run)}" for path in files]
     program = sum(path.stat().st_size for path in (run / "job/program").rglob("*") if path.is_file())
-    return "\n".join(
-        [*lines, f"{program:>9,} bytes  job/program/ (the agent and the client that go with the job)"]
-    )
+    lines.append(f"{program:>9,} bytes  job/program/ (the agent and the client that go with the job)")
+    return "\n".join(lines)
 
 
 def topology_form(experiment: Experiment, run_dir: str | None = None) -> TopologyForm:
