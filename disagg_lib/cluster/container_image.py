@@ -113,7 +113,9 @@ def build_image(e: Experiment, arch: str = "aarch64", out=print, min_gb: float =
 def record_image(e: Experiment, out=print) -> dict:
     """Make an image that was brought along citable, too; its own folder is not touched.
 
-    Raises SetupError: scratch_dir cannot be written.
+    Raises
+    ------
+    SetupError : scratch_dir cannot be written.
     """
     image, record = Path(e.container_image), image_record(e)
     if cite_image(e) is None:

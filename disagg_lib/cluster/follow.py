@@ -15,8 +15,14 @@ ASK_EVERY_S, SAY_EVERY_S = 10.0, 5.0
 def follow(run_dir: Path, poll_s: float = 0.5) -> Iterator[JobState]:
     """Yield the job's state until it has ended; the last one yielded has `ended`.
 
-    The run folder is read every `poll_s`, Slurm asked every ASK_EVERY_S; a local job's process is looked at each time.
-    Raises JobError: the run has no job.
+    Parameters
+    ----------
+    poll_s : how often the run folder is read.
+    ask_every_s : how often Slurm is asked; a local job's process is looked at each time.
+
+    Raises
+    ------
+    JobError : the run has no job.
     """
     asked, note, word = -1e9, "", "running"
     while True:
@@ -64,9 +70,11 @@ def trial_line(row: dict) -> str:
 
 
 def watch(run_dir: Path, out=print) -> JobState:
-    """Follow the job to its end, with a line at each new phase and every SAY_EVERY_S.
+    """Follow the job to its end, with a line at each new phase and every `every_s` seconds.
 
-    Raises JobError: the job failed or was lost; the message has the reason and where to look.
+    Raises
+    ------
+    JobError : the job failed or was lost; the message has the reason and where to look.
     """
     said_at, said, before = 0.0, None, None
     trials = GrowingLines(run_dir / "job/find_target_qps.jsonl")

@@ -190,7 +190,12 @@ def _from_files(run_dir: Path, record: dict | None) -> JobState:
 
 
 def job_state(run_dir: Path, ask: bool = True) -> JobState:
-    """What the job is doing now; `ask`: False to read files alone, without a question to the launcher."""
+    """What the job is doing now.
+
+    Parameters
+    ----------
+    ask : False to read files alone, without a question to the launcher.
+    """
     record = read_record(run_dir)
     state = _from_files(run_dir, record)
     if state.state != "running" or not ask:
@@ -231,7 +236,9 @@ def _last_word(run_dir: Path, record: dict, what: str, patience_s: float = 0.5) 
 def cancel(run_dir: Path, grace_s: float = 20.0) -> JobState:
     """End the job: its teardown runs, and after `grace_s` whatever is left is killed.
 
-    Raises JobError: the run has no job, or Slurm refused.
+    Raises
+    ------
+    JobError : the run has no job, or Slurm refused.
     """
     record = read_record(run_dir)
     if record is None or record["job_id"] is None:

@@ -74,7 +74,12 @@ say mpi "$(srun --mpi=list 2>&1 | paste -sd' ')"
 
 
 def read_probe(folder: Path) -> dict[str, str]:
-    """probe.txt of a probe's folder. Raises SetupError: absent or cut short."""
+    """probe.txt of a probe's folder.
+
+    Raises
+    ------
+    SetupError : absent or cut short.
+    """
     path = folder / "probe.txt"
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     found = dict(line.split("\t", 1) for line in lines if "\t" in line)

@@ -68,14 +68,21 @@ def write_site(found: Mapping[str, tuple[object, str]], path: Path = SITE, write
 
 
 def read_site(path: Path = SITE) -> dict:
-    """What params/site.yaml says, nothing if there is none. Raises ParameterError: it is not a params file."""
+    """What params/site.yaml says; nothing if there is none.
+
+    Raises
+    ------
+    ParameterError : it is not a params file.
+    """
     return read_params_file(path, str(path)) if path.exists() else {}
 
 
 def save_site(values: Mapping[str, object], path: Path = SITE) -> Path | None:
     """Write the site's values, whole or not at all; keys of the file that are not among them stay as they are.
 
-    Returns what the former file is called now, None if there was none.
+    Returns
+    -------
+    What the former file is called now, None if there was none.
     """
     kept = {key: value for key, value in read_site(path).items() if key not in values}
     given = {key: value for key, value in values.items() if value is not None}

@@ -110,7 +110,12 @@ class Partition:
 
 
 def partitions() -> list[Partition]:
-    """Every partition that this user sees. Raises JobError, NoAnswer."""
+    """Every partition that this user sees.
+
+    Raises
+    ------
+    JobError, NoAnswer
+    """
     found = []
     for line in slurm("sinfo", "--noheader", "--summarize", "--format=%P|%a|%l|%D").splitlines():
         name, up, limit, nodes = line.strip().split("|")
@@ -126,7 +131,12 @@ def partitions() -> list[Partition]:
 
 
 def accounts() -> list[str]:
-    """The accounts that this user may charge; empty if accounting does not say. Raises NoAnswer."""
+    """The accounts that this user may charge; empty if accounting does not say.
+
+    Raises
+    ------
+    NoAnswer
+    """
     try:
         whose = f"user={getpass.getuser()}"
         text = slurm("sacctmgr", "--noheader", "--parsable2", "show", "associations", whose, "format=account")
@@ -164,7 +174,9 @@ def find_by_comment(comment: str) -> str | None:
 def job_word(job_id: str) -> tuple[str, str]:
     """(state, detail) of a job, from the queue, then accounting, then the controller's memory; ('', '') if unknown.
 
-    Raises NoAnswer.
+    Raises
+    ------
+    NoAnswer
     """
     try:
         text = slurm("squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%T|%r")

@@ -29,8 +29,10 @@ GROUPS = {  # first parameter of each group of the cell -> what the group is abo
 def parameters_cell(makes_runs: bool) -> str:
     """Source of a notebook's parameters cell: one typed, commented line for every key it accepts.
 
-    `makes_runs`: True for the notebooks that resolve parameters (00 to 03); False for those that take a run folder as it is
-    (04, 05), where a given value is checked against the folder.
+    Parameters
+    ----------
+    makes_runs : True for the notebooks that resolve parameters (00 to 03); False for those that take
+        a run folder as it is (04, 05), where a given value is checked against the folder.
     """
     meaning = "a new one in results/" if makes_runs else "the one that is meant; the first cell says which"
     lines = [
@@ -115,7 +117,11 @@ def origins(namespace: Mapping[str, Any]) -> dict[str, str]:
 def notebook_experiment(namespace: dict[str, Any]) -> Experiment:
     """The Experiment that a notebook's parameters describe (00 to 03), with the line that says what it is.
 
-    Live, a list of presets to start from stands below that line; see `choose_preset`. Raises ParameterError, TopologyError.
+    Live, a list of presets to start from stands below that line; see `choose_preset`.
+
+    Raises
+    ------
+    ParameterError, TopologyError
     """
     one_line_errors()
     values = notebook_values(namespace)
