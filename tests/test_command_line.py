@@ -74,15 +74,19 @@ def test_a_qps_beyond_saturation_is_a_sentence_with_the_nearest_choice():
     assert "Traceback" not in done.stderr
 
 
-def test_plan_ranks_topologies_and_prints_the_choice_as_parameters(tmp_path):
-    done = command("plan", "--gpus", 8, "--draws", 2, "--csv", tmp_path / "p.csv")
+def test_plan_ranks_topologies_and_writes_the_first_as_a_complete_params_file(tmp_path):
+    path = tmp_path / "my8.yaml"
+    done = command("plan", "--gpus", 8, "--draws", 1, "--csv", tmp_path / "p.csv", "--write", path)
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "p.csv")
     assert table.columns[0] == "topology"
     assert list(table["target_qps"]) == sorted(table["target_qps"], reverse=True)
-    assert "num_ctx_servers:" in done.stdout
-    assert "With cv 0.3" in done.stdout
-    assert "Aggregated" in done.stdout
+    assert "With cv 0.3" in done.stdout and "Aggregated" in done.stdout
+    written = load_experiment([path])
+    kind = (written.engine, written.launcher, written.container, written.gpu_count)
+    assert kind == ("trtllm", "slurm", "pyxis", 8)
+    again = command("plan", "--gpus", 8, "--write", path)
+    assert again.returncode == 1 and "nothing is overwritten" in again.stderr
 
 
 def test_a_budget_that_nothing_fits_is_a_sentence():
@@ -160,21 +164,6 @@ def test_check_says_what_it_checks_and_errors_come_first():
     ]
     assert real.stdout.startswith("REAL: 20 GPUs on 5 nodes under Slurm")
     assert words == sorted(words, key=["error", "warning", "ok"].index) and words[0] == "error"
-
-
-def test_the_plan_is_written_as_a_complete_params_file_and_never_over_one(tmp_path):
-    path = tmp_path / "my8.yaml"
-    done = command("plan", "--gpus", 8, "--draws", 1, "--write", path)
-    assert done.returncode == 0, done.stderr
-    written = load_experiment([path])
-    assert (written.engine, written.launcher, written.container, written.gpu_count) == (
-        "trtllm",
-        "slurm",
-        "pyxis",
-        8,
-    )
-    again = command("plan", "--gpus", 8, "--draws", 1, "--write", path)
-    assert again.returncode == 1 and "nothing is overwritten" in again.stderr
 
 
 def test_a_written_plan_keeps_what_it_rests_on(tmp_path):

@@ -94,9 +94,9 @@ def test_the_contract_refuses_what_the_real_orchestrators_refused(heard):
 def test_usage_is_in_every_chunk_where_the_releases_default_puts_it(tmp_path, dialect):
     with relayed_job(tmp_path, dialect) as (_, front, servers):
         ask(front.ports[0], "/v1/completions", {**STREAM, "stream_options": {"include_usage": True}})
-        _, path, body, _, content = servers.heard[-1]
-        asked = check_request(dialect, path, body, True)
-        assert len(check_stream(path, content, asked, dialect)) == 5
+    _, path, body, _, content = servers.heard[-1]  # a relay that has ended has heard every answer to its end
+    asked = check_request(dialect, path, body, True)
+    assert len(check_stream(path, content, asked, dialect)) == 5
 
 
 def ids_sent(messages):
