@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m disagg_lib run params/rehearsal.yaml
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore=tests/slurm --ignore=tests/browser --ignore=tests/engine --ignore=tests/dynamo
+	$(BIN)/python -m pytest -n 2 --ignore=tests/slurm --ignore=tests/browser --ignore=tests/engine --ignore=tests/dynamo
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
